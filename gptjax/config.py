@@ -1,0 +1,280 @@
+"""Every setting as a frozen dataclass; presets are literals."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.errors import UsageError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def require(ok: bool, setting: str, value: object, rule: str) -> None:
+    """Raise UsageError naming the flag, its value and the remedy unless `ok`."""
+    if not ok:
+        raise UsageError(f"--{setting}={value}: {rule}")
+
+
+def require_range(
+    config: Any, settings: str, low: float, high: float = math.inf, *, below: bool = False
+) -> None:
+    """Require low <= value <= high (value < high if `below`); NaN and infinity never pass."""
+    for setting in settings.split():
+        value = getattr(config, setting)
+        ok = math.isfinite(value) and low <= value and (value < high if below else value <= high)
+        top = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+        require(ok, setting, value, f"must be at least {low:g}{top}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The model. The defaults are GPT-2 124M."""
+
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """attention heads per block; must divide n_embd"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    block_size: int = 1024
+    """context length in tokens"""
+    vocab_size: int = 50257
+    """tokens of the vocabulary, set from the tokenizer"""
+    vocab_multiple: int = 128
+    """the embedding gets rows up to a multiple of this, which matrix units like; 1 = none"""
+    bias: bool = True
+    """biases in linear layers and LayerNorms"""
+    dropout: float = 0.0
+    """probability to drop an activation in training"""
+    dtype: DType = "auto"
+    """compute dtype; parameters stay float32. auto = bfloat16 on GPU and TPU, float32 on CPU"""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """auto = cudnn on an NVIDIA GPU in half precision without dropout, else xla"""
+    unroll: int = 0
+    """layers unrolled in the layer scan; 0 = all (fastest step), 1 = fastest compile"""
+    remat: bool = False
+    """recompute each block in the backward pass: less memory, about a third more work"""
+
+    def __post_init__(self) -> None:
+        require_range(self, "n_layer n_head n_embd block_size vocab_size vocab_multiple", 1)
+        require_range(self, "dropout", 0, 1, below=True)
+        require(
+            0 <= self.unroll <= self.n_layer, "unroll", self.unroll, f"0 to n_layer={self.n_layer}"
+        )
+        divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+        nearest = min(divisors, key=lambda h: abs(h - self.n_head))
+        require(
+            self.n_embd % self.n_head == 0,
+            "n_head",
+            self.n_head,
+            f"must divide n_embd={self.n_embd}; take --n_head={nearest}, or another --n_embd",
+        )
+        require(
+            self.attention != "cudnn" or self.dropout == 0,
+            "attention",
+            self.attention,
+            f"has no dropout, and --dropout={self.dropout}; take --attention=xla or --dropout=0",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: vocab_size rounded up to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `train.py` needs; nanoGPT's names where nanoGPT has one."""
+
+    # Data
+    dataset: str = "auto"
+    """tinyshakespeare, pydocs, a .txt or .gz file, a folder with train.bin and val.bin, or a
+    glob of llm.c shards; auto = tinyshakespeare, or pydocs where it cannot be downloaded"""
+    tokenizer: Literal["auto", "char", "byte", "gpt2"] = "auto"
+    """auto = char for text, the folder's tokenizer.json or gpt2 for .bin files"""
+    tokenizer_dir: str = ""
+    """folder with vocab.bpe + encoder.json (or merges.txt + vocab.json), for gpt2 offline"""
+    decode_errors: Literal["strict", "replace"] = "strict"
+    """what to do with bytes of a text file that are not UTF-8: refuse, or replace and count"""
+
+    # Model
+    model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
+
+    # Length and batch
+    max_iters: int = 5000
+    """optimizer steps"""
+    batch_size: int = 12
+    """sequences per forward pass, over all devices together"""
+    gradient_accumulation_steps: int = 1
+    """forward passes per optimizer step"""
+    seed: int = 1337
+    """of parameters, dropout and data order"""
+
+    # Optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of the blocks' matrices and uses adamw for the rest"""
+    learning_rate: float = 6e-4
+    """peak learning rate of adamw (with muon: of the embeddings, biases and LayerNorms)"""
+    muon_learning_rate: float = 0.02
+    """peak learning rate of the matrices under muon"""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """after the warmup: cosine to min_lr; wsd = constant, then linear to min_lr; constant"""
+    warmup_iters: int = 100
+    """steps of linear warmup"""
+    lr_decay_iters: int = 0
+    """step at which the decay ends; 0 = max_iters"""
+    decay_fraction: float = 0.2
+    """wsd: the part of lr_decay_iters over which the rate falls"""
+    min_lr: float = 6e-5
+    """learning rate at the end of the decay"""
+    beta1: float = 0.9
+    """adamw's decay of the first moment"""
+    beta2: float = 0.95
+    """adamw's decay of the second moment"""
+    eps: float = 1e-8
+    """adamw's epsilon"""
+    weight_decay: float = 0.1
+    """of matrices and embeddings; never of biases and LayerNorms"""
+    grad_clip: float = 1.0
+    """largest global norm of the gradient; 0 = off"""
+
+    # What is seen and kept
+    out_dir: str = "out"
+    """the run folder: config, tokenizer, metrics, loss.png, samples, checkpoints"""
+    init_from: str = "scratch"
+    """scratch, resume, auto (resume where there is something to resume), or a run folder whose
+    parameters to start from"""
+    eval_interval: int = 250
+    """steps between evaluations on the validation split; 0 = only at the end"""
+    eval_iters: int = 50
+    """validation batches per evaluation, the same windows each time; 0 = the whole split"""
+    log_interval: int = 10
+    """steps between lines of metrics"""
+    sample_interval: int = 500
+    """steps between samples of text; 0 = only at the end"""
+    sample_tokens: int = 200
+    """tokens of such a sample; 0 = no samples"""
+    checkpoint_interval: int = 250
+    """steps between checkpoints; 0 = only at the end"""
+    keep_checkpoints: int = 2
+    """newest checkpoints kept, besides the one with the best validation loss"""
+    loss_scale: Literal["linear", "log"] = "linear"
+    """axis of the losses in loss.png"""
+
+    # Machine
+    strategy: Literal["data"] = "data"
+    """how parameters and batch are laid out over the devices: data = batch split, weights copied"""
+    steps_per_dispatch: int = 0
+    """optimizer steps per call into JAX; 0 = auto (10 for small models on GPU and TPU, else 1)"""
+    compile_cache: str = "auto"
+    """folder of compiled programs; auto = ~/.cache/gptjax/xla, off = compile every time"""
+    debug: bool = False
+    """show a traceback where an error would be one line"""
+
+    def __post_init__(self) -> None:
+        require_range(self, "batch_size gradient_accumulation_steps log_interval", 1)
+        require_range(self, "keep_checkpoints", 1)
+        require_range(self, "max_iters eval_interval eval_iters sample_interval", 0)
+        require_range(self, "sample_tokens checkpoint_interval steps_per_dispatch", 0)
+        require_range(self, "seed", 0, 2**32 - 1)
+        require_range(self, "warmup_iters lr_decay_iters", 0)
+        require(
+            self.warmup_iters <= self.max_iters,
+            "warmup_iters",
+            self.warmup_iters,
+            f"must be at most max_iters={self.max_iters}; lower it, or train longer",
+        )
+        require(
+            self.lr_decay_iters == 0 or self.lr_decay_iters >= self.warmup_iters,
+            "lr_decay_iters",
+            self.lr_decay_iters,
+            f"must be at least warmup_iters={self.warmup_iters}, or 0 for max_iters",
+        )
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            value = getattr(self, name)
+            ok = math.isfinite(value) and value > 0
+            require(ok, name, value, "must be above 0 and finite")
+        require_range(self, "min_lr", 0, self.learning_rate)
+        require_range(self, "beta1 beta2", 0, 1, below=True)
+        require_range(self, "decay_fraction", 0, 1)
+        require_range(self, "weight_decay grad_clip", 0)
+        require(
+            self.model.dtype != "float16",
+            "dtype",
+            self.model.dtype,
+            "training in float16 needs loss scaling; take bfloat16 or float32",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How text is drawn from the model."""
+
+    temperature: float = 0.8
+    """0 = always the likeliest token; above 1 = wilder"""
+    top_k: int = 200
+    """keep the k likeliest tokens; 0 = all"""
+    top_p: float = 1.0
+    """keep the fewest tokens that hold this much probability; 1 = all"""
+    min_p: float = 0.0
+    """keep tokens at least this likely relative to the likeliest; 0 = all"""
+    repetition_penalty: float = 1.0
+    """divide the logits of tokens already seen by this (multiply where negative); 1 = off"""
+
+    def __post_init__(self) -> None:
+        require_range(self, "temperature top_k", 0)
+        require_range(self, "min_p", 0, 1)
+        for name, top in (("top_p", 1.0), ("repetition_penalty", math.inf)):
+            value = getattr(self, name)
+            rule = "must be above 0" + (f" and at most {top:g}" if top < math.inf else "")
+            require(math.isfinite(value) and 0 < value <= top, name, value, rule)
+
+
+# Each preset's comment says command, hardware, time and final loss where they were measured.
+PRESETS = {
+    "quickstart": TrainConfig(),
+    # python train.py shakespeare_char: nanoGPT's preset of that name.
+    "shakespeare_char": TrainConfig(
+        dataset="tinyshakespeare",
+        model=GPTConfig(
+            n_layer=6,
+            n_head=6,
+            n_embd=384,
+            block_size=256,
+            vocab_multiple=1,
+            bias=False,
+            dropout=0.2,
+        ),
+        max_iters=5000,
+        batch_size=64,
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        beta2=0.99,
+        out_dir="out/shakespeare_char",
+    ),
+}
+
+
+def to_json(config: TrainConfig) -> str:
+    """The settings as JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read the settings that `to_json` wrote.
+
+    Raises:
+        UsageError: the file is missing, is not JSON, or holds settings that do not exist.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        return TrainConfig(**{**fields, "model": GPTConfig(**fields["model"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"cannot read the settings ({path}): {error}") from error

@@ -1,0 +1,84 @@
+"""Files that are whole or not there: downloads checked by hash, atomic replacement, the cache."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from gptjax.errors import DataError
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
+
+
+def cache_dir() -> Path:
+    """$GPTJAX_CACHE, or gptjax in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GPTJAX_CACHE") or Path(base) / "gptjax")
+
+
+def file_sha256(path: Path) -> str:
+    """Of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[IO[bytes]]:
+    """A temporary file that takes the place of `path` when the block ends well and `keep()`."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        if keep():
+            Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def download(
+    url: str,
+    sha256: str,
+    path: Path,
+    *,
+    timeout: float = 30,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Put the file with this hash at `path`, from the network unless it is there already.
+
+    Raises:
+        DataError: no connection, an HTTP error, silence for `timeout` seconds, or twice a wrong
+            hash.
+    """
+    if path.is_file() and file_sha256(path) == sha256:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        try:
+            with (
+                urllib.request.urlopen(url, timeout=timeout) as response,
+                replacing(path) as temporary,
+            ):
+                total, done = int(response.headers.get("Content-Length") or 0), 0
+                digest = hashlib.sha256()
+                while chunk := response.read(2**16):
+                    digest.update(chunk)
+                    temporary.write(chunk)
+                    done += len(chunk)
+                    progress(f"downloading {path.name}", done, total)
+                if digest.hexdigest() == sha256:
+                    return
+                raise WrongHash(f"sha256 {digest.hexdigest()}, expected {sha256}")
+        except WrongHash as error:
+            refusal = DataError(f"cannot download {url}: {error}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise DataError(f"cannot download {url}: {error}") from error
+    raise refusal
+
+
+class WrongHash(Exception):
+    """The bytes arrived and are not the ones that were asked for."""

@@ -1,0 +1,42 @@
+"""Where arrays live: the mesh of devices, with a table from parameter paths to layouts."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# strategy -> (regex on the parameter's path, layout of that parameter), the first match counts.
+# An optimizer moment's path ends in its parameter's, so it lies where its parameter lies.
+STRATEGIES: dict[str, tuple[tuple[str, P], ...]] = {
+    "data": ((r".*", P()),),  # every device holds all weights and a slice of the batch
+}
+
+
+def make_mesh(devices: list[Any] | None = None) -> Mesh:
+    """A mesh with the one axis `data` over the given devices, or over all of them."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout in which every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+    """The layout that splits a batch over the devices along `axis`."""
+    return NamedSharding(mesh, P(*[None] * axis, "data"))
+
+
+def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes, by its path."""
+
+    def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next(spec for regex, spec in STRATEGIES[strategy] if re.search(regex, name))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(leaf_sharding, tree)

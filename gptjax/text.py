@@ -1,0 +1,144 @@
+"""A text into token files: read as a stream, checked to be UTF-8, encoded piece by piece."""
+
+import codecs
+import gzip
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.errors import DataError
+from gptjax.tokenizer import Tokenizer, save_tokenizer
+
+CHUNK = 2**20  # bytes read, and characters encoded, at a time
+
+
+class TextFile:
+    """Reads a .txt or .gz as pieces of text, every character kept as it is (CRLF, NUL, BOM too)."""
+
+    def __init__(self, path: Path, errors: str) -> None:
+        self.path, self.errors = path, errors
+        self.replaced = 0  # byte sequences that were not UTF-8, in the last pass
+        self.length = 0  # characters
+        self.chars: set[str] = set()
+        self.done = 0  # bytes read in this pass
+
+    def survey(self, progress: Callable[[int], None]) -> None:
+        """Read it once for its length and its characters; DataError if it is not UTF-8."""
+        for piece in self:
+            self.length += len(piece)
+            self.chars.update(piece)
+            progress(self.done)
+
+    def __iter__(self) -> Iterator[str]:
+        self.replaced = self.done = 0
+        position, kept = 0, b""
+        try:
+            with (
+                gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file
+            ):
+                while True:
+                    chunk = file.read(CHUNK)
+                    piece = kept + chunk
+                    text, used = self._decode(piece, position, final=not chunk)
+                    position, kept = position + used, piece[used:]
+                    self.done += len(chunk)
+                    if text:
+                        yield text
+                    if not chunk:
+                        return
+        except (EOFError, zlib.error, OSError) as error:
+            raise DataError(f"cannot read the text ({self.path}): {error}") from error
+
+    def _decode(self, piece: bytes, position: int, *, final: bool) -> tuple[str, int]:
+        try:
+            return codecs.utf_8_decode(piece, "strict", final)
+        except UnicodeDecodeError as error:
+            if self.errors == "strict":
+                at = position + error.start
+                raise DataError(
+                    f"{self.path.name} is not UTF-8 at byte {at} (0x{piece[error.start]:02x}); "
+                    "convert it, or pass --decode_errors=replace"
+                ) from error
+        text, used = codecs.utf_8_decode(piece, "replace", final)
+        self.replaced += text.count("\ufffd") - piece[:used].count("\ufffd".encode())
+        return text, used
+
+
+def require_uint16(n_vocab: int) -> None:
+    """DataError where an id would not fit (numpy would wrap 70000 to 4464)."""
+    if n_vocab > 2**16:
+        raise DataError(
+            f"{n_vocab} tokens do not fit the 65,536 ids of uint16; take another tokenizer"
+        )
+
+
+def encode_stream(
+    tokenizer: Tokenizer, pieces: Iterable[str], chunk: int = CHUNK
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Encode piecewise what would be encoded at once: yields (characters read, ids).
+
+    A chunk ends behind the last character that is no white space and has a space or newline after
+    it. There GPT-2's pattern always ends a word, and neither side depends on the other.
+    """
+    rest, done = "", 0
+    for piece in pieces:
+        rest, done = rest + piece, done + len(piece)
+        cut = re.match(r"(?s:.*)\S(?=[ \n])", rest) if len(rest) >= chunk else None
+        if cut is not None:
+            yield done, tokenizer.encode(rest[: cut.end()])
+            rest = rest[cut.end() :]
+    yield done, tokenizer.encode(rest)
+
+
+def take(pieces: Iterator[str], start: int, end: int) -> Iterator[str]:
+    """The characters start...end of a text in pieces."""
+    position = 0
+    for piece in pieces:
+        part = piece[max(0, start - position) : max(0, end - position)]
+        position += len(piece)
+        if part:
+            yield part
+        if position >= end:
+            return
+
+
+def write_tokens(
+    folder: Path,
+    text: TextFile,
+    n_train: int,
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None],
+) -> None:
+    """Write train.bin, val.bin, tokenizer.json and meta.json, the whole folder or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".tmp"))
+    try:
+        counts = {}
+        for split, start, end in (("train", 0, n_train), ("val", n_train, text.length)):
+            counts[split] = 0
+            with (temporary / f"{split}.bin").open("wb") as file:
+                for done, ids in encode_stream(tokenizer, take(iter(text), start, end)):
+                    file.write(ids.astype("<u2").tobytes())
+                    counts[split] += len(ids)
+                    progress(start + done)
+        save_tokenizer(tokenizer, temporary)
+        (temporary / "meta.json").write_text(json.dumps({"tokens": counts}))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds the tokens that its meta.json promises."""
+    try:
+        counts = json.loads((folder / "meta.json").read_text())["tokens"]
+        return all((folder / f"{s}.bin").stat().st_size == 2 * n for s, n in counts.items())
+    except (OSError, ValueError, KeyError):
+        return False

