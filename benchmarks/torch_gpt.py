@@ -1,4 +1,4 @@
-"""The same GPT-2 in PyTorch, as a good PyTorch programmer writes it: the other side of the races."""
+"""The same GPT-2 in PyTorch, as a good PyTorch programmer writes it: the races' other side."""
 
 import torch
 from torch import Tensor, nn

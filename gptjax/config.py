@@ -219,7 +219,7 @@ class SampleConfig:
 
     temperature: float = 0.8
     """0 = always the likeliest token; above 1 = wilder"""
-    top_k: int = 200
+    top_k: int = 0
     """keep the k likeliest tokens; 0 = all"""
     top_p: float = 1.0
     """keep the fewest tokens that hold this much probability; 1 = all"""

@@ -7,7 +7,6 @@ bytes of a download or tokenisation.
 
 import dataclasses
 import difflib
-import glob
 import hashlib
 import json
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def load_dataset(
     dataset: str,
     *,
     block_size: int,
-    tokenizer: str = "auto",
+    tokenizer: str | Tokenizer = "auto",
     tokenizer_dir: str = "",
     decode_errors: str = "strict",
     notify: Notify = lambda line: None,
@@ -70,7 +69,7 @@ def load_dataset(
         DataError: what is there is damaged, too short, or not to be had.
     """
     path = Path(dataset).expanduser()
-    shards = sorted(glob.glob(str(path))) if glob.has_magic(dataset) else []
+    shards = sorted(path.parent.glob(path.name))
     if dataset == "auto" or dataset in DATASETS:
         dataset, path = fetch(dataset, notify, progress)
         loaded = load_text(dataset, path, tokenizer, tokenizer_dir, decode_errors, notify, progress)
@@ -80,8 +79,8 @@ def load_dataset(
         name = path.name
         loaded = load_text(name, path, tokenizer, tokenizer_dir, decode_errors, notify, progress)
     elif shards:
-        made = make_tokenizer("gpt2" if tokenizer == "auto" else tokenizer, tokenizer_dir)
-        loaded = load_shards(dataset, [Path(shard) for shard in shards], made)
+        made = make_tokenizer(tokenizer, tokenizer_dir, auto="gpt2")
+        loaded = load_shards(dataset, shards, made)
     else:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(DATASETS)}"
@@ -116,29 +115,36 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
     return name, path
 
 
-def make_tokenizer(kind: str, tokenizer_dir: str = "", chars: str = "") -> Tokenizer:
-    """A tokenizer of this kind; char needs the text's characters."""
-    if kind == "char":
-        if not chars:
-            raise UsageError(
-                "--tokenizer=char: token files need the vocabulary they were made with; "
-                "put its tokenizer.json beside them, or pass the text itself as --dataset"
-            )
-        return CharTokenizer(chars)
-    return ByteTokenizer() if kind == "byte" else load_gpt2_tokenizer(tokenizer_dir)
+def make_tokenizer(
+    kind: str | Tokenizer, tokenizer_dir: str = "", *, auto: str, chars: str = ""
+) -> Tokenizer:
+    """A tokenizer of this kind, or the one given; "auto" is `auto`, char needs the characters."""
+    if not isinstance(kind, str):
+        return kind
+    kind = auto if kind == "auto" else kind
+    if kind == "char" and not chars:
+        raise UsageError(
+            "--tokenizer=char: token files need the vocabulary they were made with; put its "
+            "tokenizer.json beside them, or pass the text itself as --dataset"
+        )
+    makers: dict[str, Callable[[], Tokenizer]] = {
+        "char": lambda: CharTokenizer(chars),
+        "byte": ByteTokenizer,
+        "gpt2": lambda: load_gpt2_tokenizer(tokenizer_dir),
+    }
+    return makers[kind]()
 
 
 def load_text(
     name: str,
     path: Path,
-    kind: str,
+    kind: str | Tokenizer,
     tokenizer_dir: str,
     decode_errors: str,
     notify: Notify,
     progress: Progress,
 ) -> Dataset:
     """Tokenise a text into the cache, or find it there."""
-    kind = "char" if kind == "auto" else kind
     text = TextFile(path, decode_errors)
     text.survey(lambda done: progress(f"reading {name}", done, path.stat().st_size))
     if text.replaced:
@@ -146,7 +152,7 @@ def load_text(
     n_train = int(text.length * TRAIN_FRACTION)
     if n_train in (0, text.length):
         raise DataError(f"{text.length} characters ({path}): too few for a train and a val split")
-    tokenizer = make_tokenizer(kind, tokenizer_dir, "".join(text.chars))
+    tokenizer = make_tokenizer(kind, tokenizer_dir, auto="char", chars="".join(text.chars))
     require_uint16(tokenizer.n_vocab)
 
     identity = f"1 {file_sha256(path)} {fingerprint(tokenizer)} {decode_errors} {TRAIN_FRACTION}"
@@ -166,7 +172,7 @@ def load_text(
 # ---- Token files ---------------------------------------------------------------------------------
 
 
-def load_folder(folder: Path, kind: str, tokenizer_dir: str) -> Dataset:
+def load_folder(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Dataset:
     """Open train.bin and val.bin (nanoGPT's layout: uint16, little endian)."""
     missing = [f"{s}.bin" for s in ("train", "val") if not (folder / f"{s}.bin").is_file()]
     if missing:
@@ -179,7 +185,7 @@ def load_folder(folder: Path, kind: str, tokenizer_dir: str) -> Dataset:
             "the text itself as --dataset, or --tokenizer=gpt2 if that made the tokens"
         )
     else:
-        tokenizer = make_tokenizer("gpt2" if kind == "auto" else kind, tokenizer_dir)
+        tokenizer = make_tokenizer(kind, tokenizer_dir, auto="gpt2")
     counts = {}
     if (folder / "meta.json").is_file():
         counts = json.loads((folder / "meta.json").read_text()).get("tokens", {})

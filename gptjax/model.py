@@ -163,12 +163,18 @@ def count_params(cfg: GPTConfig) -> int:
 
 
 def unstack_layers(params: Params, n_layer: int) -> Params:
-    """The same tree with `h` a list of L blocks, for decoding.
+    """The same tree with `h` a list of L blocks, as the decoder wants it.
 
     A decoder reads every weight once per token; slices of stacked arrays would be copied each time.
     """
     layers = [jax.tree.map(lambda stacked, i=i: stacked[i], params["h"]) for i in range(n_layer)]
     return {**params, "h": layers}
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
+    """Layers unstacked and weights in the compute dtype, so that no token pays for either."""
+    return jax.tree.map(lambda p: p.astype(cfg.dtype), unstack_layers(params, cfg.n_layer))
 
 
 def hidden_states(

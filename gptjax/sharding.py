@@ -31,6 +31,11 @@ def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
+def place(batch: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+    """Begin to move this process's rows of a batch to its devices, split along `axis`."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, axis), batch)
+
+
 def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or shapes, by its path."""
 

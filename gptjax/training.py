@@ -3,19 +3,21 @@
 K steps per call, A accumulated forward passes per step, B batch, T time; a window holds T+1 tokens.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
-from gptjax.loss import cross_entropy
+from gptjax.loss import token_losses
 from gptjax.model import Params, head, hidden_states, init_params
-from gptjax.sharding import batch_sharding, replicated, tree_shardings
+from gptjax.sharding import batch_sharding, replicated
 
 
 class TrainState(NamedTuple):
@@ -32,18 +34,21 @@ def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, key: Arr
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def state_shardings(state: Any, mesh: Mesh, strategy: str) -> Any:
-    """Where each leaf of a state (of arrays or shapes) lies."""
-    return tree_shardings(mesh, strategy, state)
+def window_losses(
+    cfg: GPTConfig, params: Params, windows_BT: Array, dropout_key: Array | None = None
+) -> Array:
+    """Cross-entropy (B, T) of predicting tokens 1..T of each window from its tokens 0..T-1."""
+    tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
+    x_ND, _ = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key)
+    losses_N = token_losses(head(cfg, params, x_ND), targets_BT.reshape(-1))
+    return losses_N.reshape(targets_BT.shape)
 
 
 def loss_fn(
     cfg: GPTConfig, params: Params, windows_BT: Array, dropout_key: Array | None = None
 ) -> Array:
-    """Mean cross-entropy of predicting each window's tokens 1..T from its tokens 0..T-1."""
-    tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    x_ND, _ = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key)
-    return cross_entropy(head(cfg, params, x_ND), targets_BT.reshape(-1))
+    """The mean of `window_losses`, which training minimises."""
+    return jnp.mean(window_losses(cfg, params, windows_BT, dropout_key))
 
 
 def loss_and_grad(
@@ -108,8 +113,19 @@ def make_train_step(
 def make_eval_step(
     cfg: GPTConfig, mesh: Mesh, params_shardings: Any
 ) -> Callable[[Params, Array], Array]:
-    """A jitted function (params, windows_BT) -> mean loss, without dropout."""
+    """A jitted function (params, windows_BT) -> mean loss of each window (B,), without dropout."""
     return jax.jit(
-        lambda params, windows_BT: loss_fn(cfg, params, windows_BT),
+        lambda params, windows_BT: window_losses(cfg, params, windows_BT).mean(axis=1),
         in_shardings=(params_shardings, batch_sharding(mesh, axis=0)),
+        out_shardings=replicated(mesh),
     )
+
+
+def digest(state: TrainState) -> str:
+    """sha256 over step, parameters and optimizer state: equal digests are bit-equal states."""
+    sha256 = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        sha256.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        sha256.update(array.data)
+    return sha256.hexdigest()

@@ -1,0 +1,146 @@
+"""The command line: argv into a config, refusals into one line with an exit code."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+from gptjax.errors import REFUSALS, OutputError, UsageError
+from gptjax.files import cache_dir
+
+T = TypeVar("T")
+
+
+def parse(config_class: type[T], argv: list[str], default: T, description: str) -> T:
+    """Flags --name=value or --name value, with - and _ alike, over a default.
+
+    Raises:
+        UsageError: a flag is unknown or its value is not of its type or range.
+    """
+    known = flags(default)
+    argv = list(argv)
+    for i, token in enumerate(argv):
+        name = token.partition("=")[0].lstrip("-").replace("-", "_")
+        if token.startswith("--") and name not in known and name not in ("", "help"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+            raise UsageError(f"unknown flag --{name}: {hint}")
+        alone = "=" not in token and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
+        if alone and token.startswith("--") and isinstance(known.get(name), bool):
+            argv[i] = f"{token}=True"
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(
+                config_class,
+                args=argv,
+                default=default,
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            )
+    except SystemExit as exit:
+        if exit.code:
+            raise UsageError(first_paragraph(messages.getvalue())) from None
+        raise
+
+
+def flags(config: Any) -> dict[str, Any]:
+    """The flags of a config with their values, those of the configs inside it included."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flags(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def first_paragraph(box: str) -> str:
+    """What tyro says before the first rule of its box, as one line."""
+    said: list[str] = []
+    for line in box.splitlines():
+        text = line.strip("│ ")
+        if text.startswith(("─", "╰")):
+            break
+        if not text.startswith("╭"):
+            said.append(text)
+    return re.sub(r"^Error parsing [\w.]*: (?=--)", "", " ".join(said))
+
+
+def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run a script's main; a refusal becomes `error: ...` on stderr and its exit code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax explains itself at length
+    debug = any(token in argv for token in ("--debug", "--debug=True"))
+    try:
+        return main(argv) or 0
+    except REFUSALS as error:
+        code, text = error.exit_code, str(error)
+    except OSError as error:  # the disk, mostly
+        code, text = 74, str(error)
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def catch_stop_signals() -> list[int]:
+    """From now on SIGINT and SIGTERM only add their number to the list that this returns.
+
+    A second SIGINT interrupts at once.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return received
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15."""
+    return signal.Signals(number).name
+
+
+def use_compile_cache(folder: str) -> None:
+    """Keep compiled programs in this folder; "auto" is the user's cache, "off" keeps none."""
+    if folder == "off":
+        return
+    path = cache_dir() / "xla" if folder == "auto" else Path(folder)
+    jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def make_run_dir(path: Path) -> None:
+    """Create an output folder and see that it can be written to.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to --out_dir={path}: {error.strerror}") from error

@@ -1,0 +1,97 @@
+"""What a person sees: a progress bar on a terminal, plain lines anywhere else."""
+
+import contextlib
+import time
+import unicodedata
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.text import Text
+
+from gptjax.files import Progress as ReportProgress
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, so that it cannot command a terminal."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
+
+
+@contextlib.contextmanager
+def show_bytes(console: Console) -> Iterator[ReportProgress]:
+    """A function (what, done, total) that shows a download or a tokenisation while it goes on."""
+    if not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda what, done, total: progress.update(
+            task, description=what, completed=done, total=total or None
+        )
+
+
+class TrainConsole:
+    """Shows a run: `update` after each step, `note` for everything else."""
+
+    def __init__(self, start: int, total: int) -> None:
+        self.console = Console(highlight=False)
+        self.start, self.total = start, total
+        self.began = time.monotonic()
+        self.live = None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def note(self, text: str) -> None:
+        """Print a line, or several, above the bar."""
+        if self.live is None:
+            print(text, flush=True)
+        else:
+            self.console.print(Text(printable(text)))
+
+    def update(self, step: int, fields: dict[str, str], *, log: bool) -> None:
+        """Show `step` steps done with these fields, the important ones first.
+
+        Where there is no terminal, only with `log`.
+        """
+        eta = {"eta": self.eta(step)}
+        if self.live is not None:
+            self.live.update(self.bar(step, fields | eta))
+        elif log:
+            shown = [f"{name} {value}" for name, value in (fields | eta).items()]
+            print(" | ".join([f"step {step}/{self.total}", *shown]), flush=True)
+
+    def eta(self, step: int) -> str:
+        """Time left at the pace so far."""
+        if step <= self.start:
+            return "-"
+        pace = (time.monotonic() - self.began) / (step - self.start)
+        seconds = round(pace * (self.total - step))
+        hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+    def bar(self, step: int, fields: dict[str, str]) -> Text:
+        """A line that fits the terminal: the bar, then as many fields as there is room for."""
+        counter = f"{step}/{self.total} "
+        width = self.console.width - len(counter) - 1
+        shown: list[str] = []
+        for name, value in fields.items():
+            if len("  ".join([*shown, f"{name} {value}"])) > width - 6:
+                break
+            shown.append(f"{name} {value}")
+        status = "  ".join(shown)
+        room = max(0, min(30, width - len(status) - 1))
+        full = room * step // max(1, self.total)
+        return Text.assemble(
+            counter, ("━" * full, "green"), ("━" * (room - full), "dim"), " ", status
+        )
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None

@@ -1,0 +1,232 @@
+"""Text from the model: prefill the KV cache, then one jitted scan over new tokens.
+
+B batch, T prompt time (padded), V vocabulary, C new tokens per chunk.
+
+When a row fills the context, its last block_size // 2 tokens are read again into an empty cache and
+sampling goes on from there; a prompt longer than the context is cut in the same way. Rows do so each
+on its own, so what a row says does not depend on its neighbours.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.errors import NonFiniteError
+from gptjax.kv_cache import KVCache
+from gptjax.model import Params, head, hidden_states, make_cache
+
+CHUNK = 16  # tokens per call into JAX: few enough to stream, enough to make the call's cost small
+
+
+# ---- Logits filters: logits_BV -> logits_BV, with -inf for what must not be drawn ----------------
+
+
+def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: float) -> Array:
+    """Make tokens already in the text less likely (Keskar et al. 2019, as Hugging Face has it)."""
+    penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, penalized, logits_BV)
+
+
+def keep_top_k(logits_BV: Array, k: int) -> Array:
+    """The k likeliest tokens, more only where the k-th is tied."""
+    threshold_B1 = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def keep_top_p(logits_BV: Array, p: float) -> Array:
+    """The fewest tokens that together hold probability p (Holtzman et al. 2020); at least one."""
+    sorted_BV = -jnp.sort(-logits_BV)
+    probability_BV = jax.nn.softmax(sorted_BV)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    last_B1 = jnp.sum(before_BV < p, axis=-1, keepdims=True) - 1
+    threshold_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def keep_min_p(logits_BV: Array, p: float) -> Array:
+    """Tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
+    threshold_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(p)
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def sample_token(
+    logits_BV: Array, keys_B: Array, seen_BV: Array | None, how: SampleConfig
+) -> Array:
+    """One token per row (B,): penalty, temperature, top-k, top-p, min-p, then a draw."""
+    if seen_BV is not None:
+        logits_BV = penalize_repetition(logits_BV, seen_BV, how.repetition_penalty)
+    if how.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / how.temperature
+    if how.top_k:
+        logits_BV = keep_top_k(logits_BV, how.top_k)
+    if how.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, how.top_p)
+    if how.min_p > 0:
+        logits_BV = keep_min_p(logits_BV, how.min_p)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+# ---- The decoder ---------------------------------------------------------------------------------
+
+
+class DecoderState(NamedTuple):
+    """The carry of the scan."""
+
+    cache: KVCache
+    token_B: Array  # the newest token, not in the cache yet
+    n_drawn: Array  # tokens drawn since the prompt, which numbers the random keys
+    seen_BV: Array | None  # tokens of prompt and text, for the repetition penalty
+    finite: Array  # whether all logits so far were
+
+
+def draw(state: DecoderState, logits_BV: Array, keys_B: Array, how: SampleConfig) -> DecoderState:
+    """Draw the next token of each row from its logits."""
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.n_drawn)
+    token_B = sample_token(logits_BV, keys_B, state.seen_BV, how)
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    finite = state.finite & jnp.all(jnp.isfinite(logits_BV.max(axis=-1)))
+    return DecoderState(state.cache, token_B, state.n_drawn + 1, seen_BV, finite)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "how", "size"))
+def prefill(
+    cfg: GPTConfig,
+    how: SampleConfig,
+    size: int,
+    params: Params,
+    tokens_BT: Array,
+    length_B: Array,
+    keys_B: Array,
+    n_drawn: Array,
+    seen_BV: Array | None,
+) -> DecoderState:
+    """Read prompts, padded on the right, into a new cache of `size` and draw one token each.
+
+    What the padding wrote lies behind each row's length: no query sees it before a new token has
+    taken its place.
+    """
+    B, _ = tokens_BT.shape
+    cache = make_cache(cfg, B, size)
+    x_ND, cache = hidden_states(cfg, params, tokens_BT, cache=cache)
+    x_BD = x_ND.reshape(*tokens_BT.shape, -1)[jnp.arange(B), length_B - 1]
+    assert cache is not None
+    cache = cache._replace(length_B=length_B)
+    start = DecoderState(cache, length_B, n_drawn, seen_BV, jnp.array(True))
+    return draw(start, head(cfg, params, x_BD), keys_B, how)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "how", "n_steps"), donate_argnames=("state",))
+def decode(
+    cfg: GPTConfig,
+    how: SampleConfig,
+    n_steps: int,
+    params: Params,
+    state: DecoderState,
+    keys_B: Array,
+) -> tuple[DecoderState, Array]:
+    """n_steps tokens for each row, (n_steps, B), in one scan."""
+
+    def step(state: DecoderState, _: None) -> tuple[DecoderState, Array]:
+        x_BD, cache = hidden_states(cfg, params, state.token_B[:, None], cache=state.cache)
+        assert cache is not None
+        state = draw(state._replace(cache=cache), head(cfg, params, x_BD), keys_B, how)
+        return state, state.token_B
+
+    return jax.lax.scan(step, state, length=n_steps)
+
+
+def bucket(n: int, limit: int) -> int:
+    """The least of 64, 256, 1024 ... that holds n, or the limit: so few shapes are compiled."""
+    size = 64
+    while size < n:
+        size *= 4
+    return min(size, limit)
+
+
+def generate(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    how: SampleConfig,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    samples: Sequence[int] | None = None,
+    cache_size: int = 0,
+) -> Iterator[np.ndarray]:
+    """Continue prompts; yields new tokens (B, n) as they come, max_new_tokens in all.
+
+    Args:
+        cfg: the model, without "auto".
+        params: with unstacked layers (see `model.unstack_layers`).
+        prompts: token ids of each row, none empty; they may differ in length.
+        how: temperature and filters.
+        max_new_tokens: per row.
+        seed: of the draws.
+        samples: row i is sample number samples[i] (0 if not given) of its prompt. A row depends on
+            its prompt, the seed and this number, and on nothing else in the batch.
+        cache_size: tokens of the cache; 0 = as many as this call needs. A fixed one saves compiling
+            again for longer prompts.
+
+    Raises:
+        NonFiniteError: the logits became NaN or infinite.
+    """
+    assert all(len(prompt) for prompt in prompts), "a prompt must hold at least one token"
+    if max_new_tokens < 1:
+        return
+    limit = cfg.block_size
+    contexts = [cut(list(prompt), limit) for prompt in prompts]
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+        jnp.array(samples if samples is not None else [0] * len(prompts))
+    )
+    seen_BV = None
+    if how.repetition_penalty != 1:
+        seen = np.zeros((len(prompts), cfg.padded_vocab_size), bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[np.asarray(prompt)] = True
+        seen_BV = jnp.asarray(seen)
+
+    n_drawn = size = 0
+    state: DecoderState | None = None
+    while n_drawn < max_new_tokens:
+        # The newest token is not in the cache yet, so this many forward passes still fit.
+        room = size - max(map(len, contexts)) + 1
+        if state is None or room == 0:
+            contexts = [cut(context, limit) for context in contexts]
+            longest = max(map(len, contexts))
+            size = cache_size or bucket(longest + max_new_tokens - n_drawn, limit)
+            tokens_BT = np.zeros((len(contexts), bucket(longest, size)), np.int32)
+            for row, context in zip(tokens_BT, contexts, strict=True):
+                row[: len(context)] = context
+            length_B = np.array([len(context) for context in contexts], np.int32)
+            if state is not None:
+                seen_BV = state.seen_BV
+            state = prefill(
+                cfg, how, size, params, tokens_BT, length_B, keys_B, np.int32(n_drawn), seen_BV
+            )
+            new_Bn = np.asarray(state.token_B)[:, None]
+        else:
+            n_steps = CHUNK if room >= CHUNK else 1
+            state, new_nB = decode(cfg, how, n_steps, params, state, keys_B)
+            new_Bn = np.asarray(new_nB).T
+        if not state.finite:
+            raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged")
+        new_Bn = new_Bn[:, : max_new_tokens - n_drawn]
+        n_drawn += new_Bn.shape[1]
+        for context, new in zip(contexts, new_Bn.tolist(), strict=True):
+            context.extend(new)
+        yield new_Bn
+
+
+def cut(context: list[int], limit: int) -> list[int]:
+    """The context, or its last limit // 2 tokens if it is longer than the limit."""
+    return context if len(context) <= limit else context[-max(1, limit // 2) :]

@@ -1,0 +1,203 @@
+"""Sample text from a trained model: `python sample.py --out_dir=out --start="Once"`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import gptjax  # noqa: F401  (before jax: it sets up the allocator)
+
+# isort: split
+import jax
+
+from gptjax import cli, model, sampling
+from gptjax.config import PRESETS, GPTConfig, SampleConfig, require_range
+from gptjax.console import printable
+from gptjax.errors import UsageError
+from gptjax.run_folder import load_run
+from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `sample.py` needs."""
+
+    out_dir: str = "out"
+    """the run folder to sample from"""
+    init_from: str = "resume"
+    """resume = the run in out_dir; scratch = an untrained model of the preset, over bytes"""
+    preset: str = "quickstart"
+    """whose model --init_from=scratch makes"""
+    checkpoint: str = "best"
+    """best (by validation loss), latest, or a step"""
+    start: tuple[str, ...] = ("\n",)
+    """prompts, one or several; FILE:path reads one from a file; "" starts from nothing"""
+    num_samples: int = 1
+    """samples per prompt"""
+    max_new_tokens: int = 500
+    """tokens per sample"""
+    seed: int = 1337
+    """of the draws; a sample depends on prompt, seed and its number, not on the others"""
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    stop: tuple[str, ...] = ()
+    """strings that end a sample; they are not printed"""
+    ignore_eot: bool = False
+    """go on after the end-of-text token instead of stopping there"""
+    allow_special: bool = False
+    """read <|endoftext|> in a prompt as that token, not as text"""
+    interactive: bool = False
+    """ask for prompt after prompt; an empty line or Ctrl-D ends"""
+    raw: bool = False
+    """print control characters as they are, also on a terminal"""
+    dtype: str = "auto"
+    """compute dtype: auto, float32, bfloat16 or float16"""
+    compile_cache: str = "auto"
+    """folder of compiled programs; auto = ~/.cache/gptjax/xla, off = compile every time"""
+    debug: bool = False
+    """show a traceback where an error would be one line"""
+
+    def __post_init__(self) -> None:
+        require_range(self, "num_samples", 1)
+        require_range(self, "max_new_tokens", 0)
+        require_range(self, "seed", 0, 2**32 - 1)
+
+
+def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
+    """The model of the run folder, or an untrained one."""
+    if config.init_from == "scratch":
+        if config.preset not in PRESETS:
+            raise UsageError(f"--preset={config.preset}: must be one of {', '.join(PRESETS)}")
+        tokenizer = ByteTokenizer()
+        cfg = dataclasses.replace(PRESETS[config.preset].model, vocab_size=tokenizer.n_vocab)
+        return cfg, model.init_params(cfg, jax.random.key(config.seed)), tokenizer
+    if config.init_from != "resume":
+        raise UsageError(f"--init_from={config.init_from}: must be resume or scratch")
+    run = load_run(Path(config.out_dir), config.checkpoint)
+    return run.config.model, run.params, run.tokenizer
+
+
+def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[str, list[int]]:
+    """A prompt and its ids; an empty one becomes the tokenizer's start token."""
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
+        try:
+            start = path.read_bytes().decode()
+        except OSError as error:
+            raise UsageError(f"cannot read the prompt ({path}): {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the prompt ({path}) is not UTF-8 at byte {error.start}") from error
+    ids = tokenizer.encode(start, allow_special=allow_special).tolist()
+    return start, ids or [tokenizer.start_id]
+
+
+class Stream:
+    """One sample on its way to the reader: decodes, and ends at a stop string or end of text."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+        self.decoder = StreamDecoder(tokenizer)
+        self.eot = None if config.ignore_eot else tokenizer.eot
+        self.stop = [stop for stop in config.stop if stop]
+        self.held = ""  # the end of the text, which a stop string might begin in
+        self.ended = False
+
+    def feed(self, ids: list[int]) -> str:
+        """The text that may be shown after these ids."""
+        if self.ended:
+            return ""
+        if self.eot in ids:
+            ids, self.ended = ids[: ids.index(self.eot)], True
+        text = self.held + self.decoder.feed(ids)
+        return self._release(text + self.decoder.flush() if self.ended else text)
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self._release(self.held + self.decoder.flush())
+
+    def _release(self, text: str) -> str:
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.ended, self.held = True, ""
+            return text[: min(found)]
+        hold = 0
+        if not self.ended:
+            hold = max(
+                (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+                default=0,
+            )
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def main(argv: list[str]) -> int:
+    """Sample; returns the exit code."""
+    config = cli.parse(Config, argv, Config(), "Sample text from a trained GPT.")
+    cli.use_compile_cache(config.compile_cache)
+    cfg, params, tokenizer = load_model(config)
+    cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))  # type: ignore[arg-type]
+    if config.sample.top_k > cfg.vocab_size:
+        raise UsageError(
+            f"--top_k={config.sample.top_k}: the vocabulary has {cfg.vocab_size} tokens; take "
+            "--top_k=0 for all of them"
+        )
+    params = model.prepare_for_decoding(cfg, params)
+    raw = config.raw or not sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        sys.stdout.write(text if raw else printable(text))
+        sys.stdout.flush()
+
+    def sample(starts: tuple[str, ...]) -> None:
+        """Print the samples of these prompts: a single one as it comes, several one by one."""
+        prompts = [read_prompt(start, tokenizer, config.allow_special) for start in starts]
+        rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
+        streams = [Stream(tokenizer, config) for _ in rows]
+        texts = [""] * len(rows)
+        alone = len(rows) == 1
+        if alone:
+            write(rows[0][0])
+        for new in sampling.generate(
+            cfg,
+            params,
+            [ids for _, ids, _ in rows],
+            config.sample,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            samples=[i for _, _, i in rows],
+            cache_size=cfg.block_size if config.interactive else 0,
+        ):
+            for row, (stream, ids) in enumerate(zip(streams, new.tolist(), strict=True)):
+                text = stream.feed(ids)
+                texts[row] += text
+                if alone:
+                    write(text)
+            if all(stream.ended for stream in streams):
+                break
+        for row, stream in enumerate(streams):
+            text = stream.finish()
+            texts[row] += text
+            if alone:
+                write(text + "\n")
+        if not alone:
+            for (prompt, _, i), text in zip(rows, texts, strict=True):
+                write(f"---- {printable(prompt)[:40]!r}, sample {i}\n{prompt}{text}\n")
+
+    if not config.interactive:
+        sample(config.start)
+        return 0
+    while True:
+        try:
+            start = input("prompt> ")
+        except EOFError:
+            start = ""
+        if not start:
+            return 0
+        try:
+            sample((start,))
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))
