@@ -10,7 +10,7 @@ import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 import jax
 
 from gptjax import cli, model, sampling
-from gptjax.config import PRESETS, GPTConfig, SampleConfig, require_range
+from gptjax.config import PRESETS, DType, GPTConfig, SampleConfig, require_range
 from gptjax.console import printable
 from gptjax.errors import UsageError
 from gptjax.run_folder import load_run
@@ -48,7 +48,7 @@ class Config:
     """ask for prompt after prompt; an empty line or Ctrl-D ends"""
     raw: bool = False
     """print control characters as they are, also on a terminal"""
-    dtype: str = "auto"
+    dtype: DType = "auto"
     """compute dtype: auto, float32, bfloat16 or float16"""
     compile_cache: str = "auto"
     """folder of compiled programs; auto = ~/.cache/gptjax/xla, off = compile every time"""
@@ -68,7 +68,8 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
             raise UsageError(f"--preset={config.preset}: must be one of {', '.join(PRESETS)}")
         tokenizer = ByteTokenizer()
         cfg = dataclasses.replace(PRESETS[config.preset].model, vocab_size=tokenizer.n_vocab)
-        return cfg, model.init_params(cfg, jax.random.key(config.seed)), tokenizer
+        init_params = jax.jit(model.init_params, static_argnums=0)
+        return cfg, init_params(cfg, jax.random.key(config.seed)), tokenizer
     if config.init_from != "resume":
         raise UsageError(f"--init_from={config.init_from}: must be resume or scratch")
     run = load_run(Path(config.out_dir), config.checkpoint)
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> int:
     config = cli.parse(Config, argv, Config(), "Sample text from a trained GPT.")
     cli.use_compile_cache(config.compile_cache)
     cfg, params, tokenizer = load_model(config)
-    cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))  # type: ignore[arg-type]
+    cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
     if config.sample.top_k > cfg.vocab_size:
         raise UsageError(
             f"--top_k={config.sample.top_k}: the vocabulary has {cfg.vocab_size} tokens; take "

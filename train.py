@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
     init_state = functools.partial(training.init_state, cfg, optimizer)
     shapes = jax.eval_shape(init_state, key)
     shardings = sharding.tree_shardings(mesh, config.strategy, shapes)
-    best = float("inf")
+    val_loss, best = None, float("inf")
     if resume_step is not None:
         target = checkpoint.abstract_tree(shapes, shardings)
         params, opt_state, meta = checkpoint.restore_state(
@@ -132,6 +132,7 @@ def main(argv: list[str]) -> int:
         )
         step = jax.device_put(np.int32(resume_step), shardings.step)
         state = training.TrainState(step, params, opt_state)
+        val_loss = meta["val_loss"]
         best = meta["best_val_loss"] if meta["best_val_loss"] is not None else best
         metrics.drop_metrics_from(run_dir / "metrics.jsonl", resume_step)
     else:
@@ -274,13 +275,14 @@ def main(argv: list[str]) -> int:
                 )
 
     # ---- The loop: step n's metrics are fetched after step n+1 was dispatched --------------------
-    step, val_loss, saved_step = first_step, None, resume_step
+    step, saved_step = first_step, resume_step
     windows = next_windows(step) if step < config.max_iters else None
     pending: tuple[int, Any] | None = None
     manager = checkpoint.open_manager(run_dir, config.keep_checkpoints)
     try:
         while True:
-            interrupted = step != resume_step and any(due(step, i) for i in intervals)
+            news = step != resume_step or val_loss is None
+            interrupted = news and any(due(step, i) for i in intervals)
             if pending is not None and (interrupted or stop_signals):
                 report(*pending)
                 pending = None

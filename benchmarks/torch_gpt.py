@@ -1,5 +1,8 @@
 """The same GPT-2 in PyTorch, as a good PyTorch programmer writes it: the races' other side."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,3 +77,54 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+def modules(model: TorchGPT) -> list[tuple[str, list[nn.Module]]]:
+    """Our names with the twin's modules: one for each layer under h, else a single one."""
+    blocks = [block for block in model.h if isinstance(block, Block)]
+    return [
+        ("wte", [model.wte]),
+        ("wpe", [model.wpe]),
+        ("h/ln_1", [block.ln_1 for block in blocks]),
+        ("h/attn/c_attn", [block.c_attn for block in blocks]),
+        ("h/attn/c_proj", [block.attn_proj for block in blocks]),
+        ("h/ln_2", [block.ln_2 for block in blocks]),
+        ("h/mlp/c_fc", [block.c_fc for block in blocks]),
+        ("h/mlp/c_proj", [block.mlp_proj for block in blocks]),
+        ("ln_f", [model.ln_f]),
+    ]
+
+
+def tensors(model: TorchGPT) -> list[tuple[str, list[Tensor], bool]]:
+    """Our path, the twin's tensors of it, and whether they are transposed."""
+    names = {nn.Embedding: "embedding", nn.LayerNorm: "scale", nn.Linear: "kernel"}
+    found = []
+    for name, parts in modules(model):
+        weights = [part.get_parameter("weight") for part in parts]
+        linear = isinstance(parts[0], nn.Linear)
+        found.append((f"{name}/{names[type(parts[0])]}", weights, linear))
+        if not isinstance(parts[0], nn.Embedding) and parts[0].bias is not None:
+            found.append((f"{name}/bias", [part.get_parameter("bias") for part in parts], False))
+    return found
+
+
+def copy_params(params: dict[str, Any], model: TorchGPT) -> None:
+    """Give the twin our parameters."""
+    with torch.no_grad():
+        for path, parts, transposed in tensors(model):
+            value: Any = params
+            for key in path.split("/"):
+                value = value[key]
+            value = np.asarray(value)
+            for part, array in zip(parts, value if path.startswith("h/") else [value], strict=True):
+                part.copy_(torch.tensor(array.T if transposed else array))
+
+
+def named_gradients(model: TorchGPT, of: str = "grad") -> dict[str, np.ndarray]:
+    """The twin's gradients by our paths (its values with of="data"), layers stacked."""
+    found = {}
+    for path, parts, transposed in tensors(model):
+        arrays = [getattr(part, of).numpy() for part in parts]
+        arrays = [array.T for array in arrays] if transposed else arrays
+        found[path] = np.stack(arrays) if path.startswith("h/") else arrays[0]
+    return found

@@ -36,7 +36,8 @@ def attend(
     # Scaling q, not the scores, touches T*K numbers instead of T*S.
     q_BTHK = q_BTHK * q_BTHK.shape[-1] ** -0.5
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    visible_B1TS = jnp.arange(k_BSHK.shape[1]) <= positions_BT[:, None, :, None]
+    index_111S = jnp.arange(k_BSHK.shape[1])[None, None, None]
+    visible_B1TS = index_111S <= positions_BT[:, None, :, None]
     weights_BHTS = jax.nn.softmax(jnp.where(visible_B1TS, scores_BHTS, -jnp.inf))
     if key is not None and dropout > 0:
         keep = jax.random.bernoulli(key, 1 - dropout, weights_BHTS.shape)

@@ -41,7 +41,7 @@ class GPTConfig:
     block_size: int = 1024
     """context length in tokens"""
     vocab_size: int = 50257
-    """tokens of the vocabulary, set from the tokenizer"""
+    """tokens of the vocabulary; train.py sets it from the tokenizer, whatever is given"""
     vocab_multiple: int = 128
     """the embedding gets rows up to a multiple of this, which matrix units like; 1 = none"""
     bias: bool = True

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import os
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,8 +52,8 @@ def download(
     """Put the file with this hash at `path`, from the network unless it is there already.
 
     Raises:
-        DataError: no connection, an HTTP error, silence for `timeout` seconds, or twice a wrong
-            hash.
+        DataError: no connection, an HTTP error, silence for `timeout` seconds, or a body that was
+            twice cut short or of the wrong hash.
     """
     if path.is_file() and file_sha256(path) == sha256:
         return
@@ -70,15 +71,20 @@ def download(
                     temporary.write(chunk)
                     done += len(chunk)
                     progress(f"downloading {path.name}", done, total)
-                if digest.hexdigest() == sha256:
-                    return
-                raise WrongHash(f"sha256 {digest.hexdigest()}, expected {sha256}")
-        except WrongHash as error:
+                if done < total:
+                    raise Damaged(f"cut short after {done:,} of {total:,} bytes")
+                if digest.hexdigest() != sha256:
+                    raise Damaged(f"sha256 {digest.hexdigest()}, expected {sha256}")
+            return
+        except Damaged as error:
             refusal = DataError(f"cannot download {url}: {error}")
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise DataError(f"cannot download {url}: {error}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(f"cannot download {url}: {error}") from error
     raise refusal
 
 
-class WrongHash(Exception):
-    """The bytes arrived and are not the ones that were asked for."""
+class Damaged(Exception):
+    """Bytes arrived, but not the ones that were asked for: worth a second try."""

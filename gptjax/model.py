@@ -32,6 +32,7 @@ from gptjax.config import GPTConfig
 from gptjax.kv_cache import KVCache, init_cache, write
 
 Params = dict[str, Any]
+EPSILON = 1e-5  # of LayerNorm; flax's default is 1e-6
 INIT_STD = 0.02  # GPT-2's; the projections into the residual stream get 0.02 / sqrt(2L)
 
 
@@ -69,9 +70,9 @@ class LayerNorm(nn.Module):
         x_ND = x_ND.astype(jnp.float32)
         x_ND = x_ND - x_ND.mean(axis=-1, keepdims=True)
         variance_N1 = jnp.square(x_ND).mean(axis=-1, keepdims=True)
-        y_ND = x_ND * jax.lax.rsqrt(variance_N1 + 1e-5) * scale_D
+        y_ND = x_ND * jax.lax.rsqrt(variance_N1 + EPSILON) * scale_D[None]
         if self.cfg.bias:
-            y_ND = y_ND + self.param("bias", nn.initializers.zeros, (D,))
+            y_ND = y_ND + self.param("bias", nn.initializers.zeros, (D,))[None]
         return y_ND.astype(self.cfg.dtype)
 
 
@@ -91,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         positions_BT = None
         if cache is not None:
             k_cache, v_cache, start_B = cache
-            positions_BT = start_B[:, None] + jnp.arange(T)
+            positions_BT = start_B[:, None] + jnp.arange(T)[None]
             k, v = cache = write(k_cache, k, start_B), write(v_cache, v, start_B)
         key = self.make_rng("dropout") if self.train and cfg.dropout > 0 else None
         attend = ATTENTION[cfg.attention]
@@ -202,11 +203,10 @@ def hidden_states(
     wpe_SD = params["wpe"]["embedding"]
     if cache is None:
         assert cfg.block_size >= T, f"{T} tokens in a context of {cfg.block_size}"
-        wpe = jnp.broadcast_to(
-            wpe_SD[:T], (B, T, cfg.n_embd)
-        )  # a slice: gradients of gathers are slow
+        # A slice, because the gradient of a gather is slow.
+        wpe = jnp.broadcast_to(wpe_SD[:T], (B, T, cfg.n_embd))
     else:
-        wpe = wpe_SD[cache.length_B[:, None] + jnp.arange(T)]
+        wpe = wpe_SD[cache.length_B[:, None] + jnp.arange(T)[None]]
     # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
     x_ND = (params["wte"]["embedding"][tokens_BT] + wpe).astype(cfg.dtype).reshape(B * T, -1)
     train = dropout_key is not None
@@ -254,7 +254,7 @@ def head(cfg: GPTConfig, params: Params, x_ND: Array) -> Array:
     logits_NV = jnp.einsum("ND,VD->NV", x_ND, wte_VD, preferred_element_type=jnp.float32)
     if cfg.padded_vocab_size > cfg.vocab_size:
         is_token_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-        logits_NV = jnp.where(is_token_V, logits_NV, -jnp.inf)
+        logits_NV = jnp.where(is_token_V[None], logits_NV, -jnp.inf)
     return logits_NV
 
 

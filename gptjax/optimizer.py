@@ -85,17 +85,19 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def muon(config: TrainConfig) -> optax.GradientTransformation:
-    """Momentum orthogonalised by Newton-Schulz for the blocks' matrices (Jordan et al. 2024)."""
+    """Momentum orthogonalised by Newton-Schulz for the blocks' matrices (Jordan et al. 2024).
+
+    Everything else gets `adamw`, not the Adam inside optax's muon, which would decay biases.
+    """
     spec = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0: the layers
-    return contrib.muon(
+    matrices = contrib.muon(
         make_schedule(config, config.muon_learning_rate),
         weight_decay=config.weight_decay,
-        weight_decay_mask=decay_mask,
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        adam_weight_decay=config.weight_decay,
-        adam_learning_rate=make_schedule(config),
-        muon_weight_dimension_numbers=lambda params: match_paths(MATRICES, params, spec, None),
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: spec, params),
+    )
+    return optax.partition(
+        {"muon": matrices, "adamw": adamw(config)},
+        lambda params: match_paths(MATRICES, params, "muon", "adamw"),
     )
 
 

@@ -2,12 +2,13 @@
 
 B batch, T prompt time (padded), V vocabulary, C new tokens per chunk.
 
-When a row fills the context, its last block_size // 2 tokens are read again into an empty cache and
-sampling goes on from there; a prompt longer than the context is cut in the same way. Rows do so each
-on its own, so what a row says does not depend on its neighbours.
+When a row fills the context, its last block_size // 2 tokens are read again into an empty cache,
+and sampling goes on from there; a prompt longer than the context is cut in the same way. Each row
+does so on its own, so what it says does not depend on its neighbours.
 """
 
 import functools
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -185,8 +186,9 @@ def generate(
         return
     limit = cfg.block_size
     contexts = [cut(list(prompt), limit) for prompt in prompts]
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-        jnp.array(samples if samples is not None else [0] * len(prompts))
+    samples = samples if samples is not None else [0] * len(prompts)
+    keys_B = jnp.stack(
+        [row_key(seed, i, prompt) for i, prompt in zip(samples, prompts, strict=True)]
     )
     seen_BV = None
     if how.repetition_penalty != 1:
@@ -225,6 +227,12 @@ def generate(
         for context, new in zip(contexts, new_Bn.tolist(), strict=True):
             context.extend(new)
         yield new_Bn
+
+
+def row_key(seed: int, sample: int, prompt: Sequence[int]) -> Array:
+    """The random key of a row, from nothing but its arguments."""
+    key = jax.random.fold_in(jax.random.key(seed), sample)
+    return jax.random.fold_in(key, zlib.crc32(np.asarray(prompt, np.int32).tobytes()))
 
 
 def cut(context: list[int], limit: int) -> list[int]:

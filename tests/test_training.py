@@ -1,0 +1,153 @@
+"""The step: accumulation, dispatch and devices change how it is computed, not what comes out."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import model, optimizer, sharding, training
+from gptjax.config import GPTConfig, TrainConfig
+
+from .conftest import init_params, scaled_params, tiny
+
+RNG = np.random.default_rng(0)
+WINDOWS = RNG.integers(0, 61, (16, 8, 17)).astype(np.int32)  # steps, rows, T + 1
+
+
+def train(
+    windows: np.ndarray, *, cfg: GPTConfig | None = None, n_devices: int = 1, **settings: Any
+) -> tuple[training.TrainState, list[float]]:
+    """Train on windows (calls, K, A, B, T+1); the final state and all losses."""
+    cfg = cfg or tiny()
+    fields = {"max_iters": 100, "warmup_iters": 0, "learning_rate": 1e-3, **settings}
+    tx = optimizer.make_optimizer(TrainConfig(model=cfg, **fields))
+    mesh = sharding.make_mesh(jax.devices()[:n_devices])
+    init = functools.partial(training.init_state, cfg, tx)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.tree_shardings(mesh, "data", shapes)
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    step = training.make_train_step(cfg, tx, mesh, shardings, seed=5)
+    losses: list[float] = []
+    for batch in windows:
+        state, metrics = step(state, sharding.place(batch, mesh, axis=2))
+        losses += metrics["loss"].tolist()
+    return state, losses
+
+
+def assert_same(
+    a: tuple[training.TrainState, list[float]],
+    b: tuple[training.TrainState, list[float]],
+    loss_tol: float = 1e-5,
+    params_tol: float = 1e-4,
+) -> None:
+    """Losses and parameters agree within the tolerances; NaN never does."""
+    ok = np.max(np.abs(np.subtract(a[1], b[1]))) <= loss_tol
+    assert ok
+    for x, y in zip(jax.tree.leaves(a[0].params), jax.tree.leaves(b[0].params), strict=True):
+        ok = float(jnp.abs(x - jax.device_put(y, x.sharding)).max()) <= params_tol
+        assert ok
+
+
+PLAIN = WINDOWS[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[training.TrainState, list[float]]:
+    return train(PLAIN)
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_accumulation_is_the_big_batch(
+    plain: tuple[training.TrainState, list[float]], passes: int
+) -> None:
+    split = WINDOWS.reshape(16, 1, passes, 8 // passes, 17)
+    assert_same(plain, train(split))
+
+
+def test_accumulation_gate_turns_red(
+    plain: tuple[training.TrainState, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mistake: gradients summed, not averaged. (Adam hides it, the clip does not.)"""
+    value_and_grad = training.loss_and_grad
+
+    def summed(cfg: GPTConfig, params: Any, windows: jax.Array, key: Any) -> Any:
+        loss, grads = value_and_grad(cfg, params, windows, key)
+        return loss, jax.tree.map(lambda g: g * windows.shape[0], grads)
+
+    monkeypatch.setattr(training, "loss_and_grad", summed)
+    split = WINDOWS.reshape(16, 1, 2, 4, 17)
+    with pytest.raises(AssertionError):
+        assert_same(train(PLAIN, grad_clip=0.0, eps=1.0), train(split, grad_clip=0.0, eps=1.0))
+
+
+def test_several_steps_in_one_call(plain: tuple[training.TrainState, list[float]]) -> None:
+    assert_same(plain, train(WINDOWS.reshape(4, 4, 1, 8, 17)), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("n_devices", [2, 8])
+def test_devices_share_the_work(
+    plain: tuple[training.TrainState, list[float]], n_devices: int
+) -> None:
+    state, losses = train(PLAIN, n_devices=n_devices)
+    assert len(state.params["wte"]["embedding"].sharding.device_set) == n_devices
+    assert_same(plain, (state, losses))
+
+
+def test_same_devices_same_bits() -> None:
+    first, second = (train(PLAIN[:4], n_devices=8)[0] for _ in range(2))
+    assert training.digest(first) == training.digest(second)
+    other = train(PLAIN[1:5], n_devices=8)[0]
+    assert training.digest(first) != training.digest(other)
+
+
+def test_dropout_depends_on_seed_and_step_alone() -> None:
+    cfg = tiny(dropout=0.2)
+    one, several = train(PLAIN, cfg=cfg), train(WINDOWS.reshape(4, 4, 1, 8, 17), cfg=cfg)
+    assert_same(one, several, 1e-6, 1e-6)
+    assert abs(one[1][-1] - train(PLAIN)[1][-1]) > 1e-4
+
+
+def test_step_counts_and_norm_is_before_the_clip() -> None:
+    cfg = tiny()
+    state, _ = train(PLAIN[:3])
+    assert int(state.step) == 3
+    params = scaled_params(cfg, jax.random.key(0))
+    _, grads = training.loss_and_grad(cfg, params, PLAIN[0, 0], None)
+    norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
+    assert norm > 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_overfits_one_batch(name: str) -> None:
+    batch = np.broadcast_to(PLAIN[0], (300, *PLAIN[0].shape))
+    learning = {"optimizer": name, "learning_rate": 5e-3, "muon_learning_rate": 0.02}
+    _, losses = train(batch, max_iters=300, weight_decay=0.0, **learning)
+    assert losses[0] > 3.5
+    assert losses[-1] <= 0.05
+
+
+def test_evaluation_is_the_mean_loss_without_dropout() -> None:
+    cfg = tiny(dropout=0.5)
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    params = init_params(cfg, jax.random.key(0))
+    shardings = sharding.tree_shardings(mesh, "data", params)
+    found = training.make_eval_step(cfg, mesh, shardings)(
+        params, sharding.place(WINDOWS[0], mesh, axis=0)
+    )
+    plain = dataclasses.replace(cfg, dropout=0.0)
+    logits = model.forward(plain, params, WINDOWS[0, :, :-1])[0]
+    picked = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), WINDOWS[0, :, 1:, None], axis=-1
+    )
+    ok = np.abs(np.asarray(found) + picked[..., 0].mean(axis=1)).max() <= 1e-5
+    assert ok
+
+
+def test_bfloat16_computes_on_float32_parameters() -> None:
+    state, losses = train(PLAIN, cfg=tiny(dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert losses[-1] < losses[0]
