@@ -1,5 +1,6 @@
 """The same GPT-2 in PyTorch, as a good PyTorch programmer writes it: the races' other side."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,17 @@ def make_adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor, clip: float
+    model: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    windows: Tensor,
+    clip: float,
 ) -> Tensor:
     """One optimizer step on windows (B, T+1); returns the loss."""
     logits = model(windows[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
@@ -98,9 +103,9 @@ def modules(model: TorchGPT) -> list[tuple[str, list[nn.Module]]]:
 def tensors(model: TorchGPT) -> list[tuple[str, list[Tensor], bool]]:
     """Our path, the twin's tensors of it, and whether they are transposed."""
     names = {nn.Embedding: "embedding", nn.LayerNorm: "scale", nn.Linear: "kernel"}
-    found = []
+    found: list[tuple[str, list[Tensor], bool]] = []
     for name, parts in modules(model):
-        weights = [part.get_parameter("weight") for part in parts]
+        weights: list[Tensor] = [part.get_parameter("weight") for part in parts]
         linear = isinstance(parts[0], nn.Linear)
         found.append((f"{name}/{names[type(parts[0])]}", weights, linear))
         if not isinstance(parts[0], nn.Embedding) and parts[0].bias is not None:

@@ -1,6 +1,7 @@
 """What a run measures: utilisation of the device, metrics.jsonl, the picture of the losses."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,68 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
+class Recorder:
+    """Gathers the losses of single steps into the records of metrics.jsonl."""
+
+    def __init__(
+        self, path: Path, tokens_per_step: int, flops_per_token: float, peak: float | None
+    ):
+        """`peak` is the FLOP/s of all devices together, None where unknown."""
+        self.path, self.tokens_per_step = path, tokens_per_step
+        self.flops_per_token, self.peak = flops_per_token, peak
+        self.losses: list[float] = []
+        self.began = time.monotonic()
+        self.since: float | None = None  # None until the first step, which compiles, is done
+        self.timed = 0
+
+    def pause(self, seconds: float) -> None:
+        """Do not count these seconds as training."""
+        if self.since is not None:
+            self.since += seconds
+
+    def add(self, loss: float) -> None:
+        """Take note of one more step."""
+        self.losses.append(loss)
+        if self.since is None:
+            self.since = time.monotonic()
+        else:
+            self.timed += 1
+
+    def write(self, step: int, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+        """Append and return the record of the steps since the last one, which ends with `step`."""
+        now = time.monotonic()
+        pace = None
+        if self.timed and self.since is not None:
+            pace = self.timed * self.tokens_per_step / (now - self.since)
+        record = {
+            "step": step,
+            "loss": float(np.mean(self.losses)),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": None if pace is None else round(pace),
+            "mfu": None if not (pace and self.peak) else pace * self.flops_per_token / self.peak,
+            "seconds": round(now - self.began, 2),
+        }
+        append_metrics(self.path, record)
+        self.losses, self.since, self.timed = [], now, 0
+        return record
+
+
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """Add a line of JSON; None stands for what is not known."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def describe(record: dict[str, Any], known_device: bool) -> dict[str, str]:
+    """A record for people, the important things first."""
+    pace, mfu = record["tokens_per_second"], record["mfu"]
+    return {
+        "loss": f"{record['loss']:.4f}",
+        "lr": f"{record['learning_rate']:.2e}",
+        "tok/s": "-" if pace is None else f"{pace:,}",
+        "mfu": "unknown device" if not known_device else "-" if mfu is None else f"{mfu:.1%}",
+    }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -116,8 +116,7 @@ def prefill(
     taken its place.
     """
     B, _ = tokens_BT.shape
-    cache = make_cache(cfg, B, size)
-    x_ND, cache = hidden_states(cfg, params, tokens_BT, cache=cache)
+    x_ND, cache = hidden_states(cfg, params, tokens_BT, cache=make_cache(cfg, B, size))
     x_BD = x_ND.reshape(*tokens_BT.shape, -1)[jnp.arange(B), length_B - 1]
     assert cache is not None
     cache = cache._replace(length_B=length_B)
