@@ -260,25 +260,20 @@ PRESETS = {
     # QUICKSTART_COMMENT
     "quickstart": TrainConfig(
         model=GPTConfig(
-            n_layer=4,
-            n_head=4,
-            n_embd=128,
-            block_size=64,
-            vocab_multiple=1,
-            bias=False,
+            n_layer=4, n_head=3, n_embd=96, block_size=96, vocab_multiple=1, bias=False
         ),
-        max_iters=1000,
-        batch_size=16,
+        max_iters=1600,
+        batch_size=8,
         optimizer="muon",
         muon_learning_rate=0.03,
         learning_rate=3e-3,
-        min_lr=1e-4,
-        warmup_iters=50,
-        eval_interval=250,
+        min_lr=1.5e-4,
+        warmup_iters=100,
+        eval_interval=400,
         eval_iters=0,
         log_interval=50,
-        sample_interval=250,
-        checkpoint_interval=250,
+        sample_interval=400,
+        checkpoint_interval=400,
     ),
     # python train.py shakespeare_char: nanoGPT's preset of this name; not yet measured
     "shakespeare_char": TrainConfig(

@@ -189,12 +189,10 @@ def generate(
     keys_B = jnp.stack(
         [row_key(seed, i, prompt) for i, prompt in zip(samples, prompts, strict=True)]
     )
-    seen_BV = None
+    seen = None
     if how.repetition_penalty != 1:
         seen = np.zeros((len(prompts), cfg.padded_vocab_size), bool)
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[np.asarray(prompt)] = True
-        seen_BV = jnp.asarray(seen)
+        mark(seen, prompts)
 
     n_drawn = size = 0
     state: DecoderState | None = None
@@ -209,23 +207,30 @@ def generate(
             for row, context in zip(tokens_BT, contexts, strict=True):
                 row[: len(context)] = context
             length_B = np.array([len(context) for context in contexts], np.int32)
-            if state is not None:
-                seen_BV = state.seen_BV
             state = prefill(
-                cfg, how, size, params, tokens_BT, length_B, keys_B, np.int32(n_drawn), seen_BV
+                cfg, how, size, params, tokens_BT, length_B, keys_B, np.int32(n_drawn), seen
             )
             new_Bn = np.asarray(state.token_B)[:, None]
         else:
-            n_steps = CHUNK if room >= CHUNK else 1
-            state, new_nB = decode(cfg, how, n_steps, params, state, keys_B)
-            new_Bn = np.asarray(new_nB).T
+            state, new_nB = decode(cfg, how, CHUNK, params, state, keys_B)
+            # Steps beyond the room have overwritten the last slot of a cache that is now full, and
+            # will not be used again. Their tokens are dropped.
+            new_Bn = np.asarray(new_nB).T[:, :room]
         if not state.finite:
             raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged")
         new_Bn = new_Bn[:, : max_new_tokens - n_drawn]
         n_drawn += new_Bn.shape[1]
         for context, new in zip(contexts, new_Bn.tolist(), strict=True):
             context.extend(new)
+        if seen is not None:
+            mark(seen, new_Bn)
         yield new_Bn
+
+
+def mark(seen_BV: np.ndarray, tokens: Sequence[Sequence[int]] | np.ndarray) -> None:
+    """Note row by row that these tokens have occurred."""
+    for row, new in zip(seen_BV, tokens, strict=True):
+        row[np.asarray(new)] = True
 
 
 def row_key(seed: int, sample: int, prompt: Sequence[int]) -> Array:
