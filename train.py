@@ -158,6 +158,7 @@ def main(argv: list[str]) -> int:
             tokenizer=config.tokenizer if source is None else source.tokenizer,
             tokenizer_dir=config.tokenizer_dir,
             decode_errors=config.decode_errors,
+            allow_special=config.allow_special,
             notify=console.note,
             progress=progress,
         )

@@ -103,6 +103,8 @@ class TrainConfig:
     """folder with vocab.bpe + encoder.json (or merges.txt + vocab.json), for gpt2 offline"""
     decode_errors: Literal["strict", "replace"] = "strict"
     """what to do with bytes of a text file that are not UTF-8: refuse, or replace and count"""
+    allow_special: bool = False
+    """read <|endoftext|> in a text as gpt2's token for it, not as the text that it is"""
 
     # Model
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
@@ -271,7 +273,7 @@ PRESETS = {
         warmup_iters=100,
         eval_interval=400,
         eval_iters=0,
-        log_interval=50,
+        log_interval=20,
         sample_interval=400,
         checkpoint_interval=400,
     ),

@@ -7,6 +7,7 @@ bytes of a download or tokenisation.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,7 +18,14 @@ import numpy as np
 
 from gptjax.errors import DataError, UsageError
 from gptjax.files import Progress, cache_dir, download, file_sha256, replacing
-from gptjax.text import TextFile, is_complete, require_uint16, write_tokens
+from gptjax.text import (
+    TextFile,
+    encode_stream,
+    is_complete,
+    require_uint16,
+    take,
+    write_tokens,
+)
 from gptjax.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -59,6 +67,7 @@ def load_dataset(
     tokenizer: str | Tokenizer = "auto",
     tokenizer_dir: str = "",
     decode_errors: str = "strict",
+    allow_special: bool = False,
     notify: Notify = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Dataset:
@@ -70,14 +79,21 @@ def load_dataset(
     """
     path = Path(dataset).expanduser()
     shards = sorted(path.parent.glob(path.name))
+    read_text = functools.partial(
+        load_text,
+        kind=tokenizer,
+        tokenizer_dir=tokenizer_dir,
+        decode_errors=decode_errors,
+        allow_special=allow_special,
+        notify=notify,
+        progress=progress,
+    )
     if dataset == "auto" or dataset in DATASETS:
-        dataset, path = fetch(dataset, notify, progress)
-        loaded = load_text(dataset, path, tokenizer, tokenizer_dir, decode_errors, notify, progress)
+        loaded = read_text(*fetch(dataset, notify, progress))
     elif path.is_dir():
         loaded = load_folder(path, tokenizer, tokenizer_dir)
     elif path.is_file():
-        name = path.name
-        loaded = load_text(name, path, tokenizer, tokenizer_dir, decode_errors, notify, progress)
+        loaded = read_text(path.name, path)
     elif shards:
         made = make_tokenizer(tokenizer, tokenizer_dir, auto="gpt2")
         loaded = load_shards(dataset, shards, made)
@@ -138,15 +154,18 @@ def make_tokenizer(
 def load_text(
     name: str,
     path: Path,
+    *,
     kind: str | Tokenizer,
     tokenizer_dir: str,
     decode_errors: str,
+    allow_special: bool,
     notify: Notify,
     progress: Progress,
 ) -> Dataset:
     """Tokenise a text into the cache, or find it there."""
     text = TextFile(path, decode_errors)
-    text.survey(lambda done: progress(f"reading {name}", done, path.stat().st_size))
+    what, size = f"tokenising {name}", path.stat().st_size
+    text.survey(lambda: progress(f"reading {name}", text.done, size))
     if text.replaced:
         notify(f"{path}: {text.replaced} bytes that are not UTF-8 were replaced by U+FFFD")
     n_train = int(text.length * TRAIN_FRACTION)
@@ -155,16 +174,17 @@ def load_text(
     tokenizer = make_tokenizer(kind, tokenizer_dir, auto="char", chars="".join(text.chars))
     require_uint16(tokenizer.n_vocab)
 
-    identity = f"1 {file_sha256(path)} {fingerprint(tokenizer)} {decode_errors} {TRAIN_FRACTION}"
+    made_from = (file_sha256(path), fingerprint(tokenizer), decode_errors, allow_special)
+    identity = repr((1, TRAIN_FRACTION, *made_from))  # 1: the format's version
     folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not is_complete(folder):
-        write_tokens(
-            folder,
-            text,
-            n_train,
-            tokenizer,
-            lambda n: progress(f"tokenising {name}", n, text.length),
-        )
+        encode = functools.partial(tokenizer.encode, allow_special=allow_special)
+        parts = (take(text, 0, n_train), take(text, n_train, text.length))
+        splits = {
+            name: encode_stream(encode, part)
+            for name, part in zip(("train", "val"), parts, strict=True)
+        }
+        write_tokens(folder, splits, tokenizer, lambda: progress(what, text.done, size))
     loaded = load_folder(folder, "auto", "")
     return dataclasses.replace(loaded, name=name)
 

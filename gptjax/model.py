@@ -192,6 +192,21 @@ def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
     return jax.tree.map(lambda p: p.astype(cfg.dtype), unstack_layers(params, cfg.n_layer))
 
 
+def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, start_B: Array | None) -> Array:
+    """Token embeddings plus those of the positions from start_B (or 0) on: (N, D)."""
+    B, T = tokens_BT.shape
+    wpe_SD = params["wpe"]["embedding"]
+    if start_B is None:
+        assert cfg.block_size >= T, f"{T} tokens in a context of {cfg.block_size}"
+        # A slice, because the gradient of a gather is slow.
+        wpe_BTD = jnp.broadcast_to(wpe_SD[:T], (B, T, cfg.n_embd))
+    else:
+        wpe_BTD = wpe_SD[start_B[:, None] + jnp.arange(T)[None]]
+    # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
+    x_BTD = (params["wte"]["embedding"][tokens_BT] + wpe_BTD).astype(cfg.dtype)
+    return x_BTD.reshape(B * T, cfg.n_embd)
+
+
 def hidden_states(
     cfg: GPTConfig,
     params: Params,
@@ -213,17 +228,9 @@ def hidden_states(
     Returns:
         (N, D) in the compute dtype, and the cache with these tokens added (None without one).
     """
-    B, T = shape = tokens_BT.shape
-    wpe_SD = params["wpe"]["embedding"]
-    if cache is None:
-        assert cfg.block_size >= T, f"{T} tokens in a context of {cfg.block_size}"
-        # A slice, because the gradient of a gather is slow.
-        wpe = jnp.broadcast_to(wpe_SD[:T], (B, T, cfg.n_embd))
-    else:
-        wpe = wpe_SD[cache.length_B[:, None] + jnp.arange(T)[None]]
-    # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
-    x_ND = (params["wte"]["embedding"][tokens_BT] + wpe).astype(cfg.dtype).reshape(B * T, -1)
-    train = dropout_key is not None
+    shape = tokens_BT.shape
+    x_ND: Any = embed(cfg, params, tokens_BT, None if cache is None else cache.length_B)
+    block = Block(cfg, train=dropout_key is not None)
     keys_L = None
     if dropout_key is not None:
         dropout_key, embed_key = jax.random.split(dropout_key)
@@ -231,7 +238,6 @@ def hidden_states(
             {}, x_ND, rngs={"dropout": embed_key}
         )
         keys_L = jax.random.split(dropout_key, cfg.n_layer)
-    block = Block(cfg, train)
 
     if isinstance(params["h"], list):
         caches = []
@@ -242,7 +248,7 @@ def hidden_states(
             caches.append(layer_cache)
         if cache is not None:
             ks, vs = zip(*caches, strict=True)
-            cache = KVCache(ks, vs, cache.length_B + T)
+            cache = KVCache(ks, vs, cache.length_B + shape[1])
     else:
         assert cache is None, "decoding reads unstacked layers"
         unroll = cfg.unroll or cfg.n_layer
@@ -256,8 +262,8 @@ def hidden_states(
             # Unrolled, XLA would see the recomputed block beside the first and merge the two.
             apply_block = jax.checkpoint(apply_block, prevent_cse=unroll > 1)
         x_ND, _ = jax.lax.scan(apply_block, x_ND, (params["h"], keys_L), unroll=unroll)
-    y_ND: Any = LayerNorm(cfg).apply({"params": params["ln_f"]}, x_ND)
-    return y_ND, cache
+    x_ND = LayerNorm(cfg).apply({"params": params["ln_f"]}, x_ND)
+    return x_ND, cache
 
 
 def head(cfg: GPTConfig, params: Params, x_ND: Array) -> Array:

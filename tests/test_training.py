@@ -12,7 +12,7 @@ import pytest
 from gptjax import model, optimizer, sharding, training
 from gptjax.config import GPTConfig, TrainConfig
 
-from .conftest import init_params, scaled_params, tiny
+from .conftest import init_params, tiny
 
 RNG = np.random.default_rng(0)
 WINDOWS = RNG.integers(0, 61, (16, 8, 17)).astype(np.int32)  # steps, rows, T + 1
@@ -113,12 +113,19 @@ def test_dropout_depends_on_seed_and_step_alone() -> None:
 
 def test_step_counts_and_norm_is_before_the_clip() -> None:
     cfg = tiny()
-    state, _ = train(PLAIN[:3])
-    assert int(state.step) == 3
-    params = scaled_params(cfg, jax.random.key(0))
-    _, grads = training.loss_and_grad(cfg, params, PLAIN[0, 0], None)
+    config = TrainConfig(model=cfg, grad_clip=1e-3)
+    tx = optimizer.make_optimizer(config)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    state = jax.jit(functools.partial(training.init_state, cfg, tx))(jax.random.key(0))
+    shardings = sharding.tree_shardings(mesh, "data", state)
+    _, grads = jax.jit(training.loss_and_grad, static_argnums=0)(
+        cfg, state.params, PLAIN[0, 0], None
+    )
     norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
-    assert norm > 1
+    step = training.make_train_step(cfg, tx, mesh, shardings, seed=0)
+    state, metrics = step(state, PLAIN[0])
+    assert int(state.step) == 1
+    assert metrics["grad_norm"].tolist() == pytest.approx([norm], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
