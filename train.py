@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
         shape = {name: getattr(source.config.model, name) for name in SHAPE}
         shape["block_size"] = min(cfg.block_size, shape["block_size"])
         cfg = dataclasses.replace(cfg, **shape)
-    console = TrainConsole(resume_step or 0, config.max_iters)
+    console = TrainConsole(config.max_iters)
     with show_bytes(console.console) as progress:
         dataset = load_dataset(
             config.dataset,

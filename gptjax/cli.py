@@ -87,13 +87,13 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return main(argv) or 0
     except REFUSALS as error:
         code, text = error.exit_code, str(error)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:  # the disk, mostly
         code, text = 74, str(error)
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(text.split())}", file=sys.stderr)

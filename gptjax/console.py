@@ -37,21 +37,18 @@ def show_bytes(console: Console) -> Iterator[ReportProgress]:
 class TrainConsole:
     """Shows a run: `update` after each step, `note` for everything else."""
 
-    def __init__(self, start: int, total: int) -> None:
+    def __init__(self, total: int) -> None:
         self.console = Console(highlight=False)
-        self.start, self.total = start, total
-        self.began = time.monotonic()
-        self.live = None
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=4)
-            self.live.start()
+        self.total = total
+        self.first: tuple[int, float] | None = None  # the first update's step and time
+        self.live: Live | None = None  # begun by the first update
 
     def note(self, text: str) -> None:
         """Print a line, or several, above the bar."""
-        if self.live is None:
-            print(text, flush=True)
-        else:
+        if self.console.is_terminal:
             self.console.print(Text(printable(text)))
+        else:
+            print(text, flush=True)
 
     def update(self, step: int, fields: dict[str, str], *, log: bool) -> None:
         """Show `step` steps done with these fields, the important ones first.
@@ -59,7 +56,10 @@ class TrainConsole:
         Where there is no terminal, only with `log`.
         """
         eta = {"eta": self.eta(step)}
-        if self.live is not None:
+        if self.console.is_terminal:
+            if self.live is None:
+                self.live = Live(console=self.console, refresh_per_second=4)
+                self.live.start()
             self.live.update(self.bar(step, fields | eta))
         elif log:
             shown = [f"{name} {value}" for name, value in (fields | eta).items()]
@@ -67,10 +67,13 @@ class TrainConsole:
 
     def eta(self, step: int) -> str:
         """Time left at the pace so far."""
-        if step <= self.start:
+        now = time.monotonic()
+        if self.first is None:  # what came before was compiling
+            self.first = step, now
+        done = step - self.first[0]
+        if not done:
             return "-"
-        pace = (time.monotonic() - self.began) / (step - self.start)
-        seconds = round(pace * (self.total - step))
+        seconds = round((now - self.first[1]) / done * (self.total - step))
         hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
