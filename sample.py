@@ -10,9 +10,10 @@ import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 import jax
 
 from gptjax import cli, model, sampling
-from gptjax.config import PRESETS, DType, GPTConfig, SampleConfig, require_range
+from gptjax.config import DType, GPTConfig, SampleConfig, require_range
 from gptjax.console import printable
 from gptjax.errors import UsageError
+from gptjax.presets import PRESETS
 from gptjax.run_folder import load_run
 from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import batches, checkpoint, cli, metrics, model, sampling, sharding, training
-from gptjax.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, load_config, to_json
+from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
 from gptjax.console import TrainConsole, show_bytes
 from gptjax.data import load_dataset
 from gptjax.errors import NonFiniteError, UsageError
 from gptjax.optimizer import make_optimizer, make_schedule
+from gptjax.presets import PRESETS
 from gptjax.run_folder import Run, load_run
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import model, sampling
-from gptjax.config import PRESETS, SampleConfig
+from gptjax.config import SampleConfig
+from gptjax.presets import PRESETS
 
 CONTEXT = 256
 STEPS = 16

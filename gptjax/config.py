@@ -1,4 +1,4 @@
-"""Every setting as a frozen dataclass; presets are literals."""
+"""Every setting as a frozen dataclass that refuses values out of range."""
 
 import dataclasses
 import json
@@ -237,113 +237,6 @@ class SampleConfig:
             value = getattr(self, name)
             rule = "must be above 0" + (f" and at most {top:g}" if top < math.inf else "")
             require(math.isfinite(value) and 0 < value <= top, name, value, rule)
-
-
-GPT2_124M = GPTConfig()
-GPT2_RECIPE = TrainConfig(  # nanoGPT's and llm.c's: half a million tokens a step, 300 B in all
-    dataset="data/openwebtext",
-    tokenizer="gpt2",
-    model=GPT2_124M,
-    max_iters=600_000,
-    batch_size=16,
-    gradient_accumulation_steps=32,
-    learning_rate=6e-4,
-    min_lr=6e-5,
-    warmup_iters=2000,
-    eval_interval=1000,
-    eval_iters=200,
-    sample_interval=5000,
-    checkpoint_interval=1000,
-    out_dir="out/gpt2",
-)
-
-# A preset's comment gives command, hardware, time and final loss as measured, and nothing else.
-PRESETS = {
-    # QUICKSTART_COMMENT
-    "quickstart": TrainConfig(
-        model=GPTConfig(
-            n_layer=4, n_head=3, n_embd=96, block_size=96, vocab_multiple=1, bias=False
-        ),
-        max_iters=1600,
-        batch_size=8,
-        optimizer="muon",
-        muon_learning_rate=0.03,
-        learning_rate=3e-3,
-        min_lr=1.5e-4,
-        warmup_iters=100,
-        eval_interval=400,
-        eval_iters=0,
-        log_interval=20,
-        sample_interval=400,
-        checkpoint_interval=400,
-    ),
-    # python train.py shakespeare_char: nanoGPT's preset of this name; not yet measured
-    "shakespeare_char": TrainConfig(
-        dataset="tinyshakespeare",
-        model=GPTConfig(
-            n_layer=6,
-            n_head=6,
-            n_embd=384,
-            block_size=256,
-            vocab_multiple=1,
-            bias=False,
-            dropout=0.2,
-        ),
-        max_iters=5000,
-        batch_size=64,
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        beta2=0.99,
-        out_dir="out/shakespeare_char",
-    ),
-    # python train.py gpt2 --batch_size=... --gradient_accumulation_steps=...: keep their product at
-    # 512, with as large a batch as the devices hold; not yet measured, nor are its larger sisters
-    "gpt2": GPT2_RECIPE,
-    "gpt2_medium": dataclasses.replace(
-        GPT2_RECIPE,
-        model=dataclasses.replace(GPT2_124M, n_layer=24, n_head=16, n_embd=1024),
-        learning_rate=3e-4,
-        min_lr=3e-5,
-        out_dir="out/gpt2_medium",
-    ),
-    "gpt2_large": dataclasses.replace(
-        GPT2_RECIPE,
-        model=dataclasses.replace(GPT2_124M, n_layer=36, n_head=20, n_embd=1280),
-        learning_rate=2.5e-4,
-        min_lr=2.5e-5,
-        batch_size=8,
-        gradient_accumulation_steps=64,
-        out_dir="out/gpt2_large",
-    ),
-    "gpt2_xl": dataclasses.replace(
-        GPT2_RECIPE,
-        model=dataclasses.replace(GPT2_124M, n_layer=48, n_head=25, n_embd=1600),
-        learning_rate=2e-4,
-        min_lr=2e-5,
-        batch_size=8,
-        gradient_accumulation_steps=64,
-        out_dir="out/gpt2_xl",
-    ),
-    # python train.py finetune_gpt2 --init_from=RUN: nanoGPT's recipe on a trained run; not yet
-    # measured
-    "finetune_gpt2": TrainConfig(
-        dataset="tinyshakespeare",
-        tokenizer="gpt2",
-        init_from="out/gpt2",
-        max_iters=20,
-        batch_size=1,
-        gradient_accumulation_steps=32,
-        learning_rate=3e-5,
-        min_lr=3e-5,
-        schedule="constant",
-        warmup_iters=0,
-        eval_interval=5,
-        eval_iters=40,
-        sample_interval=10,
-        checkpoint_interval=0,
-        out_dir="out/finetune_gpt2",
-    ),
-}
 
 
 def to_json(config: TrainConfig) -> str:

@@ -12,8 +12,9 @@ import pytest
 import sample
 import train
 from gptjax import cli
-from gptjax.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, load_config, to_json
+from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
 from gptjax.errors import REFUSALS, UsageError
+from gptjax.presets import PRESETS
 
 
 @pytest.fixture(autouse=True)

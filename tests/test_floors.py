@@ -12,7 +12,7 @@ from .conftest import ROOT
 FLOORS = [
     {"errors"},
     {"config", "tokenizer", "attention", "kv_cache", "loss", "sharding", "files"},
-    {"model", "batches", "text", "optimizer", "checkpoint", "metrics"},
+    {"presets", "model", "batches", "text", "optimizer", "checkpoint", "metrics"},
     {"data", "training", "sampling", "run_folder"},
     {"cli", "console"},
     {"train", "sample"},
