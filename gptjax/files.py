@@ -1,19 +1,23 @@
-"""Files that are whole or not there: downloads checked by hash, atomic replacement, the cache."""
+"""Files and what may be wrong with them: downloads by hash, atomic replacement, JSON, the cache."""
 
 import contextlib
+import fcntl
 import hashlib
 import http.client
+import json
 import os
+import socket
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from gptjax.errors import DataError
+from gptjax.errors import DataError, OutputError
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
+JSON_LIMIT = 2**24  # bytes; GPT-2's largest JSON, its vocabulary, has a million
 
 
 def cache_dir() -> Path:
@@ -39,6 +43,30 @@ def replacing(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[I
             Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this file, which the kernel frees whatever becomes of the process.
+
+    On a network file system a lock may not reach other hosts; the file names its holder.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise OutputError(
+                f"{path.parent} is in use by {holder}; wait for its end, or take another --out_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def download(
@@ -88,3 +116,28 @@ def download(
 
 class Damaged(Exception):
     """Bytes arrived, but not the ones that were asked for: worth a second try."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for; DataError unless it is one, and small."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise ValueError(f"larger than {JSON_LIMIT:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=once, parse_constant=refuse_constant)
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"cannot read {path.name} ({path}): {reason}") from error
+    return found

@@ -138,5 +138,5 @@ def is_complete(folder: Path) -> bool:
     try:
         counts = json.loads((folder / "meta.json").read_text())["tokens"]
         return all((folder / f"{s}.bin").stat().st_size == 2 * n for s, n in counts.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return False

@@ -4,8 +4,10 @@ import base64
 import codecs
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +18,13 @@ import tiktoken
 from gptjax.errors import DataError, UsageError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_FILES = ("encoder.json", "vocab.json", "tokenizer.json")  # OpenAI's, Hugging Face's
 # Of GPT-2's 50256 byte strings in order of rank, each in base64 and followed by a newline.
 GPT2_SHA256 = "9f5c51677dd3f37bbf0ab2017579262cac437eb5f140a8efb53a235dbdb3ce0b"
 # GPT-2's pattern: contractions, then runs of letters, digits, other signs, and white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# tiktoken's matcher panics where it would have to take back a million steps.
+TOO_MUCH_SPACE = re.compile(r"(?<!\s)\s{900000}")
 
 
 class Tokenizer(Protocol):
@@ -150,6 +155,12 @@ class GPT2Tokenizer:
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         to_utf8(text)  # tiktoken would silently replace a lone surrogate
+        space = TOO_MUCH_SPACE.search(text)
+        if space:
+            raise DataError(
+                f"the 900,000 characters from {space.start()} on are all white space, more than "
+                "GPT-2's tokenizer can take; shorten it, or take --tokenizer=byte"
+            )
         if allow_special:
             return np.array(self.encoding.encode(text, allowed_special="all"), np.int32)
         return np.array(self.encoding.encode_ordinary(text), np.int32)
@@ -210,23 +221,24 @@ def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:
 
 
 def read_gpt2_files(folder: Path) -> GPT2Tokenizer:
-    """Read encoder.json, or the same file under Hugging Face's name vocab.json.
+    """Read encoder.json, or the same under Hugging Face's name vocab.json or in its tokenizer.json.
 
     It holds every token with its id. The merges beside it (vocab.bpe, merges.txt) say the same
     again, since an id is the rank of its merge, so they are not read: the hash proves the rest.
     """
-    files = [folder / name for name in ("encoder.json", "vocab.json")]
+    files = [folder / name for name in GPT2_FILES]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise UsageError(f"--tokenizer_dir={folder}: has no encoder.json (nor vocab.json)")
     try:
-        id_of: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        id_of: dict[str, int] = found["model"]["vocab"] if path.name == GPT2_FILES[-1] else found
         id_of.pop(END_OF_TEXT, None)
         byte_of = byte_alphabet()
         tokens = [
             bytes(byte_of[c] for c in token) for token in sorted(id_of, key=lambda t: id_of[t])
         ]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"not GPT-2's vocabulary ({path}): {error!r}; get it again") from error
     return GPT2Tokenizer(tokens, str(path))
 
@@ -241,20 +253,52 @@ def byte_alphabet() -> dict[str, int]:
     return byte_of | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, whole or not at all."""
-    temporary = folder / f"tokenizer.json.{os.getpid()}.tmp"
+def gpt2_spelling(tokenizer: GPT2Tokenizer) -> list[str]:
+    """Every token in the printable alphabet of GPT-2's files, by id."""
+    letter = {byte: character for character, byte in byte_alphabet().items()}
+    return ["".join(letter[b] for b in token) for token in tokenizer.tokens] + [END_OF_TEXT]
+
+
+def gpt2_merges(tokenizer: GPT2Tokenizer) -> list[str]:
+    """The merges of vocab.bpe in their order, as `left right`.
+
+    The ranks imply them: a token's last merge joins what the merges before it make of its bytes.
+    """
+    rank = {token: i for i, token in enumerate(tokenizer.tokens)}
+    spelling = gpt2_spelling(tokenizer)
+    merges = []
+    for token in tokenizer.tokens[256:]:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [rank.get(a + b, len(rank)) for a, b in itertools.pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append(" ".join(spelling[rank[part]] for part in parts))
+    return merges
+
+
+def write_gpt2_files(tokenizer: GPT2Tokenizer, folder: Path) -> None:
+    """vocab.json and merges.txt, as Hugging Face has them."""
+    vocab = {token: i for i, token in enumerate(gpt2_spelling(tokenizer))}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *gpt2_merges(tokenizer)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.json") -> None:
+    """Write the tokenizer's file, whole or not at all."""
+    temporary = folder / f"{name}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(tokenizer.to_json()) + "\n", encoding="utf-8")
-    temporary.replace(folder / "tokenizer.json")
+    temporary.replace(folder / name)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer.json of a run or data folder; DataError if it is missing or damaged."""
-    path = folder / "tokenizer.json"
+def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
+    """Read the tokenizer file of a run or data folder; DataError if it is missing or damaged."""
+    path = folder / name
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return READERS[fields["kind"]](fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, (OSError, DataError)) else repr(error)
         raise DataError(f"cannot read the tokenizer ({path}): {reason}") from error
 

@@ -99,6 +99,15 @@ def test_lone_surrogate_is_refused(gpt2: tok.GPT2Tokenizer, kind: str) -> None:
         tokenizer.encode("a\ud800")
 
 
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_endless_white_space_is_refused(gpt2: tok.GPT2Tokenizer, allow_special: bool) -> None:
+    """tiktoken would panic; just below the limit it gives back what went in."""
+    text = "a " + "\n" * 899_997 + " b"
+    assert tok.decode(gpt2, gpt2.encode(text, allow_special=allow_special)) == text
+    with pytest.raises(DataError, match="900,000 characters from 1 on are all white space"):
+        gpt2.encode(text[:-1] + "\tb", allow_special=allow_special)
+
+
 def test_ids_outside_the_vocabulary_are_refused(gpt2: tok.GPT2Tokenizer) -> None:
     for tokenizer in (tok.ByteTokenizer(), tok.CharTokenizer("ab"), gpt2):
         for bad in (-1, tokenizer.n_vocab):

@@ -1,0 +1,198 @@
+"""GPT-2 in and out: `python convert_gpt2.py import|export|verify ...`; `--help` after each."""
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gptjax  # noqa: F401  (before jax: it sets up the allocator)
+
+# isort: split
+from gptjax import cli, model
+from gptjax.config import require
+from gptjax.console import print_table
+from gptjax.convert import (
+    SourceConfig,
+    export_run,
+    import_run,
+    open_weights,
+)
+from gptjax.errors import DataError, UsageError
+from gptjax.gpt2_tensors import read_params
+from gptjax.presets import PRESETS
+from gptjax.run_folder import load_run
+from gptjax.verify import (
+    Check,
+    check_sizes,
+    first_difference,
+    load_reference,
+    verify,
+    write_random_model,
+)
+
+PROG = "convert_gpt2.py"
+USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN
+       python convert_gpt2.py export RUN --to=hf|llmc|gguf --out_dir=DIR
+       python convert_gpt2.py verify RUN --against=SOURCE
+       python convert_gpt2.py verify --self_test
+SOURCE is a name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...),
+a folder of its format or of OpenAI's original one, nanoGPT's ckpt.pt or llm.c's .bin. RUN is a run
+folder, which train.py --init_from=RUN and sample.py --out_dir=RUN read. --help after a command
+lists its flags."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig(SourceConfig):
+    """Make a run folder of a model in any format."""
+
+    out_dir: str = ""
+    """the run folder to make"""
+    debug: bool = False
+    """show a traceback where an error would be one line"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's model in another format."""
+
+    to: str = "hf"
+    """hf (transformers), llmc (llm.c's .bin) or gguf (llama.cpp)"""
+    out_dir: str = ""
+    """the folder to make"""
+    checkpoint: str = "best"
+    """best, latest or the number of a step"""
+    debug: bool = False
+    """show a traceback where an error would be one line"""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig(SourceConfig):
+    """Compare a run with transformers' model of the same weights."""
+
+    against: str = ""
+    """the source that the run was imported from, or was exported to"""
+    checkpoint: str = "best"
+    """best, latest or the number of a step"""
+    self_test: bool = False
+    """compare on random weights, which needs neither a run nor the network"""
+    size: str = "gpt2"
+    """of the self-test: tiny, or a preset such as gpt2 or gpt2_xl"""
+    json: bool = False
+    """the report as JSON"""
+    debug: bool = False
+    """show a traceback where an error would be one line"""
+
+
+def import_command(name: str, argv: list[str]) -> int:
+    """Import, and say what came out."""
+    config = cli.parse(
+        ImportConfig, argv, ImportConfig(), "Import a GPT-2.", f"{PROG} import SOURCE"
+    )
+    require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to make")
+    began = time.monotonic()
+    run, digests = import_run(name, Path(config.out_dir), config)
+    for file, digest in digests.items():
+        print(f"sha256 {digest} {file}")
+    print(
+        f"{model.count_params(run.config.model):,} parameters, {run.tokenizer.kind} tokenizer, "
+        f"in {time.monotonic() - began:.1f} s\n"
+        f"next: python sample.py --out_dir={config.out_dir}\n"
+        f"  or: python convert_gpt2.py verify {config.out_dir} --against={name}"
+    )
+    return 0
+
+
+def export_command(name: str, argv: list[str]) -> int:
+    """Export, and list the files."""
+    config = cli.parse(ExportConfig, argv, ExportConfig(), "Export a run.", f"{PROG} export RUN")
+    require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to make")
+    export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint)
+    for path in sorted(Path(config.out_dir).iterdir()):
+        print(f"{path.stat().st_size:>14,} {path}")
+    return 0
+
+
+def verify_command(name: str, argv: list[str]) -> int:
+    """Compare; exit code 65 and the first difference unless every gate holds."""
+    config = cli.parse(VerifyConfig, argv, VerifyConfig(), "Verify a run.", f"{PROG} verify RUN")
+    if config.self_test:
+        sizes = {
+            "tiny": dataclasses.replace(PRESETS["quickstart"].model, n_layer=2, vocab_size=256)
+        }
+        sizes |= {name: preset.model for name, preset in PRESETS.items() if name != "finetune_gpt2"}
+        require(config.size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
+        cfg = dataclasses.replace(sizes[config.size], bias=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_random_model(cfg, Path(folder))
+            source, _ = open_weights(folder, config)
+            checks = verify(source.cfg, read_params(source), load_reference(source))
+        name = config.size
+    else:
+        require(bool(name), "against", config.against, "name a run folder before the flags")
+        require(bool(config.against), "against", config.against, "name what to compare with")
+        source, _ = open_weights(config.against, config)
+        run = load_run(Path(name), config.checkpoint)
+        check_sizes(run.config.model, source)
+        checks = verify(run.config.model, run.params, load_reference(source))
+    first = first_difference(checks)
+    if config.json:
+        report = [{**check._asdict(), "ok": check.ok} for check in checks]
+        for entry in report:  # JSON has no NaN
+            entry["difference"] = (
+                entry["difference"] if math.isfinite(entry["difference"]) else None
+            )
+        where = None if first is None else f"{first.group} {first.name}"
+        print(json.dumps({"ok": first is None, "first_difference": where, "checks": report}))
+    else:
+        show(checks)
+    if first is not None:
+        raise DataError(
+            f"{name} is not the model it is compared with: they part at {first.group} "
+            f"{first.name}, difference {first.difference:.2g}, allowed {first.allowed:.2g}"
+        )
+    return 0
+
+
+def show(checks: list[Check]) -> None:
+    """Print the report for people."""
+    rows = [
+        [
+            c.group,
+            c.name,
+            str(c.shape),
+            f"{c.difference:.2g}",
+            f"{c.allowed:.2g}",
+            "ok" if c.ok else "NO",
+        ]
+        for c in checks
+    ]
+    header = ["what", "name", "shape", "difference", "allowed", ""]
+    print_table(header, rows, [not check.ok for check in checks])
+    good = sum(check.ok for check in checks)
+    print(f"{good} of {len(checks)} comparisons hold")
+
+
+COMMANDS = {"import": import_command, "export": export_command, "verify": verify_command}
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise UsageError(f"unknown command {command}: there are {', '.join(COMMANDS)}")
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+    if not name and command != "verify" and "--help" not in rest:
+        raise UsageError(f"{command}: name what to {command}; --help shows how")
+    return COMMANDS[command](name, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

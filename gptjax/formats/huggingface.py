@@ -1,0 +1,253 @@
+"""Hugging Face's format: a folder with config.json beside safetensors files."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gptjax.config import GPTConfig
+from gptjax.errors import DataError
+from gptjax.files import read_json
+from gptjax.gpt2_tensors import (
+    FLOATS,
+    LIMITS,
+    Params,
+    Source,
+    make_config,
+    named_tensors,
+    size_problems,
+    slots,
+)
+from gptjax.torch_file import load_torch, tensor_table, to_numpy
+
+Table = dict[str, tuple[tuple[int, ...], str]]
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which is no weight
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+# What a field may say for the model to be the one that gptjax computes.
+MUST_BE: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+# Fields that change nothing here: dropout, which training sets by its own flag, precision of the
+# softmax, which is float32 with us, and what concerns other heads, generation and bookkeeping.
+IGNORED = {
+    "_name_or_path",
+    "_num_labels",
+    "architectures",
+    "attn_pdrop",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "label2id",
+    "n_ctx",
+    "n_special",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "pad_token_id",
+    "predict_special_tokens",
+    "problem_type",
+    "reorder_and_upcast_attn",
+    "resid_pdrop",
+    "return_dict",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
+    """The model that a config.json describes.
+
+    Raises:
+        DataError: it describes another architecture, sizes beyond belief, or has fields that
+            gptjax does not know, all listed at once.
+    """
+    sizes: dict[str, Any] = {name: fields.get(name) for name in LIMITS}
+    sizes["block_size"] = fields.get("n_positions", fields.get("n_ctx"))
+    problems = size_problems(sizes)
+    ours = fields.get("gptjax") or {}
+    for name, allowed in MUST_BE.items():
+        if name in fields and fields[name] not in allowed:
+            problems.append(f"{name}={fields[name]!r}, gptjax computes {allowed[0]!r}")
+    if not isinstance(ours, dict) or not set(ours) <= {"bias", "vocab_multiple"}:
+        problems.append(f"gptjax={ours!r}, expected bias and vocab_multiple")
+        ours = {}
+    multiple = ours.get("vocab_multiple", 128)
+    if type(multiple) is not int or not 1 <= multiple <= 2**16:
+        problems.append(f"gptjax.vocab_multiple={multiple!r}, expected 1 to {2**16:,}")
+    inner = fields.get("n_inner")
+    if inner is not None and not problems and inner != 4 * sizes["n_embd"]:
+        problems.append(f"n_inner={inner!r}, gptjax computes 4 n_embd")
+    known = {"n_positions", "n_inner", "gptjax"} | set(MUST_BE) | set(LIMITS) | IGNORED
+    problems += [f"{name}={fields[name]!r} is unknown" for name in fields if name not in known]
+    if problems:
+        raise DataError(f"cannot use this model ({where}): {'; '.join(problems)[:2000]}")
+    bias = ours.get("bias", True) is not False
+    return make_config(sizes, where, vocab_multiple=multiple, bias=bias)
+
+
+def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
+    """config.json for transformers; `gptjax` in it keeps what the format has no words for."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_embd": cfg.n_embd,
+        "n_positions": cfg.block_size,
+        "vocab_size": cfg.vocab_size,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": cfg.dropout,
+        "embd_pdrop": cfg.dropout,
+        "resid_pdrop": cfg.dropout,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "gptjax": {"bias": cfg.bias, "vocab_multiple": cfg.vocab_multiple},
+    }
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, allow_pickle: bool = False) -> Source:
+    """The model of a folder, from one file or from shards.
+
+    Raises:
+        DataError: a file is missing or damaged, or is not GPT-2.
+        UsageError: there is only a pickle, and pickles are not allowed.
+    """
+    cfg = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    paths, mapped = weight_files(folder)
+    table: Table = {}
+    readers: dict[str, Callable[[], np.ndarray]] = {}
+    problems = []
+    for path in paths:
+        found, read = open_file(path, allow_pickle)
+        for stored, entry in found.items():
+            tensor = stored.removeprefix("transformer.")
+            if BUFFER.fullmatch(tensor):
+                continue
+            if tensor in table:
+                problems.append(f"{stored} is stored twice")
+            if mapped is not None and mapped.get(stored) != path.name:
+                problems.append(f"{stored} is in {path.name}, the index says {mapped.get(stored)}")
+            table[tensor] = entry
+            readers[tensor] = lambda read=read, stored=stored: read(stored)  # type: ignore[misc]
+    if problems:
+        raise DataError(f"cannot use this checkpoint ({folder}): {'; '.join(problems)}")
+    if not cfg.bias:
+        drop_zero_biases(cfg, table, readers, folder)
+    files = tuple(paths)
+    return Source(cfg, table, lambda name: readers[name](), None, str(folder), files, is_hf=True)
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of a folder's weights and, for shards, which of them holds which tensor.
+
+    Raises:
+        DataError: there are none, or the index of the shards is damaged.
+    """
+    names = [w for weights in WEIGHTS for w in (weights, f"{weights}.index.json")]
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        raise DataError(f"no weights ({folder}): expected one of {', '.join(names)}")
+    if not name.endswith(".index.json"):
+        return [inside(folder, name)], None
+    mapped = read_json(folder / name).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise DataError(f"has no weight_map ({folder / name})")
+    return [inside(folder, file) for file in sorted({str(v) for v in mapped.values()})], mapped
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of this name in the folder; DataError if it would lie anywhere else."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # the Hub's cache links its snapshots to its blobs
+        root = root.parent.parent
+    path = folder / name
+    plain = Path(name).name == name and name not in ("", "..")
+    try:
+        ok = plain and path.resolve().is_relative_to(root)
+    except (ValueError, OSError, RuntimeError):  # a NUL, a surrogate, a circle of links
+        ok = False
+    if not ok:
+        raise DataError(f"refusing {name!r} ({folder}): not a plain file of this folder")
+    return path
+
+
+def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np.ndarray]]:
+    """What a weight file holds, and a function that reads one tensor of it."""
+    if path.suffix == ".bin":
+        state = load_torch(path, allow_pickle)
+        return tensor_table(state, path), lambda name: to_numpy(state[name])
+
+    def read(name: str) -> np.ndarray:
+        # Opened anew each time: what was read stays in memory until the file is closed.
+        with safe_open(path, "np") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {
+                name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"cannot read the weights ({path}): {error}") from error
+    return found, read
+
+
+def drop_zero_biases(
+    cfg: GPTConfig, table: Table, readers: dict[str, Callable[[], np.ndarray]], folder: Path
+) -> None:
+    """Drop the zeros that `write_folder` stores for a model without biases; DataError if not 0."""
+    with_biases = {slot.name: slot.shape for slot in slots(dataclasses.replace(cfg, bias=True))}
+    for name, (shape, dtype) in list(table.items()):
+        if name.endswith(".bias") and with_biases.get(name) == shape and dtype in FLOATS:
+            if np.any(readers.pop(name)()):
+                raise DataError(f"{name} is not zero, but config.json says bias false ({folder})")
+            del table[name]
+
+
+def write_folder(folder: Path, cfg: GPTConfig, params: Params, eot: int | None) -> None:
+    """config.json and model.safetensors, float32, as transformers reads them."""
+    text = json.dumps(format_config(cfg, eot), indent=2) + "\n"
+    (folder / "config.json").write_text(text)
+    tensors = {f"transformer.{name}": array for name, array in named_tensors(cfg, params)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

