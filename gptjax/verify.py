@@ -1,0 +1,332 @@
+"""Our model against transformers', tensor by tensor and layer by layer.
+
+N tokens of the probe in all, D width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import model, sampling, training
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.errors import DataError, NonFiniteError, UsageError
+from gptjax.gpt2_tensors import LIMITS, Source, check_tensors, find, named_tensors, read_params
+
+PROBE = (2, 64)  # rows and tokens of the probe, shorter where the context is
+GREEDY = 20  # tokens continued
+TOLERANCE = 1e-5  # of activations, logits and gradients, relative to the largest (at least 1)
+KL_TOLERANCE = 1e-6  # nats per token; float32's noise gives below 1e-8
+HALF_TOLERANCE = 1.5  # times PyTorch's own error in bfloat16
+
+
+class Check(NamedTuple):
+    """One comparison; NaN in either model fails it."""
+
+    group: str  # tensor, activation, logits, gradient or tokens
+    name: str
+    shape: tuple[int, ...]
+    difference: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two models agree here."""
+        return self.difference <= self.allowed
+
+
+def first_difference(checks: list[Check]) -> Check | None:
+    """Where the models part, in the order of computation."""
+    return next((check for check in checks if not check.ok), None)
+
+
+def compare(group: str, name: str, ours: Any, theirs: Any, tolerance: float) -> Check:
+    """The largest difference, allowed to be tolerance * max(1, largest value of theirs).
+
+    A gradient has no such 1: its size says nothing about its error.
+    """
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if a.shape != b.shape:
+        return Check(group, name, a.shape, float("nan"), 0.0)
+    largest = float(np.max(np.abs(b)))
+    allowed = tolerance * (largest if group == "gradient" else max(1.0, largest))
+    return Check(group, name, a.shape, float(np.max(np.abs(a - b))), allowed)
+
+
+# ---- Their side ----------------------------------------------------------------------------------
+
+
+def load_reference(source: Source) -> Any:
+    """transformers' GPT2LMHeadModel with the source's weights, float32, eager attention.
+
+    It reads a folder of its own format by itself; for other formats it is given our reader's
+    tensors.
+
+    Raises:
+        UsageError: transformers or PyTorch is not installed.
+        DataError: the source has other tensors than it should (see `check_tensors`), at which
+            transformers would shrug.
+    """
+    torch, transformers = import_reference()
+    check_tensors(source)
+    how: Any = {"attn_implementation": "eager", "dtype": torch.float32}
+    if source.is_hf:
+        reference = transformers.GPT2LMHeadModel.from_pretrained(source.where, **how)
+    else:
+        reference = transformers.GPT2LMHeadModel(reference_config(source.cfg))
+        state = {
+            f"transformer.{name}": torch.from_numpy(np.array(source.read(name), np.float32))
+            for name in source.tensors
+            if name != "lm_head.weight"
+        }
+        reference.load_state_dict(state, strict=False)
+        reference.tie_weights()
+    return reference.eval()
+
+
+def import_reference() -> tuple[Any, Any]:
+    """torch and transformers, without progress bars and advice; UsageError if they are missing."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UsageError("verify needs transformers; pip install 'gptjax[verify]'") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch, transformers
+
+
+def reference_config(cfg: GPTConfig) -> Any:
+    """transformers' config of the same model."""
+    from transformers import GPT2Config
+
+    fields: Any = {"attn_implementation": "eager"}
+    return GPT2Config(
+        vocab_size=cfg.vocab_size,
+        n_positions=cfg.block_size,
+        n_embd=cfg.n_embd,
+        n_layer=cfg.n_layer,
+        n_head=cfg.n_head,
+        bos_token_id=None,
+        eos_token_id=None,
+        **fields,
+    )
+
+
+def reference_activations(reference: Any, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
+    """What every part of the model puts out, by name, and the logits (still a torch tensor)."""
+    import torch
+
+    gpt2 = reference.transformer
+    parts = {"embeddings": gpt2.drop}
+    for i, block in enumerate(gpt2.h):
+        parts |= {f"h.{i}.{name}": getattr(block, name) for name in ("ln_1", "attn", "ln_2", "mlp")}
+        parts[f"h.{i}"] = block
+    parts["ln_f"] = gpt2.ln_f
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        found[name] = output.detach().float().numpy().copy()
+
+    hooks = [
+        part.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        for name, part in parts.items()
+    ]
+    logits = reference(torch.from_numpy(tokens)).logits
+    for hook in hooks:
+        hook.remove()
+    return found, logits
+
+
+def reference_greedy(reference: Any, tokens: np.ndarray, count: int) -> list[int]:
+    """The likeliest continuation, every token from the whole context."""
+    import torch
+
+    ids = torch.from_numpy(tokens)[None]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(tokens) :].tolist()
+
+
+# ---- Our side ------------------------------------------------------------------------------------
+
+
+def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dict[str, Any]:
+    """What every part of our model puts out, by the same names."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run_block(layer: Any, x_ND: jax.Array, shape: tuple[int, int]) -> Any:
+        variables = {"params": layer}
+        (y_ND, _), kept = model.Block(cfg).apply(
+            variables, x_ND, shape, capture_intermediates=True, mutable="intermediates"
+        )
+        return y_ND, kept["intermediates"]
+
+    x_ND: Any = model.embed(cfg, params, jnp.asarray(tokens), None)
+    found = {"embeddings": x_ND}
+    for i, layer in enumerate(model.unstack_layers(params, cfg.n_layer)["h"]):
+        x_ND, kept = run_block(layer, x_ND, tokens.shape)
+        for name in ("ln_1", "attn", "ln_2", "mlp"):
+            output = kept[name]["__call__"][0]
+            found[f"h.{i}.{name}"] = output[0] if name == "attn" else output
+        found[f"h.{i}"] = x_ND
+    found["ln_f"] = model.LayerNorm(cfg).apply({"params": params["ln_f"]}, x_ND)
+    return {name: np.asarray(value).reshape(*tokens.shape, -1) for name, value in found.items()}
+
+
+# ---- Both ----------------------------------------------------------------------------------------
+
+
+def verify(cfg: GPTConfig, params: model.Params, reference: Any) -> list[Check]:
+    """Every comparison, in the order of computation.
+
+    Args:
+        cfg: our model; compute dtype and attention are chosen here.
+        params: its parameters.
+        reference: from `load_reference`; its weights are cast to bfloat16 in the end.
+
+    Returns:
+        For each tensor whether it is bit-equal; for each part of each block its output, for the
+        logits their difference, the KL divergence per token and the share of positions where the
+        likeliest token differs; the gradient of each parameter; the tokens of a greedy
+        continuation that differ; the error of the logits in bfloat16.
+    """
+    cfg = dataclasses.replace(cfg, dtype="float32", attention="xla", dropout=0.0)
+    rows, length = PROBE[0], min(PROBE[1], cfg.block_size)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length))
+    return [
+        *compare_tensors(cfg, params, reference),
+        *compare_outputs(cfg, params, reference, tokens),
+        *compare_gradients(cfg, params, reference, tokens),
+        compare_greedy(cfg, params, reference, tokens[0, : max(1, length // 4)]),
+        compare_half(cfg, params, reference, tokens),
+    ]
+
+
+def check_sizes(cfg: GPTConfig, source: Source) -> None:
+    """DataError if our model has not the source's sizes: then there is nothing to compare."""
+    sizes = [(name, getattr(cfg, name), getattr(source.cfg, name)) for name in LIMITS]
+    differing = [
+        f"{name} {ours} is {theirs} there" for name, ours, theirs in sizes if ours != theirs
+    ]
+    if differing:
+        raise DataError(f"not the same model as {source.where}: {', '.join(differing)}")
+
+
+def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Any) -> Iterator[Check]:
+    """Every weight under its published name: equal to the bit."""
+    state = reference.state_dict()
+    for name, ours in named_tensors(cfg, params):
+        yield compare("tensor", name, ours, state[f"transformer.{name}"], 0.0)
+
+
+def forward(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> np.ndarray:
+    """Our logits, without those of the padding."""
+    logits = jax.jit(model.forward, static_argnums=0)(cfg, params, tokens)[0]
+    return np.asarray(logits)[..., : cfg.vocab_size]
+
+
+def compare_outputs(
+    cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
+) -> Iterator[Check]:
+    """What each part puts out; then the logits by value, by KL divergence, by their largest."""
+    outputs, logits = reference_activations(reference, tokens)
+    for name, value in activations(cfg, params, tokens).items():
+        yield compare("activation", name, value, outputs[name], TOLERANCE)
+    ours, theirs = forward(cfg, params, tokens), logits.detach().numpy()
+    yield compare("logits", "largest difference", ours, theirs, TOLERANCE)
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    p, q = log_softmax(theirs), log_softmax(ours)
+    kl = float(np.sum(np.exp(p) * (p - q), axis=-1).max())
+    yield Check("logits", "KL per token", tokens.shape, kl, KL_TOLERANCE)
+    missed = float(np.mean(ours.argmax(-1) != theirs.argmax(-1)))
+    yield Check("logits", "share of other argmax", tokens.shape, missed, 0.0)
+
+
+def compare_gradients(
+    cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
+) -> Iterator[Check]:
+    """The gradient of the mean cross-entropy, parameter by parameter."""
+    import torch
+
+    logits = reference(torch.from_numpy(tokens[:, :-1])).logits
+    targets = torch.from_numpy(tokens[:, 1:]).flatten()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets).backward()
+    theirs = {
+        name.removeprefix("transformer."): parameter.grad.numpy()
+        for name, parameter in reference.named_parameters()
+        # A model without biases has zeros for them on their side.
+        if cfg.bias or not name.endswith(".bias")
+    }
+    shapes = {name: (grad.shape, grad.dtype.name) for name, grad in theirs.items()}
+    expected = read_params(Source(cfg, shapes, theirs.__getitem__, None, "gradients"))
+    ours = jax.jit(jax.grad(training.loss_fn, argnums=1), static_argnums=0)(cfg, params, tokens)
+    for path, grad in jax.tree_util.tree_leaves_with_path(ours):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        yield compare("gradient", name, grad, find(expected, name), TOLERANCE)
+
+
+def compare_greedy(
+    cfg: GPTConfig, params: model.Params, reference: Any, prompt: np.ndarray
+) -> Check:
+    """Tokens that differ in the likeliest continuation: our cached decoder, their full context."""
+    count = min(GREEDY, cfg.block_size - len(prompt))
+    pieces = sampling.generate(
+        cfg,
+        model.prepare_for_decoding(cfg, params),
+        [prompt.tolist()],
+        SampleConfig(temperature=0),
+        max_new_tokens=count,
+    )
+    try:
+        ours = np.concatenate(list(pieces), axis=1)[0].tolist()
+    except NonFiniteError:
+        return Check("tokens", "greedy continuation", (count,), float("nan"), 0.0)
+    theirs = reference_greedy(reference, prompt, count)
+    wrong = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return Check("tokens", "greedy continuation", (count,), wrong, 0.0)
+
+
+def compare_half(cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray) -> Check:
+    """Our logits' error in bfloat16, against PyTorch's error in bfloat16."""
+    import torch
+
+    with torch.no_grad():
+        exact = reference(torch.from_numpy(tokens)).logits.numpy()
+        theirs = reference.to(torch.bfloat16)(torch.from_numpy(tokens)).logits.float().numpy()
+    ours = forward(dataclasses.replace(cfg, dtype="bfloat16"), params, tokens)
+    error, their_error = (float(np.max(np.abs(half - exact))) for half in (ours, theirs))
+    return Check("logits", "in bfloat16", exact.shape, error, HALF_TOLERANCE * their_error)
+
+
+# ---- Without any weights at hand -----------------------------------------------------------------
+
+
+def write_random_model(cfg: GPTConfig, folder: Path, seed: int = 0) -> None:
+    """A random model that transformers itself writes, in which small mistakes show.
+
+    At GPT-2's initialisation an erf-GELU moves the logits by 2.5e-6, so weights are scaled up and
+    biases and LayerNorms are noisy.
+    """
+    torch, transformers = import_reference()
+    torch.manual_seed(seed)
+    random = transformers.GPT2LMHeadModel(reference_config(cfg))
+    scale = 8 if cfg.n_layer <= 4 else 3 if cfg.n_layer <= 12 else 2
+    with torch.no_grad():
+        for parameter in random.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    random.save_pretrained(folder)

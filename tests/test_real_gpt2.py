@@ -1,0 +1,184 @@
+"""What is published about the real GPT-2 124M, for whoever has its weights.
+
+    GPTJAX_GPT2_DIR=FOLDER pytest -m real_gpt2
+
+FOLDER is Hugging Face's (config.json, model.safetensors) or OpenAI's. The evaluations also want
+their files: GPTJAX_EVAL_DIR with wiki.test.raw and lambada_test.jsonl. Each fact names its source.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from gptjax import convert, evaluation, model, sampling, training, verify
+from gptjax.config import SampleConfig
+from gptjax.convert import SourceConfig
+from gptjax.run_folder import Run
+
+WEIGHTS = os.environ.get("GPTJAX_GPT2_DIR", "")
+FILES = Path(os.environ.get("GPTJAX_EVAL_DIR", "/no/such/folder"))
+pytestmark = [
+    pytest.mark.real_gpt2,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(
+        not WEIGHTS,
+        reason="needs GPT-2's weights: GPTJAX_GPT2_DIR=FOLDER pytest -m real_gpt2",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return convert.load_source(WEIGHTS)
+
+
+def continue_greedily(run: Run, prompts: list[str], count: int) -> list[str]:
+    cfg = model.resolve(run.config.model)
+    pieces = sampling.generate(
+        cfg,
+        model.prepare_for_decoding(cfg, run.params),
+        [run.tokenizer.encode(prompt).tolist() for prompt in prompts],
+        SampleConfig(temperature=0),
+        max_new_tokens=count,
+    )
+    new = np.concatenate(list(pieces), axis=1)
+    return [run.tokenizer.decode_bytes(row.tolist()).decode() for row in new]
+
+
+def test_it_is_gpt2(run: Run) -> None:
+    assert model.count_params(run.config.model) == 124_439_808
+
+
+def test_verify(run: Run) -> None:
+    reference = verify.load_reference(convert.open_source(WEIGHTS, SourceConfig()))
+    first = verify.first_difference(verify.verify(run.config.model, run.params, reference))
+    assert first is None, first
+
+
+def test_token_ids(run: Run) -> None:
+    """huggingface/transformers, tests/models/gpt2/test_modeling_gpt2.py, test_lm_generate_gpt2."""
+    expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688]
+    expected += [27262, 13, 198, 198, 464, 3290]
+    text = continue_greedily(run, ["The dog"], 18)[0]
+    assert run.tokenizer.encode("The dog" + text).tolist() == expected
+
+
+CONTINUATIONS = [  # prompt, continuation, source
+    (
+        "Hello, my dog is a little",
+        " bit of a mess. I'm not sure if he's going",
+        "transformers, test_modeling_gpt2.py, test_batch_generation",
+    ),
+    (
+        "Today, I",
+        "'m going to be doing a lot of research on this. I",
+        "the same",
+    ),
+    (
+        "Hello this is a long string",
+        " of words. I'm going to start with the first one.\n",
+        "transformers, test_modeling_flax_gpt2.py, test_batch_generation",
+    ),
+    ("Hey", ", I'm not sure if I'm going to be able to do", "the same"),
+    (
+        "The flying machine",
+        " is a small, lightweight, and lightweight aircraft that can be used for any type of",
+        "transformers, test_modeling_tf_gpt2.py, test_lm_generate_gpt2_greedy_xla",
+    ),
+    (
+        "Alan Turing theorized that computers would one day become",
+        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform "
+        "complex calculations, and it can perform these calculations in a way that is very similar "
+        "to the human brain.",
+        "jaymody/picoGPT, README",
+    ),
+    (
+        "Test",
+        ".java:784) at net.minecraft.",
+        "huggingface/text-generation-inference, server/tests/models/test_causal_lm.py",
+    ),
+]
+
+
+def test_continuations_as_one_ragged_batch(run: Run) -> None:
+    found = continue_greedily(run, [prompt for prompt, _, _ in CONTINUATIONS], 40)
+    for (prompt, expected, source), text in zip(CONTINUATIONS, found, strict=True):
+        assert text.startswith(expected), (prompt, text, source)
+
+
+def debug_windows() -> np.ndarray:
+    """llm.c's debug batch: 4 rows of 64 tokens and their successors.
+
+    GPTJAX_LLMC_BATCH names an .npz with x and y (B, T), or gpt2_124M_debug_state.bin of llm.c's
+    starter pack.
+    """
+    path = Path(os.environ.get("GPTJAX_LLMC_BATCH", ""))
+    if path.suffix == ".npz":
+        batch = np.load(path)
+        x, y = batch["x"], batch["y"]
+    elif path.suffix == ".bin":
+        header = np.fromfile(path, np.int32, 256)
+        B, T = int(header[2]), int(header[3])
+        x, y = np.fromfile(path, np.int32, 2 * B * T, offset=1024).reshape(2, B, T)
+    else:
+        pytest.skip("needs llm.c's debug batch: GPTJAX_LLMC_BATCH=gpt2_124M_debug_state.bin")
+    return np.concatenate([x, y[:, -1:]], axis=1)
+
+
+def test_llmcs_losses(run: Run) -> None:
+    """karpathy/llm.c, test_gpt2.c: AdamW steps on one batch, decay on every tensor."""
+    expected = [5.270007, 4.059707, 3.375123, 2.800783, 2.315382]
+    expected += [1.849029, 1.394656, 0.999147, 0.624080, 0.376511]
+    windows = debug_windows()
+    cfg = model.resolve(run.config.model)
+    optimizer = optax.adamw(1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+    params, state = run.params, optimizer.init(run.params)
+    value_and_grad = jax.jit(jax.value_and_grad(functools.partial(training.loss_fn, cfg)))
+    for step, wanted in enumerate(expected):
+        loss, grads = value_and_grad(params, windows)
+        ok = abs(float(loss) - wanted) <= 1e-2
+        assert ok, (step, float(loss), wanted)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+
+
+def read_file(name: str) -> str:
+    path = FILES / name
+    if not path.is_file():
+        pytest.skip(f"needs {name}: GPTJAX_EVAL_DIR=FOLDER")
+    return path.read_bytes().decode()
+
+
+def evaluate(run: Run, task: str, text: str) -> evaluation.Result:
+    cfg = model.resolve(run.config.model)
+    context = cfg.block_size
+    score = functools.partial(
+        evaluation.score_texts, cfg, run.params, context=context, batch_size=8
+    )
+    settings = evaluation.Settings(context, context, 0)
+    return getattr(evaluation, task)(score, run.tokenizer, text, settings)
+
+
+def test_wikitext2(run: Run) -> None:
+    """29.94 by transformers' method (its issue 13761), which leaves out each window's first token.
+
+    We score that token too, 1 in 1024, from no context: 29.94 becomes about 30.
+    """
+    lines = read_file("wiki.test.raw").split("\n")[:-1]
+    text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+    found = evaluate(run, "wikitext2", text)
+    assert found["tokens"] == 287_644
+    ok = abs(found["perplexity"] - 30.0) <= 0.2
+    assert ok, found
+
+
+def test_lambada(run: Run) -> None:
+    """Perplexity 40.06 and accuracy 0.3256: EleutherAI/lm-evaluation-harness, issue 2159."""
+    found = evaluate(run, "lambada", read_file("lambada_test.jsonl"))
+    ok = abs(found["perplexity"] - 40.06) <= 0.5 and abs(found["acc"] - 0.3256) <= 0.005
+    assert ok, found

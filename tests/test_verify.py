@@ -1,0 +1,230 @@
+"""verify says yes to GPT-2 and no to every mistake a converter makes."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import convert_gpt2
+from gptjax import attention, cli, convert, model, verify
+from gptjax.convert import SourceConfig
+from gptjax.errors import DataError
+from gptjax.gpt2_tensors import Source
+from gptjax.run_folder import Run
+from gptjax.verify import Check
+
+from .conftest import tiny
+from .test_formats import TF_GPT2
+
+CFG = tiny(vocab_size=256, vocab_multiple=128, block_size=64)
+BYTE = SourceConfig(tokenizer="byte")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that transformers wrote."""
+    path = tmp_path_factory.mktemp("random")
+    verify.write_random_model(CFG, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> Source:
+    return convert.open_source(str(folder), BYTE)
+
+
+@pytest.fixture(scope="module")
+def loaded_reference(source: Source) -> Any:
+    return verify.load_reference(source)
+
+
+@pytest.fixture
+def reference(loaded_reference: Any) -> Any:
+    return copy.deepcopy(loaded_reference)  # verify casts it to bfloat16
+
+
+@pytest.fixture
+def run(folder: Path) -> Iterator[Run]:
+    jax.clear_caches()  # a planted mistake must be traced, and must not outlive its test
+    yield convert.load_source(str(folder), BYTE)
+    jax.clear_caches()
+
+
+def failing(checks: list[Check]) -> set[str]:
+    return {check.group for check in checks if not check.ok}
+
+
+def test_the_same_model_passes(run: Run, reference: Any) -> None:
+    checks = verify.verify(run.config.model, run.params, reference)
+    assert not failing(checks), verify.first_difference(checks)
+    names = [check.name for check in checks if check.group == "activation"]
+    assert names[:6] == ["embeddings", "h.0.ln_1", "h.0.attn", "h.0.ln_2", "h.0.mlp", "h.0"]
+    assert names[-1] == "ln_f"
+    assert {check.group for check in checks} == {
+        *("tensor", "activation", "logits", "gradient", "tokens")
+    }
+
+
+# ---- Planted mistakes ----------------------------------------------------------------------------
+
+
+def change(path: str, function: Callable[[jax.Array], jax.Array]) -> Callable[..., None]:
+    """A mistake in a parameter."""
+
+    def plant(patch: pytest.MonkeyPatch, params: Any, reference: Any) -> None:
+        *parents, leaf = path.split("/")
+        for key in parents:
+            params = params[key]
+        params[leaf] = function(params[leaf])
+
+    return plant
+
+
+def replace(module: Any, name: str, value: Any) -> Callable[..., None]:
+    """A mistake in the code."""
+
+    def plant(patch: pytest.MonkeyPatch, params: Any, reference: Any) -> None:
+        if isinstance(module, dict):
+            patch.setitem(module, name, value)
+        else:
+            patch.setattr(module, name, value)
+
+    return plant
+
+
+def split_wrongly(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
+    """Heads interleaved: (K, H) instead of (H, K)."""
+
+    def wrong(x_BTHK: jax.Array) -> jax.Array:
+        B, T, H, K = x_BTHK.shape
+        return x_BTHK.reshape(B, T, K, H).swapaxes(2, 3)
+
+    y = attention.attend_xla(wrong(q), wrong(k), wrong(v), **kwargs)
+    return y.swapaxes(2, 3).reshape(y.shape)
+
+
+def swap_q_and_k(kernel: jax.Array) -> jax.Array:
+    q, k, v = jnp.split(kernel, 3, axis=-1)
+    return jnp.concatenate([k, q, v], axis=-1)
+
+
+def untie(patch: pytest.MonkeyPatch, params: Any, reference: Any) -> None:
+    """The reference has a head of its own, which we ignored."""
+    import torch
+
+    weight = reference.lm_head.weight.detach().clone()
+    weight[7] += 0.1
+    reference.lm_head.weight = torch.nn.Parameter(weight)
+
+
+MISTAKES: dict[str, tuple[Callable[..., None], str]] = {
+    # mistake -> how it is planted, the first activation or logit where the models part
+    "erf GELU": (
+        replace(model, "gelu", lambda x: nn.gelu(x, approximate=False)),
+        "activation h.0.mlp",
+    ),
+    "epsilon 1e-6": (replace(model, "EPSILON", 1e-6), "activation h.0.ln_1"),
+    "a square c_proj transposed": (
+        change("h/attn/c_proj/kernel", lambda w: w.swapaxes(1, 2)),
+        "activation h.0.attn",
+    ),
+    "q and k swapped": (change("h/attn/c_attn/kernel", swap_q_and_k), "activation h.0.attn"),
+    "shifted positions": (
+        change("wpe/embedding", lambda w: jnp.roll(w, 1, axis=0)),
+        "activation embeddings",
+    ),
+    "heads split wrongly": (
+        replace(attention.ATTENTION, "xla", split_wrongly),
+        "activation h.0.attn",
+    ),
+    "a missing bias": (change("h/attn/c_attn/bias", lambda b: b * 0), "activation h.0.attn"),
+    "layers in another order": (
+        lambda patch, params, reference: params.update(
+            h=jax.tree.map(lambda x: x[::-1], params["h"])
+        ),
+        "activation h.0.ln_1",
+    ),
+    "an untied head ignored": (untie, "logits largest difference"),
+    "NaN in a weight": (
+        change("h/mlp/c_fc/kernel", lambda w: w.at[1, 0, 0].set(jnp.nan)),
+        "activation h.1.mlp",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_turns_red(
+    mistake: str, run: Run, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, where = MISTAKES[mistake]
+    plant(monkeypatch, run.params, reference)
+    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (2, 32))
+    # Not the tensors, which an equally wrong mapping back would make equal again.
+    checks = list(verify.compare_outputs(CFG, run.params, reference, tokens))
+    first = verify.first_difference(checks)
+    assert first is not None
+    assert f"{first.group} {first.name}" == where
+    assert "logits" in failing(checks)
+
+
+def test_nan_is_never_ok() -> None:
+    assert not Check("logits", "x", (), math.nan, 1.0).ok
+    assert not Check("logits", "x", (), 0.0, math.nan).ok
+    assert not verify.compare("logits", "x", np.zeros(2), np.zeros(3), 1.0).ok
+
+
+def test_another_formats_reference(tmp_path: Path) -> None:
+    """OpenAI's checkpoint, which transformers reads through our reader."""
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"kind": "char", "chars": "".join(map(chr, range(97, 97 + 257)))})
+    )
+    config = SourceConfig(tokenizer=str(tmp_path))
+    source = convert.open_source(str(TF_GPT2), config)
+    run = convert.load_source(str(TF_GPT2), config)
+    checks = verify.verify(run.config.model, run.params, verify.load_reference(source))
+    assert not failing(checks), verify.first_difference(checks)
+
+
+def test_another_size_is_named(run: Run, source: Source) -> None:
+    verify.check_sizes(run.config.model, source)
+    other = source._replace(cfg=tiny(vocab_size=256, n_layer=3, block_size=64))
+    with pytest.raises(DataError, match="n_layer 2 is 3 there"):
+        verify.check_sizes(run.config.model, other)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(convert_gpt2.main, ["verify", "--self_test", "--size=tiny"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "61 of 61 comparisons hold" in said.out
+    assert max(map(len, said.out.splitlines())) <= 100
+
+
+def test_a_run_against_its_source_and_against_another(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*args: str) -> int:
+        return cli.run(convert_gpt2.main, ["verify", *args])
+
+    convert.import_run(str(folder), tmp_path / "run", BYTE)
+    flags = ["--tokenizer=byte", "--json"]
+    assert command(str(tmp_path / "run"), f"--against={folder}", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["first_difference"] is None and len(report["checks"]) == 61
+    (tmp_path / "other").mkdir()
+    verify.write_random_model(CFG, tmp_path / "other", seed=1)
+    assert command(str(tmp_path / "run"), f"--against={tmp_path / 'other'}", *flags) == 65
+    said = capsys.readouterr()
+    assert "they part at tensor wte.weight" in said.err
+    assert json.loads(said.out)["first_difference"] == "tensor wte.weight"
