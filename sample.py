@@ -12,6 +12,7 @@ import jax
 from gptjax import cli, model, sampling
 from gptjax.config import DType, GPTConfig, SampleConfig, require_range
 from gptjax.console import printable
+from gptjax.convert import load_start
 from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
 from gptjax.run_folder import load_run
@@ -25,7 +26,8 @@ class Config:
     out_dir: str = "out"
     """the run folder to sample from"""
     init_from: str = "resume"
-    """resume = the run in out_dir; scratch = an untrained model of the preset, over bytes"""
+    """resume = the run in out_dir; scratch = an untrained model of the preset, over bytes; else a
+    name on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what convert_gpt2.py imports"""
     preset: str = "quickstart"
     """whose model --init_from=scratch makes"""
     checkpoint: str = "best"
@@ -71,9 +73,10 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
         cfg = dataclasses.replace(PRESETS[config.preset].model, vocab_size=tokenizer.n_vocab)
         init_params = jax.jit(model.init_params, static_argnums=0)
         return cfg, init_params(cfg, jax.random.key(config.seed)), tokenizer
-    if config.init_from != "resume":
-        raise UsageError(f"--init_from={config.init_from}: must be resume or scratch")
-    run = load_run(Path(config.out_dir), config.checkpoint)
+    if config.init_from == "resume":
+        run = load_run(Path(config.out_dir), config.checkpoint)
+    else:
+        run = load_start(config.init_from)
     return run.config.model, run.params, run.tokenizer
 
 
@@ -83,10 +86,11 @@ def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[
         path = Path(start.removeprefix("FILE:"))
         try:
             start = path.read_bytes().decode()
-        except OSError as error:
-            raise UsageError(f"cannot read the prompt ({path}): {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise UsageError(f"the prompt ({path}) is not UTF-8 at byte {error.start}") from error
+        except (OSError, ValueError) as error:  # a ValueError: a NUL or surrogate in the name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"cannot read the prompt ({path}): {reason}") from error
     ids = tokenizer.encode(start, allow_special=allow_special).tolist()
     return start, ids or [tokenizer.start_id]
 

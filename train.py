@@ -1,28 +1,58 @@
 """Train a GPT: `python train.py [preset] [--flag=value ...]`; `--help` lists the flags."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import operator
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 
 # isort: split
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import batches, checkpoint, cli, metrics, model, sampling, sharding, training
+from gptjax import (
+    bad_steps,
+    batches,
+    checkpoint,
+    cli,
+    distributed,
+    faults,
+    files,
+    metrics,
+    model,
+    sampling,
+    sharding,
+    training,
+)
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
-from gptjax.console import TrainConsole, show_bytes
+from gptjax.console import TrainConsole, print_table, show_bytes
+from gptjax.convert import SourceConfig, load_start
 from gptjax.data import load_dataset
-from gptjax.errors import NonFiniteError, UsageError
+from gptjax.errors import (
+    REFUSALS,
+    CheckpointError,
+    DiskError,
+    NonFiniteError,
+    OutOfMemoryError,
+    PeerError,
+    UsageError,
+)
+from gptjax.files import read_json
 from gptjax.optimizer import make_optimizer, make_schedule
 from gptjax.presets import PRESETS
-from gptjax.run_folder import Run, load_run
+from gptjax.resume import ONCE, check_record, make_record
+from gptjax.resume_check import resume_check
+from gptjax.run_folder import Run
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
@@ -37,39 +67,53 @@ def parse(argv: list[str]) -> TrainConfig:
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset}: there are {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
-    config = cli.parse(TrainConfig, argv, PRESETS[preset], about)
-    settings = Path(config.out_dir) / "config.json"
-    if config.init_from not in ("resume", "auto") or not settings.is_file():
-        return config
-    saved = load_config(settings)
-    config = cli.parse(TrainConfig, argv, saved, about)
-    for name in SHAPE:
-        old, new = getattr(saved.model, name), getattr(config.model, name)
-        if old != new:
-            raise UsageError(
-                f"the checkpoint has {name}={old}, you asked for {new} ({settings}); leave "
-                f"--{name} out, or take another --out_dir"
-            )
-    return config
+    config = PRESETS[preset]
+    settings = Path(cli.peek(argv, "out_dir") or config.out_dir) / "config.json"
+    goes_on = cli.peek(argv, "init_from") in ("resume", "auto") or cli.peek(argv, "replay")
+    if goes_on and settings.is_file():
+        once = {name: getattr(config, name) for name in ONCE}
+        config = dataclasses.replace(load_config(settings), **once)
+    return cli.parse(TrainConfig, argv, config, about)
 
 
-def find_start(config: TrainConfig, run_dir: Path) -> tuple[int | None, Run | None]:
-    """The step to resume from, or the run to take parameters and tokenizer from, or neither."""
+def find_start(config: TrainConfig, run_dir: Path) -> tuple[list[int], Run | None]:
+    """The steps to go on from, oldest first, or the run to take parameters and tokenizer from."""
     saved = checkpoint.steps(run_dir)
+    if config.replay:
+        return saved, None
     if config.init_from == "resume" or (config.init_from == "auto" and saved):
-        return checkpoint.require_steps(run_dir)[-1], None
+        checkpoint.require_steps(run_dir)
+        if config.resume_step < 0:
+            return saved, None
+        if config.resume_step not in saved:
+            raise UsageError(f"--resume_step={config.resume_step}: must be one of {saved}")
+        return [config.resume_step], None
     if saved:
         raise UsageError(
             f"--out_dir={run_dir}: holds a run up to step {saved[-1]}; take --init_from=resume to "
             "go on with it, or another --out_dir"
         )
-    if config.init_from in ("scratch", "auto"):
-        return None, None
-    if not Path(config.init_from).is_dir():
-        raise UsageError(
-            f"--init_from={config.init_from}: is neither scratch, resume, auto nor a run folder"
+    damaged = checkpoint.quarantined(run_dir)
+    if damaged:
+        raise CheckpointError(
+            f"{checkpoint.folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
+            "another --out_dir to start anew"
         )
-    return None, load_run(Path(config.init_from))
+    if config.init_from in ("scratch", "auto"):
+        return [], None
+    return [], load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
+
+
+def batch_of(config: TrainConfig, i: int) -> dict[str, int]:
+    """What determines this process's rows of forward pass i, counted from the run's start."""
+    return {
+        "seed": config.seed,
+        "step": i,
+        "batch_size": config.batch_size,
+        "block_size": config.model.block_size,
+        "process": jax.process_index(),
+        "n_processes": jax.process_count(),
+    }
 
 
 def read_batches(
@@ -78,16 +122,7 @@ def read_batches(
     """This process's windows (K, A, B, T+1) of `count` steps from `step` on."""
     passes = config.gradient_accumulation_steps
     windows = [
-        batches.sample_batch(
-            shards,
-            seed=config.seed,
-            step=i,
-            batch_size=config.batch_size,
-            block_size=config.model.block_size,
-            n_vocab=config.model.vocab_size,
-            process=jax.process_index(),
-            n_processes=jax.process_count(),
-        )
+        batches.sample_batch(shards, n_vocab=config.model.vocab_size, **batch_of(config, i))
         for i in range(step * passes, (step + count) * passes)
     ]
     return np.stack(windows).reshape(count, passes, *windows[0].shape)
@@ -102,22 +137,29 @@ def evaluate(
 ) -> float | None:
     """Mean loss over the fixed validation windows; None if a signal comes meanwhile."""
     cfg, rows = config.model, config.batch_size
+    share = rows // jax.process_count()
+    first = share * jax.process_index()
     starts = batches.eval_windows(shards, cfg.block_size, config.eval_iters * rows)
     losses = []
     for i in range(0, len(starts), rows):
-        if stop_signals:
+        if stop_signals and jax.process_count() == 1:  # several must all come to the end
             return None
         windows = batches.read_windows(shards, starts[i : i + rows], cfg.block_size, cfg.vocab_size)
         missing = rows - len(windows)  # in the last batch: one compiled shape serves all
         padded = np.concatenate([windows, np.repeat(windows[:1], missing, axis=0)])
-        losses.append(batch_losses(sharding.place(padded, mesh, axis=0))[: len(windows)])
+        mine = sharding.place(padded[first : first + share], mesh, axis=0)
+        losses.append(batch_losses(mine)[: len(windows)])
     return float(np.mean(np.concatenate(jax.device_get(losses))))
 
 
 def write_sample(
-    config: TrainConfig, cfg: GPTConfig, params: model.Params, tokenizer: Tokenizer
+    config: TrainConfig,
+    cfg: GPTConfig,
+    params: model.Params,
+    tokenizer: Tokenizer,
+    stop_signals: list[int],
 ) -> str:
-    """A text from the model as it is."""
+    """A text from the model as it is; cut short by a signal."""
     pieces = sampling.generate(
         cfg,
         model.prepare_for_decoding(cfg, params),
@@ -126,32 +168,125 @@ def write_sample(
         max_new_tokens=config.sample_tokens,
         seed=config.seed,
     )
-    return decode(tokenizer, np.concatenate(list(pieces), axis=1)[0])
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece[0].tolist()
+        if stop_signals:
+            break
+    return decode(tokenizer, np.array(ids, np.int32))
+
+
+def replay(
+    config: TrainConfig,
+    record: dict[str, Any],
+    state: training.TrainState,
+    train_step: Callable[..., Any],
+    windows_of: Callable[[int], np.ndarray],
+    corrupt: faults.Corrupt | None,
+    mesh: Mesh,
+) -> int:
+    """Go on from `state` to the step of the record, then compute its gradient with checks on."""
+    step = record["step"]
+    for i in range(int(state.step), step):
+        state, _ = train_step(state, sharding.place(windows_of(i)[None], mesh, axis=2))
+    windows = windows_of(step)
+    same = bad_steps.windows_sha256(windows) == record["windows_sha256"]
+    print(f"step {step}: {'the same tokens' if same else 'OTHER TOKENS than recorded'}")
+    params = state.params
+    dropout = config.model.dropout > 0
+    key = jax.random.fold_in(jax.random.key(config.seed), step) if dropout else None
+    compute = jax.jit(training.loss_and_grad, static_argnums=0)
+    loss, grads = compute(config.model, params, windows, key)
+    if corrupt is not None:
+        loss, grads = corrupt(jnp.int32(step), loss, grads)
+    print(f"loss {float(loss):.6g}, recorded {record['loss']}")
+    now = bad_steps.norm_table(training.layer_norms(grads))
+    sizes = bad_steps.norm_table(training.layer_norms(params))
+    rows = [
+        [f"{name}[{i}]", f"{sizes[name][i]:.4g}", str(norm)[:10], str(then)[:10]]
+        for name, norms in now.items()
+        for i, (norm, then) in enumerate(zip(norms, record["layer_norms"][name], strict=True))
+    ]
+    print_table(
+        ["parameter[layer]", "norm", "gradient's", "recorded"],
+        rows,
+        [not row[2][0].isdigit() for row in rows],
+    )
+    try:
+        with jax.debug_nans(True), jax.debug_infs(True):
+            jax.block_until_ready(compute(config.model, params, windows, key))
+        print("every value of the forward and backward pass is finite")
+    except FloatingPointError as error:
+        print(f"not finite: {' '.join(str(error).split())[:300]}")
+    return 0
+
+
+@contextlib.contextmanager
+def explain_failures(config: TrainConfig) -> Iterator[None]:
+    """Turn what JAX says of too little memory, or of a lost process, into what to do about it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        said = str(error)
+        if isinstance(error, REFUSALS):
+            raise
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise PeerError(
+                    f"another process of this run is gone ({said.partition(chr(10))[0][:200]}); "
+                    "start them all again with --init_from=auto, in whatever number"
+                ) from error
+            raise
+        cfg = config.model
+        raise OutOfMemoryError(
+            f"out of memory ({said.partition(chr(10))[0][:200]}) with batch_size="
+            f"{config.batch_size}, block_size={cfg.block_size}, n_layer={cfg.n_layer}, n_embd="
+            f"{cfg.n_embd}; lower --batch_size and raise --gradient_accumulation_steps, lower "
+            "--block_size, or take --remat; what was saved is as it was"
+        ) from error
 
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit code."""
-    # ---- Settings, data, devices -----------------------------------------------------------------
-    began = time.monotonic()
     config = parse(argv)
+    if config.resume_check:
+        drop = ("--resume_check", "--resume-check", "--out_dir=", "--out-dir=")
+        rest = [token for token in argv if not token.startswith(drop)]
+        print(resume_check(Path(__file__), rest, config.max_iters))
+        return 0
     run_dir = Path(config.out_dir)
     cli.make_run_dir(run_dir)
+    distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
     stop_signals = cli.catch_stop_signals()
-    resume_step, source = find_start(config, run_dir)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(files.locked(run_dir / ".lock"))
+        stack.enter_context(explain_failures(config))
+        return train(config, run_dir, stop_signals)
+
+
+def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
+    """Train in a folder that is ours; returns the exit code."""
+    # ---- Settings, data, devices -----------------------------------------------------------------
+    began = time.monotonic()
+    fault = faults.planned_fault()
+    steps, source = find_start(config, run_dir)
     mesh = sharding.make_mesh()
     n_devices = mesh.devices.size
     if config.batch_size % n_devices:
+        fitting = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         raise UsageError(
-            f"--batch_size={config.batch_size}: must be divisible by {n_devices} devices"
+            f"--batch_size={config.batch_size}: must be divisible by {n_devices} devices; it is by "
+            f"{', '.join(map(str, fitting))}"
         )
-
     cfg = config.model
     if source is not None:  # its shape, with this run's dropout; a shorter context is cut
         shape = {name: getattr(source.config.model, name) for name in SHAPE}
         shape["block_size"] = min(cfg.block_size, shape["block_size"])
         cfg = dataclasses.replace(cfg, **shape)
-    console = TrainConsole(config.max_iters)
+    primary = jax.process_index() == 0
+    console = TrainConsole(config.max_iters, quiet=not primary)
     with show_bytes(console.console) as progress:
         dataset = load_dataset(
             config.dataset,
@@ -164,17 +299,13 @@ def main(argv: list[str]) -> int:
             progress=progress,
         )
     tokenizer = dataset.tokenizer
-    if resume_step is not None and tokenizer.n_vocab != cfg.vocab_size:
-        raise UsageError(
-            f"the checkpoint has {cfg.vocab_size} tokens, {dataset.name} has {tokenizer.n_vocab}; "
-            "resume with the dataset of the run"
-        )
-    config = dataclasses.replace(
+    given = dataclasses.replace(
         config, model=dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
     )
-    cfg = model.resolve(config.model)
-    (run_dir / "config.json").write_text(to_json(config))
-    save_tokenizer(tokenizer, run_dir)
+    cfg = model.resolve(given.model)
+    config = dataclasses.replace(given, model=cfg)
+    record = make_record(config, cfg, [*dataset.train, *dataset.val], tokenizer)
+    bad = read_json(Path(config.replay)) if config.replay else None
 
     # ---- State: shapes first, then arrays where they belong --------------------------------------
     optimizer, schedule = make_optimizer(config), make_schedule(config)
@@ -183,16 +314,24 @@ def main(argv: list[str]) -> int:
     shapes = jax.eval_shape(init_state, key)
     shardings = sharding.tree_shardings(mesh, config.strategy, shapes)
     metrics_file = run_dir / "metrics.jsonl"
-    val_loss, best = None, math.inf
-    if resume_step is not None:
-        target = checkpoint.abstract_tree(shapes, shardings)
-        params, opt_state, meta = checkpoint.restore_state(
-            run_dir, resume_step, target.params, target.opt_state
+    val_loss, best, resume_step = None, math.inf, None
+    if bad is not None:
+        steps = [step for step in steps if step <= bad["step"]]
+    if steps:
+        abstract = checkpoint.abstract_tree(shapes, shardings)
+        allowed = [name for name in config.allow_change.split(",") if name]
+
+        def accept(meta: checkpoint.Meta) -> None:
+            check_record(meta["record"], record, allowed, console.note)
+
+        extra = {"opt_state": abstract.opt_state, "guard": abstract.guard}
+        restored = checkpoint.restore_newest(
+            run_dir, (abstract.params, extra), accept, notify=console.note, only=steps
         )
+        resume_step, meta = restored.step, restored.meta
         step_array = jax.device_put(np.int32(resume_step), shardings.step)
-        state = training.TrainState(step_array, params, opt_state)
+        state = training.TrainState(step_array, restored.params, **restored.extra)
         val_loss, best = meta["val_loss"], meta["best_val_loss"] or math.inf
-        metrics.drop_metrics_from(metrics_file, resume_step)
         console.note(f"resuming at step {resume_step}")
     else:
         state = jax.jit(init_state, out_shardings=shardings)(key)
@@ -200,17 +339,40 @@ def main(argv: list[str]) -> int:
             params = source.params
             params["wpe"]["embedding"] = params["wpe"]["embedding"][: cfg.block_size]
             state = state._replace(params=jax.device_put(params, shardings.params))
-        metrics_file.write_text("")
-        (run_dir / "samples.txt").write_text("")
 
-    train_step = training.make_train_step(cfg, optimizer, mesh, shardings, config.seed)
+    corrupt = faults.make_corrupt(fault)
+    train_step = training.make_train_step(
+        cfg, optimizer, mesh, shardings, config.seed, config.skip_spikes, corrupt
+    )
+    if bad is not None:
+        windows_of = lambda step: read_batches(config, dataset.train, step, 1)[0]  # noqa: E731
+        return replay(config, bad, state, train_step, windows_of, corrupt, mesh)
+    saves = 2 + (
+        config.max_iters // config.checkpoint_interval if config.checkpoint_interval else 0
+    )
+    if primary and not config.force:  # the newest, the best, and the one being written
+        checkpoint.check_space(
+            run_dir, (shapes.params, shapes.opt_state), min(saves, config.keep_checkpoints + 2)
+        )
+    if primary:
+        (run_dir / "config.json").write_text(to_json(given))
+        save_tokenizer(tokenizer, run_dir)
+        if resume_step is None:
+            metrics_file.write_text("")
+            (run_dir / "samples.txt").write_text("")
+        else:
+            metrics.drop_metrics_from(metrics_file, resume_step)
+    if resume_step is not None:
+        for newer in [step for step in checkpoint.steps(run_dir) if step > resume_step]:
+            name = checkpoint.set_aside(checkpoint.folder(run_dir) / str(newer), "aside")
+            console.note(f"step {newer} is set aside as {name}")
     eval_step = training.make_eval_step(cfg, mesh, shardings.params)
     n_params = model.count_params(cfg)
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * cfg.block_size
     device = jax.devices()[0].device_kind
     peak = metrics.peak_flops(device, cfg.dtype)
     recorder = metrics.Recorder(
-        metrics_file,
+        metrics_file if primary else None,
         tokens_per_step,
         metrics.flops_per_token(cfg, n_params),
         peak and peak * n_devices,
@@ -222,63 +384,109 @@ def main(argv: list[str]) -> int:
     )
 
     # ---- The loop: step n's metrics are fetched after step n+1 was dispatched --------------------
+    last_step = min(config.max_iters, config.stop_step or config.max_iters)
     intervals = (config.eval_interval, config.sample_interval, config.checkpoint_interval)
     small = jax.default_backend() != "cpu" and n_params < SMALL_MODEL
     per_dispatch = config.steps_per_dispatch or (10 if small else 1)
+    alone = jax.process_count() == 1
+    any_process = distributed.make_any_process(mesh)
+    told_to_stop = False  # by a signal to any process, and known to all of them
 
     def due(step: int, interval: int) -> bool:
         return step == config.max_iters or (interval > 0 and step % interval == 0)
 
     def next_windows(step: int) -> jax.Array | None:
         """The windows of the next call, on their way: of all its steps, or of 1 if one is due."""
-        if step == config.max_iters:
+        if step >= last_step:
             return None
+        faults.maybe_raise(fault, step)
         busy = any(due(step + n, i) for n in range(1, per_dispatch) for i in intervals)
+        busy = busy or step + per_dispatch > last_step
         windows = read_batches(config, dataset.train, step, 1 if busy else per_dispatch)
         return sharding.place(windows, mesh, axis=2)
 
     fields: dict[str, str] = {"loss": "-", "val": "-"}
+    skipped = int(state.guard.skipped)
 
-    def report(first: int, values: dict[str, jax.Array]) -> None:
+    def report(first: int, values: dict[str, Any], stop_votes: Any) -> None:
         """Fetch, record and show the metrics of a call that began at step `first`."""
-        fetched = jax.device_get((values["loss"], values["grad_norm"]))
-        for step, (loss, norm) in enumerate(zip(*fetched, strict=True), start=first):
-            recorder.add(float(loss))
+        nonlocal skipped, told_to_stop
+        norms = values.pop("layer_norms")  # fetched only where they are wanted
+        fetched, vote = jax.device_get((values, stop_votes))
+        told_to_stop = told_to_stop or bool(vote)
+        for i in range(len(fetched["loss"])):
+            step, now = first + i, {name: fetched[name][i] for name in fetched}
+            if now["skipped"] > skipped:
+                capture(step, now | {"layer_norms": jax.tree.map(operator.itemgetter(i), norms)})
+            skipped = int(now["skipped"])
+            recorder.add(float(now["loss"]))
             log = due(step + 1, config.log_interval)
             if log:
-                record = recorder.write(step, float(schedule(step)), float(norm))
-                fields.update(metrics.describe(record, peak is not None))
+                rate, norm = float(schedule(step - skipped)), float(now["grad_norm"])
+                fields.update(
+                    metrics.describe(recorder.write(step, rate, norm, skipped), peak is not None)
+                )
             console.update(step + 1, fields, log=log)
-            if not np.isfinite(loss):
+            if now["in_a_row"] >= config.max_skips:
+                saver.settle()
                 raise NonFiniteError(
-                    f"the loss of step {step} is {loss}; lower --learning_rate, or resume from "
-                    f"the last checkpoint ({checkpoint.folder(run_dir)})"
+                    f"the last {now['in_a_row']} steps up to {step} had to be skipped, their loss "
+                    f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
+                    f"look at one by --replay; the last good checkpoint is step {saver.last}"
                 )
 
+    def capture(step: int, values: dict[str, Any]) -> None:
+        """Say that a step was skipped, and write down what it takes to run it again."""
+        text = (
+            f"step {step} skipped: loss {values['loss']:.4g}, grad norm {values['grad_norm']:.4g}"
+        )
+        if primary:
+            passes = config.gradient_accumulation_steps
+            path = bad_steps.write_bad_step(
+                run_dir,
+                step=step,
+                seed=config.seed,
+                metrics=values,
+                rows=[
+                    start
+                    for i in range(step * passes, (step + 1) * passes)
+                    for start in batches.batch_starts(dataset.train, **batch_of(config, i))
+                ],
+                windows=read_batches(config, dataset.train, step, 1)[0],
+            )
+            text += f"; python train.py --out_dir={run_dir} --replay={path} runs it again"
+        console.note(text)
+
     step, saved_step = resume_step or 0, resume_step
-    windows = next_windows(step)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    manager = checkpoint.open_manager(run_dir, config.keep_checkpoints)
+    pending: tuple[int, dict[str, Any], Any] | None = None
+    saver = checkpoint.Saver(run_dir, config.keep_checkpoints, console.note)
+    saver.last = resume_step
     try:
+        windows = next_windows(step)
         while True:
-            stop = bool(stop_signals) or step == config.max_iters
-            if pending and (stop or any(due(step, i) for i in intervals)):
+            if pending and (step == last_step or any(due(step, i) for i in intervals)):
+                report(*pending)
+                pending = None
+            stop = (bool(stop_signals) if alone else told_to_stop) or step >= last_step
+            if pending and stop:
                 report(*pending)
                 pending = None
             paused = time.monotonic()
-            news = not stop_signals and (step != resume_step or val_loss is None)
+            news = not (stop_signals and alone) and (step != resume_step or val_loss is None)
             if news and due(step, config.eval_interval):
                 batch_losses = functools.partial(eval_step, state.params)
                 val_loss = evaluate(config, dataset.val, mesh, batch_losses, stop_signals)
                 if val_loss is not None:
                     best = min(best, val_loss)
+                    fields["val"] = f"{val_loss:.4f}"
+                    console.note(f"step {step}: val loss {val_loss:.4f}, best {best:.4f}")
+                if val_loss is not None and primary:
                     metrics.append_metrics(metrics_file, {"step": step, "val_loss": val_loss})
                     records = metrics.read_metrics(metrics_file)
                     metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
-                    fields["val"] = f"{val_loss:.4f}"
-                    console.note(f"step {step}: val loss {val_loss:.4f}, best {best:.4f}")
-            if news and due(step, config.sample_interval) and config.sample_tokens:
-                text = write_sample(config, cfg, state.params, tokenizer)
+            if news and due(step, config.sample_interval) and config.sample_tokens and primary:
+                params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
+                text = write_sample(config, cfg, params, tokenizer, stop_signals)
                 text = f"---- sample after {step} steps ----\n{text}\n----"
                 console.note(text)
                 with (run_dir / "samples.txt").open("a", encoding="utf-8") as file:
@@ -287,26 +495,35 @@ def main(argv: list[str]) -> int:
                 meta = {
                     "val_loss": val_loss if due(step, config.eval_interval) else None,
                     "best_val_loss": best if best < math.inf else None,
+                    "record": record,
                 }
-                checkpoint.save(manager, step, state.params, state.opt_state, meta)
+                extra = {"opt_state": state.opt_state, "guard": state.guard}
+                saver.save(step, state.params, extra, meta)
                 saved_step = step
             recorder.pause(time.monotonic() - paused)
             if stop or windows is None:
                 break
             state, values = train_step(state, windows)
+            votes = False if alone else any_process(bool(stop_signals))
             first, step = step, step + len(windows)
             windows = next_windows(step)
             if pending:
                 report(*pending)
-            pending = first, values
+            pending = first, values, votes
     finally:
-        manager.close()
+        saver.close()
         console.close()
 
     # ---- The end ---------------------------------------------------------------------------------
-    if step < config.max_iters or val_loss is None:
-        console.note(f"saved step {step} after {cli.signal_name(stop_signals[0])}")
-        return 128 + stop_signals[0]
+    if saver.last != step:
+        raise DiskError(f"step {step} is not saved, the last that is is {saver.last} ({run_dir})")
+    if step < last_step or (step == config.max_iters and val_loss is None):
+        number = stop_signals[0] if stop_signals else signal.SIGTERM
+        console.note(f"saved step {step} after {cli.signal_name(number)}")
+        return 128 + number
+    if step < config.max_iters:
+        console.note(f"saved step {step}, as --stop_step={step} says; --init_from=resume goes on")
+        return 0
     console.note(
         f"val loss {val_loss:.4f} after {step} steps in {time.monotonic() - began:.1f} s\n"
         f"state sha256={training.digest(state)}\n"

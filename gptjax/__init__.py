@@ -1,6 +1,9 @@
 """gptjax: GPT-2 on JAX, Flax and Optax."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
+import os
 import sys
 
 __version__ = "0.1.0"
@@ -24,5 +27,14 @@ def _keep_freed_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
-if sys.platform == "linux":
+def _computes_on_cpu() -> bool:
+    """Whether no GPU or TPU will be used, as far as can be told without starting JAX."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return True
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+# One arena for all threads would be a bottleneck on a host of many cores that only feeds a GPU.
+if sys.platform == "linux" and _computes_on_cpu():
     _keep_freed_memory()

@@ -30,27 +30,22 @@ def epoch_order(n_windows: int, block_size: int, seed: int, epoch: int) -> tuple
     return rng.permutation(n_windows), int(rng.integers(block_size))
 
 
-def sample_batch(
+def batch_starts(
     shards: Shards,
     *,
     seed: int,
     step: int,
     batch_size: int,
     block_size: int,
-    n_vocab: int,
     process: int = 0,
     n_processes: int = 1,
-) -> np.ndarray:
-    """Rows step * batch_size ... of the endless stream of windows.
+) -> list[tuple[int, int]]:
+    """(shard, start) of rows step * batch_size ... of the endless stream of windows.
 
     With several processes each gets its own contiguous slice of the rows.
 
-    Returns:
-        (batch_size / n_processes, block_size + 1) int32.
-
     Raises:
         UsageError: batch_size is not divisible by n_processes.
-        DataError: an id is not below n_vocab (JAX would clamp it silently).
     """
     if batch_size % n_processes:
         raise UsageError(f"--batch_size={batch_size}: must be divisible by {n_processes} processes")
@@ -64,7 +59,19 @@ def sample_batch(
         shard, window = locate(int(order[i]), counts)
         slack = len(shards[shard]) - 1 - counts[shard] * block_size
         starts.append((shard, window * block_size + min(offset, slack)))
-    return read_windows(shards, starts, block_size, n_vocab)
+    return starts
+
+
+def sample_batch(shards: Shards, *, block_size: int, n_vocab: int, **of: int) -> np.ndarray:
+    """The windows (batch_size / n_processes, block_size + 1), int32, at `batch_starts`.
+
+    Raises:
+        UsageError: batch_size is not divisible by n_processes.
+        DataError: an id is not below n_vocab (JAX would clamp it silently).
+    """
+    return read_windows(
+        shards, batch_starts(shards, block_size=block_size, **of), block_size, n_vocab
+    )
 
 
 def locate(window: int, counts: Sequence[int]) -> tuple[int, int]:

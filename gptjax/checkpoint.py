@@ -1,20 +1,30 @@
 """Saved states: orbax writes parameters, optimizer state and meta as one atomic step.
 
-The scripts make paths absolute, which orbax wants.
+Orbax restores damaged arrays without a word, so every step's meta holds a digest of each array, and
+one of itself; what does not match is never used. The scripts make paths absolute, as orbax wants.
 """
 
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
-from orbax.checkpoint import checkpoint_managers
 
-from gptjax.errors import CheckpointError
+from gptjax.digests import first_difference, json_sha256, leaf_digests
+from gptjax.errors import CheckpointError, DiskError, NonFiniteError
+from gptjax.sharding import all_agree
 
 Tree = Any
-FORMAT = 1
+Meta = dict[str, Any]
+Notify = Callable[[str], None]
+FORMAT = 2
+STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
 
 
 def folder(run_dir: Path) -> Path:
@@ -22,69 +32,18 @@ def folder(run_dir: Path) -> Path:
     return run_dir.absolute() / "checkpoints"
 
 
-def open_manager(run_dir: Path, keep: int = 1) -> ocp.CheckpointManager:
-    """For `save` and `restore`; keeps the newest `keep` steps and the one with the least val_loss.
-
-    Saving goes on in the background: `close()` waits for it, and leaving without loses the step.
-    """
-    policies = [
-        checkpoint_managers.LatestN(keep),
-        checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["val_loss"],
-            reverse=True,  # the last in this order is kept
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        ),
-    ]
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-    )
-    return ocp.CheckpointManager(folder(run_dir), options=options)
-
-
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    params: Tree,
-    opt_state: Tree,
-    meta: dict[str, Any],
-) -> None:
-    """Begin to save a step; returns once the arrays are copied. meta is JSON, with `val_loss`.
-
-    Raises:
-        CheckpointError: orbax declined, because this step or a newer one is already there.
-    """
-    manager.wait_until_finished()  # so that the failure of the save before surfaces here
-    items = ocp_args.Composite(
-        params=ocp_args.StandardSave(params),
-        opt_state=ocp_args.StandardSave(opt_state),
-        meta=ocp_args.JsonSave({"format": FORMAT, "step": step, **meta}),
-    )
-    val_loss = meta.get("val_loss")
-    metrics = None if val_loss is None else {"val_loss": val_loss}
-    if not manager.save(step, args=items, metrics=metrics):
-        raise CheckpointError(
-            f"step {step} was not saved ({manager.directory}): this or a newer step is there "
-            "already; take another --out_dir, or --init_from=resume"
-        )
-
-
 def steps(run_dir: Path) -> list[int]:
     """The saved steps of a run, oldest first; empty if there is none."""
-    names = [path.name for path in folder(run_dir).glob("*") if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    paths = [path for path in folder(run_dir).glob("*") if path.name.isdecimal()]
+    return sorted(int(path.name) for path in paths if path.is_dir() and any(path.iterdir()))
 
 
-def best_step(run_dir: Path) -> int:
-    """The saved step with the least validation loss, or the newest if none was evaluated."""
-
-    def val_loss(step: int) -> float:
-        loss = restore_meta(run_dir, step).get("val_loss")
-        return float("inf") if loss is None else loss
-
-    return min(reversed(require_steps(run_dir)), key=val_loss)
+def empty_steps(run_dir: Path) -> list[Path]:
+    """Folders named like steps that hold nothing: strangers' doing."""
+    paths = [path for path in folder(run_dir).glob("*") if path.name.isdecimal()]
+    found = [path for path in paths if path.is_dir() and not any(path.iterdir())]
+    all_agree(True)  # before one process renames them, all have looked
+    return found
 
 
 def require_steps(run_dir: Path) -> list[int]:
@@ -95,40 +54,315 @@ def require_steps(run_dir: Path) -> list[int]:
     return saved
 
 
-def restore_meta(run_dir: Path, step: int) -> dict[str, Any]:
-    """The JSON that was saved with a step."""
-    return restore_items(run_dir, step, meta=ocp_args.JsonRestore())["meta"]
+# ---- Saving --------------------------------------------------------------------------------------
 
 
-def restore_params(run_dir: Path, step: int, abstract_params: Tree) -> Tree:
-    """The parameters alone, shaped, typed and placed like the abstract tree."""
-    target = ocp_args.StandardRestore(abstract_params)
-    return restore_items(run_dir, step, params=target)["params"]
+class NewestAndBest:
+    """Orbax's question which steps to keep: the newest few, and the one with the least val_loss."""
+
+    def __init__(self, keep: int, val_losses: dict[int, float]) -> None:
+        self.keep, self.val_losses = keep, val_losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer per checkpoint, as orbax asks for them."""
+        saved = sorted(checkpoint.step for checkpoint in checkpoints)
+        wanted = {*saved[-self.keep :], best_of(saved, self.val_losses)}
+        return [checkpoint.step in wanted for checkpoint in checkpoints]
 
 
-def restore_state(
-    run_dir: Path, step: int, abstract_params: Tree, abstract_opt_state: Tree
-) -> tuple[Tree, Tree, dict[str, Any]]:
-    """Parameters, optimizer state and meta of a step, exactly as they were saved."""
-    items = restore_items(
-        run_dir,
-        step,
-        params=ocp_args.StandardRestore(abstract_params),
-        opt_state=ocp_args.StandardRestore(abstract_opt_state),
-        meta=ocp_args.JsonRestore(),
+class Saver:
+    """Saves steps in the background; `close()` waits for the last one, leaving without loses it.
+
+    A save that fails leaves nothing behind and is tried again at the next; `strikes` failures in a
+    row end the run. `last` is the newest step known to be on disk.
+    """
+
+    def __init__(
+        self, run_dir: Path, keep: int = 1, notify: Notify = print, strikes: int = STRIKES
+    ) -> None:
+        self.run_dir, self.keep, self.notify, self.strikes = run_dir, keep, notify, strikes
+        self.failures = 0
+        self.pending: tuple[int, float] | None = None  # step and val_loss of the save under way
+        self.last: int | None = None
+        self.val_losses: dict[int, float] = {}
+        for path in empty_steps(run_dir):  # they would make orbax drop every save
+            notify(f"warning: {path} is empty; moved to {set_aside(path, 'quarantine')}")
+        for step in steps(run_dir):
+            with contextlib.suppress(CheckpointError):  # damaged: restoring will say so
+                self.val_losses[step] = loss_of(read_meta(run_dir, step))
+        self.manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=NewestAndBest(self.keep, self.val_losses),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        return ocp.CheckpointManager(folder(self.run_dir), options=options)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def save(self, step: int, params: Tree, extra: Tree, meta: Meta) -> None:
+        """Begin to save a step; returns once the arrays are copied.
+
+        Args:
+            step: the number of the step.
+            params: the parameters.
+            extra: what else training goes on from, or None: a model that others trained has none.
+            meta: JSON, with `val_loss`.
+
+        Raises:
+            NonFiniteError: a parameter is not finite; such a step would be of no use.
+            DiskError: this is the last of too many saves in a row that failed.
+            CheckpointError: orbax declined, because this step or a newer one is already there.
+        """
+        self.settle()
+        params_, extra_ = jax.device_get((params, extra))
+        for leaf in jax.tree.leaves(params_):
+            if not np.isfinite(leaf).all():
+                raise NonFiniteError(f"a parameter is not finite after step {step}: not saved")
+        leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
+        meta = {"format": FORMAT, "step": step, **meta, "leaves": leaves}
+        items = {
+            "params": ocp_args.StandardSave(params),
+            "meta": ocp_args.JsonSave({**meta, "sha256": json_sha256(meta)}),
+        }
+        if extra is not None:
+            items["extra"] = ocp_args.StandardSave(extra)
+        self.pending = step, loss_of(meta)
+        try:
+            begun = self.manager.save(step, args=ocp_args.Composite(**items))
+        except Exception as error:  # orbax raises what its file systems raise
+            self._fail(error)
+            return
+        if not begun:
+            self.pending = None
+            raise CheckpointError(
+                f"step {step} was not saved ({self.manager.directory}): this or a newer step is "
+                "there already; take another --out_dir, or --init_from=resume"
+            )
+
+    def settle(self) -> None:
+        """Wait until the save under way is on disk; DiskError as of `save`."""
+        if self.pending is None:
+            return
+        step, val_loss = self.pending
+        try:
+            self.manager.wait_until_finished()
+            if step not in steps(self.run_dir):
+                raise CheckpointError("it is not there")
+        except Exception as error:
+            self._fail(error)
+            return
+        self.pending, self.failures, self.last = None, 0, step
+        self.val_losses[step] = val_loss
+
+    def _fail(self, error: Exception) -> None:
+        """Clean up after a save that failed, and say so; DiskError if it was one too many."""
+        assert self.pending is not None
+        step, self.pending = self.pending[0], None
+        self.failures += 1
+        with contextlib.suppress(Exception):
+            self.manager.close()  # what it believes to have saved is no longer true
+        for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        free = shutil.disk_usage(self.run_dir).free
+        text = (
+            f"step {step} was not saved: {first_line(error)}; {megabytes(free)} are free "
+            f"({self.run_dir}), the steps saved before are as they were"
+        )
+        if self.failures >= self.strikes:
+            raise DiskError(text) from error
+        self.manager = self._open()
+        self.notify(f"warning: {text}")
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the folder; DiskError as of `save`."""
+        try:
+            self.settle()
+        finally:
+            with contextlib.suppress(Exception):
+                self.manager.close()
+
+
+def check_space(run_dir: Path, tree: Tree, copies: int) -> None:
+    """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk."""
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    there = sum(p.stat().st_size for p in folder(run_dir).rglob("*") if p.is_file())
+    needed, free = copies * size - there, shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise DiskError(
+            f"--out_dir={run_dir}: {copies} checkpoints of {megabytes(size)} need "
+            f"{megabytes(needed)} more, {megabytes(free)} are free; make room, lower "
+            "--keep_checkpoints, or take --force to start all the same"
+        )
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+# ---- Restoring -----------------------------------------------------------------------------------
+
+
+class Restored(NamedTuple):
+    """A step as it was saved, every array checked."""
+
+    step: int
+    params: Tree
+    extra: Tree
+    meta: Meta
+
+
+def read_meta(run_dir: Path, step: int) -> Meta:
+    """The JSON that was saved with a step; CheckpointError unless it is whole."""
+    try:
+        meta = dict(ocp.JsonCheckpointHandler().restore(folder(run_dir) / str(step) / "meta"))
+        sha256 = meta.pop("sha256", None)
+        if meta.get("format") != FORMAT:
+            raise CheckpointError(f"format {meta.get('format')}, this version reads {FORMAT}")
+        if sha256 != json_sha256(meta):
+            raise CheckpointError("sha256 mismatch in meta")
+        if meta["step"] != step:
+            raise CheckpointError(f"it is step {meta['step']}")
+    except Exception as error:  # JSON's, the file system's, ours
+        raise CheckpointError(
+            f"cannot use step {step} ({folder(run_dir)}): {first_line(error)}"
+        ) from error
+    return meta
+
+
+def best_step(run_dir: Path) -> int:
+    """The saved step with the least validation loss, or the newest if none was evaluated."""
+    saved = require_steps(run_dir)
+    return best_of(saved, {step: loss_of(read_meta(run_dir, step)) for step in saved})
+
+
+def best_of(saved: Sequence[int], val_losses: dict[int, float]) -> int:
+    """Of these steps, oldest first, the newest with the least loss."""
+    return min(reversed(saved), key=lambda step: val_losses.get(step, math.inf))
+
+
+def loss_of(meta: Meta) -> float:
+    """A step's validation loss, infinite if it was not evaluated."""
+    return math.inf if meta.get("val_loss") is None else meta["val_loss"]
+
+
+def restore_params(run_dir: Path, step: int, target: Tree) -> Tree:
+    """The parameters alone, shaped, typed and placed like the abstract target.
+
+    Raises:
+        CheckpointError: they are damaged, or not of these shapes.
+    """
+    meta = read_meta(run_dir, step)
+    return restore_items(run_dir, step, meta, {"params": target})["params"]
+
+
+def restore_newest(
+    run_dir: Path,
+    target: tuple[Tree, Tree],
+    accept: Callable[[Meta], None] = lambda meta: None,
+    *,
+    notify: Notify = print,
+    only: Sequence[int] | None = None,
+) -> Restored:
+    """The newest step that is whole; damaged ones are set aside as quarantine-STEP.
+
+    Args:
+        run_dir: the run folder.
+        target: abstract parameters and what else was saved.
+        accept: raises if a step cannot be used with the present settings; called with its meta
+            before any array is read.
+        notify: is told of each damaged step.
+        only: consider these steps only.
+
+    Raises:
+        CheckpointError: none is whole; lists the reason of each.
+    """
+    reasons = []
+    for step in reversed(require_steps(run_dir) if only is None else only):
+        reason = ""
+        try:
+            meta = read_meta(run_dir, step)
+        except CheckpointError as error:
+            reason = str(error)
+        if all_agree(not reason):
+            accept(meta)
+            require_extra(run_dir, meta)
+            try:
+                items = restore_items(
+                    run_dir, step, meta, {"params": target[0], "extra": target[1]}
+                )
+            except CheckpointError as error:
+                reason = str(error)
+            if all_agree(not reason):
+                return Restored(step, items["params"], items["extra"], meta)
+        reason = reason or f"cannot use step {step}: another process could not read it"
+        name = set_aside(folder(run_dir) / str(step), "quarantine")
+        notify(f"warning: {reason}; moved to {name}")
+        reasons.append(reason)
+    raise CheckpointError(
+        f"no step is whole: {'; '.join(reasons)}; start anew with another --out_dir"
     )
-    return items["params"], items["opt_state"], items["meta"]
 
 
-def restore_items(run_dir: Path, step: int, **items: Any) -> Any:
-    """Items of a step by name; CheckpointError, whatever it is that fails inside orbax."""
+def require_extra(run_dir: Path, meta: Meta) -> None:
+    """CheckpointError if a step holds parameters only."""
+    if not any(path.startswith("extra/") for path in meta["leaves"]):
+        raise CheckpointError(
+            f"step {meta['step']} has no optimizer state to resume with ({folder(run_dir)}): start "
+            f"a run from it with --init_from={run_dir} and another --out_dir"
+        )
+
+
+def restore_items(run_dir: Path, step: int, meta: Meta, targets: dict[str, Tree]) -> Any:
+    """Items of a step by name, each array checked against meta; CheckpointError if one differs."""
+    found = f"cannot use step {step} ({folder(run_dir)})"
+    expected = {
+        path: leaf for path, leaf in meta["leaves"].items() if path.split("/")[0] in targets
+    }
     try:
         options = ocp.CheckpointManagerOptions(read_only=True)
         with ocp.CheckpointManager(folder(run_dir), options=options) as manager:
-            return manager.restore(step, args=ocp_args.Composite(**items))
+            args = {name: ocp_args.StandardRestore(target) for name, target in targets.items()}
+            items = dict(manager.restore(step, args=ocp_args.Composite(**args)).items())
+    except MemoryError:
+        raise
     except Exception as error:  # orbax raises a dozen types on damaged files
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"cannot read step {step} ({folder(run_dir)}): {reason}") from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise CheckpointError(f"{found}: {first_line(error)}") from error
+    difference = first_difference(leaf_digests(items), expected)
+    if difference:
+        raise CheckpointError(f"{found}: {difference}")
+    return items
+
+
+def set_aside(path: Path, word: str) -> str:
+    """Rename a step's folder to WORD-STEP, so that it counts no longer; the new name."""
+    names = [f"{word}-{path.name}", *(f"{word}-{path.name}-{i}" for i in range(2, 1000))]
+    name = next(name for name in names if not (path.parent / name).exists())
+    if jax.process_index() == 0:
+        path.rename(path.parent / name)
+    all_agree(True)  # the others wait until it is done
+    return name
+
+
+def quarantined(run_dir: Path) -> list[str]:
+    """Names of what was set aside as damaged."""
+    return sorted(path.name for path in folder(run_dir).glob("quarantine-*"))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
+    if "No space left on device" in str(error):
+        return "no space left on device"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def abstract_tree(shapes: Tree, shardings: Tree) -> Tree:

@@ -1,7 +1,6 @@
 """The command line: argv into a config, refusals into one line with an exit code."""
 
 import contextlib
-import dataclasses
 import difflib
 import io
 import logging
@@ -13,24 +12,27 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import tyro
 
+from gptjax.config import flatten
 from gptjax.errors import REFUSALS, OutputError, UsageError
 from gptjax.files import cache_dir
 
 T = TypeVar("T")
 
 
-def parse(config_class: type[T], argv: list[str], default: T, description: str) -> T:
+def parse(
+    config_class: type[T], argv: list[str], default: T, description: str, prog: str | None = None
+) -> T:
     """Flags --name=value or --name value, with - and _ alike, over a default.
 
     Raises:
         UsageError: a flag is unknown or its value is not of its type or range.
     """
-    known = flags(default)
+    known = flatten(default)
     argv = list(argv)
     for i, token in enumerate(argv):
         name = token.partition("=")[0].lstrip("-").replace("-", "_")
@@ -49,6 +51,7 @@ def parse(config_class: type[T], argv: list[str], default: T, description: str) 
                 args=argv,
                 default=default,
                 description=description,
+                prog=prog,
                 use_underscores=True,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
             )
@@ -58,13 +61,14 @@ def parse(config_class: type[T], argv: list[str], default: T, description: str) 
         raise
 
 
-def flags(config: Any) -> dict[str, Any]:
-    """The flags of a config with their values, those of the configs inside it included."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        found |= flags(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return found
+def peek(argv: list[str], flag: str) -> str | None:
+    """What a flag says, before anything is checked; None if it is not there."""
+    value = None
+    for i, token in enumerate(argv):
+        name, equals, rest = token.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") == flag:
+            value = rest if equals else "".join(argv[i + 1 : i + 2])
+    return value
 
 
 def first_paragraph(box: str) -> str:
@@ -96,7 +100,10 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         code, text = 130, "interrupted"
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():  # the orderly end would wait for the other processes
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from gptjax.errors import UsageError
 
@@ -151,8 +151,9 @@ class TrainConfig:
     out_dir: str = "out"
     """the run folder: config, tokenizer, metrics, loss.png, samples, checkpoints"""
     init_from: str = "scratch"
-    """scratch, resume, auto (resume where there is something to resume), or a run folder whose
-    parameters to start from"""
+    """scratch, resume, auto (resume where there is something to resume), or what to take the
+    parameters from: a run folder, a name on the Hugging Face Hub (gpt2, gpt2-medium, ...), or a
+    folder or file that convert_gpt2.py imports"""
     eval_interval: int = 250
     """steps between evaluations on the validation split; 0 = only at the end"""
     eval_iters: int = 50
@@ -170,7 +171,39 @@ class TrainConfig:
     loss_scale: Literal["linear", "log"] = "linear"
     """axis of the losses in loss.png"""
 
+    # Resuming, and what goes wrong
+    resume_step: int = -1
+    """go back to this saved step; newer ones are set aside. -1 = the newest"""
+    allow_change: str = ""
+    """settings that may differ from the run's on resume, with commas: seed, batch_size, dtype,
+    gradient_accumulation_steps, dropout, data, tokenizer"""
+    stop_step: int = 0
+    """save and end after this step, whatever max_iters; 0 = never"""
+    skip_spikes: float = 0.0
+    """skip steps whose loss or gradient norm is so many standard deviations above the mean of the
+    last 128 good ones; 0 = never. Steps that are not finite are always skipped"""
+    max_skips: int = 10
+    """end the run after so many skipped steps in a row"""
+    force: bool = False
+    """start although the disk looks too small for the checkpoints"""
+    resume_check: bool = False
+    """train max_iters steps in one go and in two, each in processes of its own, and compare every
+    array of the two states"""
+    replay: str = ""
+    """run one step of the run in out_dir again, with checks on: a file of its bad_steps folder"""
+
     # Machine
+    distributed: Literal["auto", "off"] = "auto"
+    """auto = join the other processes where flags, JAX_COORDINATOR_ADDRESS and its sisters, srun or
+    mpirun tell of any; off = run alone"""
+    coordinator_address: str = ""
+    """HOST:PORT of process 0, for a run of several processes"""
+    num_processes: int = 0
+    """their number; 0 = as the environment says"""
+    process_id: int = -1
+    """the number of this one, from 0; -1 = as the environment says"""
+    heartbeat_timeout: int = 100
+    """seconds of silence after which a process counts as dead, and the others end"""
     strategy: Literal["data"] = "data"
     """how parameters and batch are laid out over the devices: data = batch split, weights copied"""
     steps_per_dispatch: int = 0
@@ -186,6 +219,9 @@ class TrainConfig:
         require_range(self, "max_iters eval_interval eval_iters sample_interval", 0)
         require_range(self, "sample_tokens checkpoint_interval steps_per_dispatch", 0)
         require_range(self, "seed", 0, 2**32 - 1)
+        require_range(self, "resume_step process_id", -1)
+        require_range(self, "stop_step num_processes skip_spikes", 0)
+        require_range(self, "max_skips heartbeat_timeout", 1)
         require_range(self, "warmup_iters lr_decay_iters", 0)
         require(
             self.warmup_iters <= self.max_iters,
@@ -239,6 +275,15 @@ class SampleConfig:
             require(math.isfinite(value) and 0 < value <= top, name, value, rule)
 
 
+def flatten(config: Any) -> dict[str, Any]:
+    """The settings by name, those of the configs inside included."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
 def to_json(config: TrainConfig) -> str:
     """The settings as JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -248,10 +293,26 @@ def load_config(path: Path) -> TrainConfig:
     """Read the settings that `to_json` wrote.
 
     Raises:
-        UsageError: the file is missing, is not JSON, or holds settings that do not exist.
+        UsageError: the file is missing, is not JSON, or holds settings that do not exist or are of
+            another type.
     """
+
+    def require_types(config_class: Any, fields: dict[str, Any]) -> None:
+        for field in dataclasses.fields(config_class):
+            kind: Any = field.type
+            if field.name in fields:
+                value = fields[field.name]
+                if get_origin(kind) is Literal:
+                    ok, rule = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+                else:  # an int will do for a float
+                    ok, rule = type(value) in (kind, int if kind is float else kind), kind.__name__
+                require(ok, field.name, repr(value), f"must be {rule}")
+
     try:
-        fields = json.loads(path.read_text())
-        return TrainConfig(**{**fields, "model": GPTConfig(**fields["model"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        require_types(GPTConfig, fields["model"])
+        fields["model"] = GPTConfig(**fields["model"])
+        require_types(TrainConfig, fields)
+        return TrainConfig(**fields)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UsageError(f"cannot read the settings ({path}): {error}") from error

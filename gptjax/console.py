@@ -1,13 +1,22 @@
 """What a person sees: a progress bar on a terminal, plain lines anywhere else."""
 
 import contextlib
+import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 from rich.text import Text
 
 from gptjax.files import Progress as ReportProgress
@@ -34,17 +43,56 @@ def show_bytes(console: Console) -> Iterator[ReportProgress]:
         )
 
 
+@contextlib.contextmanager
+def show_count(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that shows on stderr how far a count has come.
+
+    Where there is no terminal, as a line every ten seconds.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            print(f"{done}/{total} {unit}", file=sys.stderr, flush=True)
+
+    yield report
+
+
+def print_table(header: list[str], rows: list[list[str]], failed: list[bool]) -> None:
+    """A table on stdout, the failed rows in red where there are colours."""
+    table = Table(box=None, pad_edge=False)
+    for column in header:
+        table.add_column(column, overflow="fold")
+    for row, bad in zip(rows, failed, strict=True):
+        table.add_row(*row, style="red" if bad else None)
+    console = Console(highlight=False)
+    console.print(table, width=None if console.is_terminal else 100)
+
+
 class TrainConsole:
     """Shows a run: `update` after each step, `note` for everything else."""
 
-    def __init__(self, total: int) -> None:
-        self.console = Console(highlight=False)
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        """`quiet`: show nothing, as all but one of several processes do."""
+        self.quiet = quiet
+        self.console = Console(highlight=False, quiet=quiet)
         self.total = total
         self.first: tuple[int, float] | None = None  # the first update's step and time
         self.live: Live | None = None  # begun by the first update
 
     def note(self, text: str) -> None:
         """Print a line, or several, above the bar."""
+        if self.quiet:
+            return
         if self.console.is_terminal:
             self.console.print(Text(printable(text)))
         else:
@@ -55,6 +103,8 @@ class TrainConsole:
 
         Where there is no terminal, only with `log`.
         """
+        if self.quiet:
+            return
         eta = {"eta": self.eta(step)}
         if self.console.is_terminal:
             if self.live is None:

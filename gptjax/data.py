@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,7 +16,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from gptjax.errors import DataError, UsageError
-from gptjax.files import Progress, cache_dir, download, file_sha256, replacing
+from gptjax.files import Progress, cache_dir, download, file_sha256, read_json, replacing
 from gptjax.text import (
     TextFile,
     encode_stream,
@@ -77,8 +76,14 @@ def load_dataset(
         UsageError: there is no such dataset, or the tokenizer does not go with it.
         DataError: what is there is damaged, too short, or not to be had.
     """
-    path = Path(dataset).expanduser()
-    shards = sorted(path.parent.glob(path.name))
+    try:
+        path = Path(dataset).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+        found = [] if is_dir or is_file else sorted(path.parent.glob(path.name))
+    except (OSError, ValueError, RuntimeError) as error:  # too long; no pattern; nobody's home
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--dataset={dataset}: no path or glob: {reason}") from error
+    shards = [file for file in found if file.is_file()]
     read_text = functools.partial(
         load_text,
         kind=tokenizer,
@@ -90,9 +95,9 @@ def load_dataset(
     )
     if dataset == "auto" or dataset in DATASETS:
         loaded = read_text(*fetch(dataset, notify, progress))
-    elif path.is_dir():
+    elif is_dir:
         loaded = load_folder(path, tokenizer, tokenizer_dir)
-    elif path.is_file():
+    elif is_file:
         loaded = read_text(path.name, path)
     elif shards:
         made = make_tokenizer(tokenizer, tokenizer_dir, auto="gpt2")
@@ -208,7 +213,11 @@ def load_folder(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Data
         tokenizer = make_tokenizer(kind, tokenizer_dir, auto="gpt2")
     counts = {}
     if (folder / "meta.json").is_file():
-        counts = json.loads((folder / "meta.json").read_text()).get("tokens", {})
+        counts = read_json(folder / "meta.json").get("tokens", {})
+        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+            raise DataError(
+                f"tokens={counts!r} ({folder / 'meta.json'}): expected a count by split"
+            )
     splits = {s: [open_tokens(folder / f"{s}.bin", counts.get(s))] for s in ("train", "val")}
     return Dataset(str(folder), tokenizer, **splits)
 

@@ -19,6 +19,24 @@ class OutputError(OSError):
     exit_code = 73
 
 
+class PeerError(RuntimeError):
+    """Another process of the same run is gone."""
+
+    exit_code = 70
+
+
+class OutOfMemoryError(MemoryError):
+    """The device or the machine has less memory than this needs."""
+
+    exit_code = 71
+
+
+class DiskError(OSError):
+    """The disk failed, or is full."""
+
+    exit_code = 74
+
+
 class CheckpointError(RuntimeError):
     """There is no saved state that could be used."""
 
@@ -31,4 +49,13 @@ class NonFiniteError(FloatingPointError):
     exit_code = 76
 
 
-REFUSALS = (UsageError, DataError, OutputError, CheckpointError, NonFiniteError)
+REFUSALS = (
+    UsageError,
+    DataError,
+    PeerError,
+    OutOfMemoryError,
+    OutputError,
+    DiskError,
+    CheckpointError,
+    NonFiniteError,
+)

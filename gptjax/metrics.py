@@ -60,9 +60,9 @@ class Recorder:
     """Gathers the losses of single steps into the records of metrics.jsonl."""
 
     def __init__(
-        self, path: Path, tokens_per_step: int, flops_per_token: float, peak: float | None
+        self, path: Path | None, tokens_per_step: int, flops_per_token: float, peak: float | None
     ):
-        """`peak` is the FLOP/s of all devices together, None where unknown."""
+        """`peak` is the FLOP/s of all devices together, None where unknown; path None: no file."""
         self.path, self.tokens_per_step = path, tokens_per_step
         self.flops_per_token, self.peak = flops_per_token, peak
         self.losses: list[float] = []
@@ -83,22 +83,28 @@ class Recorder:
         else:
             self.timed += 1
 
-    def write(self, step: int, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+    def write(
+        self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0
+    ) -> dict[str, Any]:
         """Append and return the record of the steps since the last one, which ends with `step`."""
         now = time.monotonic()
+        finite = [loss for loss in self.losses if np.isfinite(loss)]
+        mean_loss = float(np.mean(finite)) if finite else None  # JSON knows no NaN
         pace = None
         if self.timed and self.since is not None:
             pace = self.timed * self.tokens_per_step / (now - self.since)
         record = {
             "step": step,
-            "loss": float(np.mean(self.losses)),
-            "grad_norm": grad_norm,
+            "loss": mean_loss,
+            "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
+            "skipped": skipped,
             "learning_rate": learning_rate,
             "tokens_per_second": None if pace is None else round(pace),
             "mfu": None if not (pace and self.peak) else pace * self.flops_per_token / self.peak,
             "seconds": round(now - self.began, 2),
         }
-        append_metrics(self.path, record)
+        if self.path is not None:
+            append_metrics(self.path, record)
         self.losses, self.since, self.timed = [], now, 0
         return record
 
@@ -113,7 +119,7 @@ def describe(record: dict[str, Any], known_device: bool) -> dict[str, str]:
     """A record for people, the important things first."""
     pace, mfu = record["tokens_per_second"], record["mfu"]
     return {
-        "loss": f"{record['loss']:.4f}",
+        "loss": "-" if record["loss"] is None else f"{record['loss']:.4f}",
         "lr": f"{record['learning_rate']:.2e}",
         "tok/s": "-" if pace is None else f"{pace:,}",
         "mfu": "unknown device" if not known_device else "-" if mfu is None else f"{mfu:.1%}",

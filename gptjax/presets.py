@@ -44,7 +44,8 @@ PRESETS = {
         sample_interval=400,
         checkpoint_interval=400,
     ),
-    # python train.py shakespeare_char: nanoGPT's preset of this name; not yet measured
+    # python train.py shakespeare_char: nanoGPT's preset of this name. Best val loss 1.452 at step
+    # 2000 (it overfits after), 2.05 million tokens/s on one H200.
     "shakespeare_char": TrainConfig(
         dataset="tinyshakespeare",
         model=GPTConfig(
@@ -63,8 +64,9 @@ PRESETS = {
         beta2=0.99,
         out_dir="out/shakespeare_char",
     ),
-    # python train.py gpt2 --batch_size=... --gradient_accumulation_steps=...: keep their product at
-    # 512, with as large a batch as the devices hold; not yet measured, nor are its larger sisters
+    # python train.py gpt2 --batch_size=64 --gradient_accumulation_steps=8: keep their product at
+    # 512, with as large a batch as the devices hold. A pass over 64 sequences with its update takes
+    # 124 ms on one H200; no whole run was measured, nor the larger sisters
     "gpt2": GPT2_RECIPE,
     "gpt2_medium": dataclasses.replace(
         GPT2_RECIPE,

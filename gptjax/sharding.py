@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,3 +46,10 @@ def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(leaf_sharding, tree)
+
+
+def all_agree(mine: bool) -> bool:
+    """Whether this is true in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(np.all(multihost_utils.process_allgather(np.array(mine))))

@@ -1,10 +1,15 @@
 """What all tests share: 8 emulated CPU devices, caches of their own, and tiny models."""
 
 import os
+import re
+import subprocess
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
+import tempfile
 from pathlib import Path
 
 import gptjax  # noqa: F401
@@ -17,6 +22,11 @@ from gptjax import model
 from gptjax.config import GPTConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same program anew, with new functions: a cache for the session.
+COMPILED = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,3 +76,59 @@ def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.P
     return treedef.unflatten(
         [change(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
     )
+
+
+# ---- The scripts, as processes
+
+TINY = (
+    *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8"),
+    *("--max_iters=40", "--warmup_iters=4", "--learning_rate=3e-3", "--dropout=0.1"),
+    *("--eval_interval=20", "--eval_iters=2", "--log_interval=5", "--checkpoint_interval=10"),
+    *("--sample_interval=20", "--sample_tokens=20"),
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scripts")
+    (path / "corpus.txt").write_text("the cat sat on the mat and the dog ran to the cat\n" * 60)
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment(folder: Path) -> dict[str, str]:
+    """One device, caches of its own, two threads at most whatever the machine."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "2",
+        "GPTJAX_CACHE": str(folder / "cache"),
+    }
+
+
+def run(
+    environment: dict[str, str], script: str, *argv: str, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def digest(output: str) -> str:
+    found = re.search(r"state sha256=(\w{64})", output)
+    assert found, output
+    return found[1]
+
+
+@pytest.fixture(scope="session")
+def whole(folder: Path, environment: dict[str, str]) -> str:
+    """What an undisturbed run prints."""
+    argv = (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={folder}/whole")
+    return run(environment, "train.py", *argv).stdout

@@ -1,15 +1,18 @@
 """What is saved comes back to the bit, and the right steps are kept."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from gptjax import checkpoint, optimizer, training
 from gptjax.config import TrainConfig
-from gptjax.errors import CheckpointError
+from gptjax.errors import CheckpointError, DiskError, NonFiniteError, UsageError
 
 from .conftest import init_params, tiny
 
@@ -23,11 +26,12 @@ def make_state(name: str = "adamw") -> training.TrainState:
 
 def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 2) -> None:
     state = make_state()
-    manager = checkpoint.open_manager(run_dir, keep)
+    saver = checkpoint.Saver(run_dir, keep)
     for step, val_loss in losses.items():
         params = jax.tree.map(lambda p, step=step: p + step, state.params)
-        checkpoint.save(manager, step, params, state.opt_state, {"val_loss": val_loss})
-    manager.close()
+        saver.save(step, params, {"opt_state": state.opt_state}, {"val_loss": val_loss})
+    saver.close()
+    assert saver.last == max(losses)
 
 
 def target(tree: Any) -> Any:
@@ -38,16 +42,16 @@ def target(tree: Any) -> Any:
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None:
     state = make_state(name)
-    manager = checkpoint.open_manager(tmp_path)
-    checkpoint.save(manager, 5, state.params, state.opt_state, {"val_loss": 1.25, "note": "é"})
-    manager.close()
-    params, opt_state, meta = checkpoint.restore_state(
-        tmp_path, 5, target(state.params), target(state.opt_state)
-    )
-    assert jax.tree.structure(opt_state) == jax.tree.structure(state.opt_state)
-    restored = training.TrainState(state.step, params, opt_state)
+    extra = {"opt_state": state.opt_state, "guard": state.guard}
+    with checkpoint.Saver(tmp_path) as saver:
+        saver.save(5, state.params, extra, {"val_loss": 1.25, "note": "é"})
+    found = checkpoint.restore_newest(tmp_path, (target(state.params), target(extra)))
+    assert jax.tree.structure(found.extra) == jax.tree.structure(extra)
+    restored = training.TrainState(state.step, found.params, **found.extra)
     assert training.digest(restored) == training.digest(state)
-    assert meta == {"format": 1, "step": 5, "val_loss": 1.25, "note": "é"}
+    leaves = found.meta.pop("leaves")
+    assert found.meta == {"format": 2, "step": 5, "val_loss": 1.25, "note": "é"}
+    assert leaves["params/wte/embedding"]["shape"] == list(state.params["wte"]["embedding"].shape)
 
 
 def test_newest_and_best_are_kept(tmp_path: Path) -> None:
@@ -80,7 +84,7 @@ def test_nothing_saved(tmp_path: Path) -> None:
 def test_damage_is_one_line(tmp_path: Path) -> None:
     save_steps(tmp_path, {20: None})
     (checkpoint.folder(tmp_path) / "20" / "params" / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot read step 20") as error:
+    with pytest.raises(CheckpointError, match="cannot use step 20") as error:
         checkpoint.restore_params(tmp_path, 20, target(make_state().params))
     assert "\n" not in str(error.value)
 
@@ -88,5 +92,161 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     save_steps(tmp_path, {20: None})
     other = init_params(tiny(n_embd=64), jax.random.key(0))
-    with pytest.raises(CheckpointError, match="cannot read step 20"):
+    with pytest.raises(CheckpointError, match="cannot use step 20"):
         checkpoint.restore_params(tmp_path, 20, target(other))
+
+
+# ---- Damage
+
+
+def everything(state: training.TrainState) -> tuple[Any, Any]:
+    return target(state.params), target({"opt_state": state.opt_state})
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("two")
+    save_steps(run_dir, {10: None, 20: None})
+    return run_dir
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_damage_to_any_file_is_found_or_harmless(
+    tmp_path: Path, two_steps: Path, damage: Callable[[Path], None]
+) -> None:
+    """Each file of the newest step in turn; what is restored is what was saved."""
+    state = make_state()
+    files = [p for p in sorted((checkpoint.folder(two_steps) / "20").rglob("*")) if p.is_file()]
+    used: list[int] = []
+    for number, path in enumerate(files):
+        if path.stat().st_size == 0:
+            continue
+        run_dir = tmp_path / str(number)
+        shutil.copytree(two_steps, run_dir)
+        damage(run_dir / path.relative_to(two_steps))
+        said: list[str] = []
+        found = checkpoint.restore_newest(run_dir, everything(state), notify=said.append)
+        used.append(found.step)
+        expected = jax.tree.map(lambda p, step=found.step: p + step, state.params)
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+        assert bool(said) == (found.step == 10)
+        assert (checkpoint.folder(run_dir) / "quarantine-20").exists() == (found.step == 10)
+        shutil.rmtree(run_dir)
+    assert used.count(10) >= 6 and len(used) >= 10
+
+
+def test_the_gate_for_damage_turns_red(tmp_path: Path, two_steps: Path, monkeypatch: Any) -> None:
+    """The mistake: arrays taken as orbax returns them."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    step = checkpoint.folder(tmp_path / "run") / "20"
+    flip(max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
+    monkeypatch.setattr(checkpoint, "first_difference", lambda a, b: None)
+    state = make_state()
+    found = checkpoint.restore_newest(tmp_path / "run", everything(state))
+    assert found.step == 20  # silently wrong
+    expected = jax.tree.map(lambda p: p + 20, (state.params, state.opt_state))
+    pairs = jax.tree.map(np.array_equal, (found.params, found.extra["opt_state"]), expected)
+    assert not all(jax.tree.leaves(pairs))
+
+
+def test_two_steps_back_and_no_further(tmp_path: Path) -> None:
+    save_steps(tmp_path, {10: None, 20: None, 30: None}, keep=3)
+    for step, damage in ((20, flip), (30, truncate)):
+        damage(checkpoint.folder(tmp_path) / str(step) / "meta" / "metadata")
+    said: list[str] = []
+    state = make_state()
+    assert checkpoint.restore_newest(tmp_path, everything(state), notify=said.append).step == 10
+    assert len(said) == 2 and "cannot use step 30" in said[0] and "quarantine-20" in said[1]
+    assert checkpoint.steps(tmp_path) == [10]
+    shutil.rmtree(checkpoint.folder(tmp_path) / "10" / "params")
+    with pytest.raises(CheckpointError, match="no step is whole: cannot use step 10"):
+        checkpoint.restore_newest(tmp_path, everything(state), notify=said.append)
+    assert checkpoint.quarantined(tmp_path) == ["quarantine-10", "quarantine-20", "quarantine-30"]
+
+
+def test_strangers_among_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_steps(tmp_path, {10: None})
+    for name in ("999", "nan", "30.orbax-checkpoint-tmp", "quarantine-5"):
+        (checkpoint.folder(tmp_path) / name).mkdir()
+    (checkpoint.folder(tmp_path) / "77").write_text("no folder")
+    assert checkpoint.steps(tmp_path) == [10]
+    save_steps(tmp_path, {20: None})
+    assert checkpoint.steps(tmp_path) == [10, 20]
+    assert "999 is empty; moved to quarantine-999" in capsys.readouterr().out
+    assert checkpoint.restore_newest(tmp_path, everything(make_state())).step == 20
+
+
+def test_settings_are_checked_before_arrays(tmp_path: Path, two_steps: Path) -> None:
+    def refuse(meta: checkpoint.Meta) -> None:
+        raise UsageError(f"not step {meta['step']}")
+
+    with pytest.raises(UsageError, match="not step 20"):
+        checkpoint.restore_newest(two_steps, everything(make_state()), refuse)
+    assert checkpoint.steps(two_steps) == [10, 20]
+
+
+# ---- Disks
+
+
+def test_failed_saves_are_tried_again_and_then_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, said, full = make_state(), [], [True]
+    whole_save = ocp.CheckpointManager.save
+
+    def save(self: Any, step: int, **kwargs: Any) -> bool:
+        if full[0]:
+            (checkpoint.folder(tmp_path) / f"{step}.orbax-checkpoint-tmp").mkdir()
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand more")
+        return whole_save(self, step, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    saver = checkpoint.Saver(tmp_path, notify=said.append)
+
+    def save_step(step: int) -> None:
+        saver.save(step, state.params, None, {"val_loss": None})
+        saver.settle()
+
+    save_step(1)
+    save_step(2)
+    assert len(said) == 2 and "step 2 was not saved: RESOURCE_EXHAUSTED: No space" in said[1]
+    assert "MB are free" in said[1] and list(checkpoint.folder(tmp_path).iterdir()) == []
+    full[0] = False
+    save_step(3)
+    assert saver.last == 3 and len(said) == 2
+    full[0] = True
+    save_step(4)
+    save_step(5)
+    with pytest.raises(DiskError, match="step 6 was not saved"):
+        save_step(6)
+    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint.restore_params(tmp_path, 3, target(state.params))
+
+
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    params = jax.tree.map(lambda p: p * np.nan, make_state().params)
+    with checkpoint.Saver(tmp_path) as saver, pytest.raises(NonFiniteError, match="step 7"):
+        saver.save(7, params, None, {"val_loss": None})
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_too_small_a_disk_is_known_beforehand(tmp_path: Path, monkeypatch: Any) -> None:
+    tree = {"w": jax.ShapeDtypeStruct((1000, 250), np.float32)}  # 1 MB
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    checkpoint.check_space(tmp_path, tree, 3)
+    with pytest.raises(DiskError, match=r"4 checkpoints of 1.0 MB need 4.0 MB more, 3.5 MB are"):
+        checkpoint.check_space(tmp_path, tree, 4)
+    checkpoint.folder(tmp_path).mkdir()
+    (checkpoint.folder(tmp_path) / "old").write_bytes(bytes(600_000))
+    checkpoint.check_space(tmp_path, tree, 4)  # what is there will make room

@@ -1,0 +1,58 @@
+"""Faults on demand, to see them survived: GPTJAX_FAULT=KIND@STEP or KIND@FIRST-LAST.
+
+nan_grad makes the gradient NaN, spike makes loss and gradient 1000 times as large, raise fails as
+damaged data would, each in these steps. Without the variable nothing of this is compiled in.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gptjax.errors import DataError, UsageError
+
+FACTORS = {"nan_grad": jnp.nan, "spike": 1000.0}
+Corrupt = Callable[[Array, Array, Any], tuple[Array, Any]]  # step, loss, grads -> loss, grads
+
+
+class Fault(NamedTuple):
+    """A fault and the steps, both ends included, in which it strikes."""
+
+    kind: str
+    first: int
+    last: int
+
+
+def planned_fault() -> Fault | None:
+    """The fault that the environment asks for; UsageError if it makes no sense."""
+    text = os.environ.get("GPTJAX_FAULT")
+    if not text:
+        return None
+    found = re.fullmatch(r"(nan_grad|spike|raise)@(\d+)(?:-(\d+))?", text)
+    if not found:
+        raise UsageError(f"GPTJAX_FAULT={text}: must be nan_grad@, spike@ or raise@STEP[-LAST]")
+    first = int(found[2])
+    return Fault(found[1], first, int(found[3] or first))
+
+
+def make_corrupt(fault: Fault | None) -> Corrupt | None:
+    """What the training step does to its loss and gradient, None if nothing."""
+    if fault is None or fault.kind not in FACTORS:
+        return None
+    factor = FACTORS[fault.kind]
+
+    def corrupt(step: Array, loss: Array, grads: Any) -> tuple[Array, Any]:
+        strikes = (step >= fault.first) & (step <= fault.last)
+        return jax.tree.map(lambda x: jnp.where(strikes, x * factor, x), (loss, grads))
+
+    return corrupt
+
+
+def maybe_raise(fault: Fault | None, step: int) -> None:
+    """DataError in a step that the fault names."""
+    if fault is not None and fault.kind == "raise" and fault.first <= step <= fault.last:
+        raise DataError(f"GPTJAX_FAULT: the data of step {step}")

@@ -1,0 +1,124 @@
+"""What a run records of itself at each checkpoint, and under which settings it may go on."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import GPTConfig, TrainConfig, flatten
+from gptjax.errors import UsageError
+from gptjax.tokenizer import Tokenizer, fingerprint
+
+Record = dict[str, Any]
+
+# What decides the shapes of the state, or what is computed with the same shapes.
+FIXED = {
+    *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
+    "optimizer",
+}
+# What makes it another experiment.
+GUARDED = {"seed", "batch_size", "gradient_accumulation_steps", "dtype", "dropout"}
+GUARDED |= {"data", "tokenizer"}
+# What is said of one start of a run, and not of the next.
+ONCE = {"resume_step", "allow_change", "stop_step", "force", "resume_check", "replay", "debug"}
+ONCE |= {"coordinator_address", "num_processes", "process_id", "distributed"}
+# What says where and how a run is started, not what it computes.
+IGNORED = ONCE | {"out_dir", "init_from", "compile_cache", "heartbeat_timeout"}
+IGNORED |= {"dataset", "tokenizer", "tokenizer_dir"}  # the tokens themselves are compared
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+SAMPLED = 256  # blocks of a token file that its fingerprint reads
+BLOCK = 2**20  # bytes
+
+
+def token_fingerprint(tokens: np.ndarray) -> str:
+    """Of a token array: type, length and up to 256 blocks of 1 MiB, evenly spread.
+
+    So everything of a file below 256 MiB counts, and a larger one is no burden to start with.
+    """
+    data = tokens.reshape(-1).view(np.uint8)
+    sha256 = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
+    count = min(SAMPLED, -(-len(data) // BLOCK))
+    for i in range(count):
+        start = 0 if count == 1 else i * (len(data) - BLOCK) // (count - 1)
+        sha256.update(np.ascontiguousarray(data[start : start + BLOCK]).data)
+    return sha256.hexdigest()
+
+
+def make_record(
+    config: TrainConfig, cfg: GPTConfig, shards: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> Record:
+    """What belongs to every checkpoint of this run, as JSON.
+
+    Args:
+        config: the settings as given.
+        cfg: the model as it is computed, without any "auto".
+        shards: the token arrays of both splits.
+        tokenizer: the one they were made with.
+    """
+    settings = flatten(dataclasses.replace(config, model=cfg))
+    return {
+        "settings": {name: value for name, value in settings.items() if name not in IGNORED},
+        "data": [token_fingerprint(tokens) for tokens in shards],
+        "tokenizer": fingerprint(tokenizer),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": {
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "cpu_threads": int(os.environ.get("NPROC") or len(os.sched_getaffinity(0))),
+        },
+    }
+
+
+def check_record(
+    old: Record, new: Record, allow_change: Sequence[str], notify: Callable[[str], None]
+) -> None:
+    """Whether a run saved under `old` may go on under `new`; tells what changes.
+
+    Raises:
+        UsageError: shapes differ, or what makes it another experiment and is not allowed to.
+    """
+    before, now = (
+        {**record["settings"], "data": record["data"], "tokenizer": record["tokenizer"]}
+        for record in (old, new)
+    )
+    changed = [name for name in now if before.get(name) != now[name]]
+    unknown = [name for name in allow_change if name not in GUARDED]
+    if unknown:
+        raise UsageError(f"--allow_change={unknown[0]}: must be among {', '.join(sorted(GUARDED))}")
+
+    def show(name: str) -> str:
+        if name in ("data", "tokenizer"):
+            return f"another {name}"
+        return f"{name}={before.get(name)}, you asked for {now[name]}"
+
+    fixed = [show(name) for name in changed if name in FIXED]
+    if fixed:
+        raise UsageError(
+            f"the checkpoint has {'; '.join(fixed)}; leave it as it was, or take another --out_dir"
+        )
+    guarded = [name for name in changed if name in GUARDED and name not in allow_change]
+    if guarded:
+        raise UsageError(
+            f"the checkpoint has {'; '.join(map(show, guarded))}; leave it as it was, or take "
+            f"--allow_change={','.join(guarded)}"
+        )
+    for name in changed:
+        if name in ("data", "tokenizer"):
+            notify(f"resuming with {show(name)}")
+        else:
+            notify(f"resuming with {name}={now[name]}, it was {before.get(name)}")
+    for kind in ("versions", "machine"):
+        for name, value in new[kind].items():
+            if old[kind].get(name) != value:
+                notify(
+                    f"resuming with {name} {value}, it was {old[kind].get(name)}: the same tokens "
+                    "in the same order, but sums may round differently from now on"
+                )

@@ -1,0 +1,471 @@
+"""What a run survives, each fault done to a real process. The long ones: pytest -m slow."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptjax import checkpoint
+
+from .conftest import ROOT, TINY, digest, run
+from .test_checkpoint import flip
+
+slow = pytest.mark.slow
+Environment = dict[str, str]
+
+
+@pytest.fixture
+def out(tmp_path: Path, folder: Path, whole: str) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(folder / "whole", tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Flags of the undisturbed run, in a folder of its own."""
+    return (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={tmp_path}/out")
+
+
+def resume(environment: Environment, out: Path, *argv: str, expect: int = 0) -> Any:
+    return run(
+        environment, "train.py", f"--out_dir={out}", "--init_from=resume", *argv, expect=expect
+    )
+
+
+def newest(out: Path) -> int:
+    return checkpoint.steps(out)[-1]
+
+
+# ---- Death ---------------------------------------------------------------------------------------
+
+
+def test_an_error_in_the_loop_leaves_the_save_under_way(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str
+) -> None:
+    done = run({**environment, "GPTJAX_FAULT": "raise@22"}, "train.py", *start, expect=65)
+    assert done.stderr.splitlines()[-1] == "error: GPTJAX_FAULT: the data of step 22"
+    assert newest(tmp_path / "out") == 20
+    assert digest(resume(environment, tmp_path / "out").stdout) == digest(whole)
+
+
+LONG = (
+    *("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8", "--batch_size=4"),
+    *("--max_iters=4000", "--eval_interval=0", "--eval_iters=1", "--sample_interval=0"),
+    *("--sample_tokens=0", "--log_interval=1", "--checkpoint_interval=50", "--optimizer=adamw"),
+)
+
+
+def disturb(
+    environment: Environment, argv: list[str], number: int, rng: random.Random
+) -> tuple[int, int, str]:
+    """Start, send a signal at a random moment; return code, last step printed, all output."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv, "--init_from=auto"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    time.sleep(rng.uniform(1.5, 5.0))
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=120)
+    steps = re.findall(r"^step (\d+)/", printed, re.MULTILINE)
+    return process.returncode, int(steps[-1]) if steps else 0, printed
+
+
+@slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGKILL, 40), (signal.SIGTERM, 20), (signal.SIGINT, 20)]
+)
+def test_signals_at_random_moments(
+    environment: Environment, folder: Path, tmp_path: Path, number: signal.Signals, times: int
+) -> None:
+    """Signal after signal, run after run; each run ends in the undisturbed run's bits."""
+    data = (*LONG, f"--dataset={folder}/corpus.txt")
+    expected = digest(run(environment, "train.py", *data, f"--out_dir={tmp_path}/ref").stdout)
+    rng, sent, runs, lost, reacted = random.Random(int(number)), 0, 0, [0], 0
+    while sent < times:
+        out = tmp_path / f"run{runs}"
+        runs += 1
+        while sent < times:
+            before = newest(out) if checkpoint.steps(out) else 0
+            code, step, printed = disturb(environment, [*data, f"--out_dir={out}"], number, rng)
+            after = newest(out) if checkpoint.steps(out) else 0
+            assert after >= before, printed
+            if code == 0:
+                break
+            sent += 1
+            if number == signal.SIGKILL:
+                lost.append(step - after)
+                reacted += step > 0
+            elif "parameters" in printed:  # it had begun; before that there is nothing to save
+                assert code == 128 + number, printed
+                saved = re.search(r"saved step (\d+) after " + number.name, printed)
+                assert saved and int(saved[1]) == after, printed
+                reacted += 1
+        done = run(environment, "train.py", *data, f"--out_dir={out}", "--init_from=auto")
+        assert digest(done.stdout) == expected
+        assert list(checkpoint.folder(out).glob("*tmp*")) == []
+        assert checkpoint.quarantined(out) == []
+    assert reacted >= times // 2
+    # One interval, and what was done while the save at its end was on its way to the disk.
+    assert max(lost) <= 2 * 50
+    print(f"{number.name}: {sent} signals, {reacted} while training, {runs} runs, lost {lost}")
+
+
+@slow
+def test_killed_inside_the_save(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str
+) -> None:
+    """kill -9 as soon as a temporary folder is seen; the torn step is never chosen."""
+    out, torn = tmp_path / "out", 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "train.py"),
+                *start,
+                "--init_from=auto",
+                "--checkpoint_interval=1",
+            ],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        until = (checkpoint.steps(out) or [0])[-1] + 2
+        while process.poll() is None:
+            tmp = list(checkpoint.folder(out).glob("*.orbax-checkpoint-tmp"))
+            if tmp and int(tmp[0].name.partition(".")[0]) >= until:
+                process.kill()
+                process.wait()
+                torn += tmp[0].exists()
+    assert torn >= 1
+    done = run(environment, "train.py", *start, "--init_from=auto", "--checkpoint_interval=1")
+    assert digest(done.stdout) == digest(whole)
+    assert list(checkpoint.folder(out).glob("*tmp*")) == []
+
+
+@slow
+def test_a_stop_on_a_step_that_is_saved_anyway(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str
+) -> None:
+    done = run(environment, "train.py", *start, "--stop_step=20")
+    assert "saved step 20, as --stop_step=20 says" in done.stdout
+    assert digest(resume(environment, tmp_path / "out").stdout) == digest(whole)
+
+
+def test_two_runs_in_one_folder(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *start, "--max_iters=100000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None and "parameters" in first.stdout.readline()
+    second = run(environment, "train.py", *start, "--init_from=auto", expect=73)
+    assert f"is in use by process {first.pid} on {socket.gethostname()}" in second.stderr
+    first.kill()
+    first.communicate()
+    run(environment, "train.py", *start, "--init_from=auto", "--stop_step=1")  # the lock is free
+
+
+# ---- Damage and change ---------------------------------------------------------------------------
+
+
+@slow
+def test_a_flipped_bit_costs_one_interval(environment: Environment, out: Path, whole: str) -> None:
+    step = checkpoint.folder(out) / "40"
+    flip(max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
+    done = resume(environment, out)
+    assert re.search(
+        r"warning: cannot use step 40 .*: sha256 mismatch in .*; moved to quar", done.stdout
+    )
+    assert "resuming at step 30" in done.stdout
+    assert digest(done.stdout) == digest(whole)
+
+
+@slow
+def test_nothing_whole_never_starts_anew(environment: Environment, out: Path) -> None:
+    for step in checkpoint.steps(out):
+        shutil.rmtree(checkpoint.folder(out) / str(step) / "params")
+    for _ in range(2):
+        for how in ("--init_from=auto", "--init_from=scratch"):
+            done = run(
+                environment,
+                "train.py",
+                f"--out_dir={out}",
+                how,
+                expect=2 if "scratch" in how and checkpoint.steps(out) else 75,
+            )
+            assert "error: " in done.stderr
+
+
+@slow
+def test_back_to_an_older_step(environment: Environment, out: Path, whole: str) -> None:
+    done = resume(environment, out, "--resume_step=30")
+    assert "step 40 is set aside as aside-40" in done.stdout
+    assert digest(done.stdout) == digest(whole)
+    assert checkpoint.steps(out) == [30, 40] or checkpoint.steps(out) == [20, 30, 40]
+    refused = resume(environment, out, "--resume_step=33", expect=2)
+    assert "--resume_step=33: must be one of" in refused.stderr
+
+
+@slow
+def test_another_corpus_is_refused(environment: Environment, out: Path, tmp_path: Path) -> None:
+    text = "the cat sat on the mat and the dog ran to the cat\n" * 60
+    (tmp_path / "longer.txt").write_text(text + "the cat\n")
+    argv = (f"--dataset={tmp_path}/longer.txt", "--max_iters=41")
+    refused = resume(environment, out, *argv, expect=2)
+    assert "the checkpoint has another data; leave it" in refused.stderr
+    done = resume(environment, out, *argv, "--allow_change=data")
+    assert "resuming with another data" in done.stdout and "after 41 steps" in done.stdout
+
+
+@slow
+def test_other_numbers_of_devices(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, folder: Path, whole: str
+) -> None:
+    """8 -> 1, 1 -> 8 and 8 -> 2 devices: the loss of every step as without the change."""
+
+    def losses(path: Path) -> np.ndarray:
+        lines = (json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines())
+        return np.array([line["loss"] for line in lines if "loss" in line])
+
+    def on(devices: int) -> Environment:
+        return {**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+    expected = losses(folder / "whole")
+    for before, after in ((8, 1), (1, 8), (8, 2)):
+        out = tmp_path / f"{before}-{after}"
+        argv = [arg for arg in start if not arg.startswith("--out_dir")]
+        run(on(before), "train.py", *argv, f"--out_dir={out}", "--stop_step=20")
+        done = resume(on(after), out)
+        assert f"resuming with devices {after} x cpu, it was {before} x cpu" in done.stdout
+        found = losses(out)
+        ok = np.abs(found - expected).max() <= 1e-5 and abs(found[4] - expected[4]) <= 1e-6
+        assert ok, np.abs(found - expected)
+    refused = resume(on(3), out, expect=2)
+    assert "must be divisible by 3 devices; it is by 1, 2, 4, 8" in refused.stderr
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+
+def test_a_nan_is_skipped_written_down_and_replayed(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    out, faulty = tmp_path / "out", {**environment, "GPTJAX_FAULT": "nan_grad@12"}
+    done = run(faulty, "train.py", *start, "--stop_step=15")
+    assert "step 12 skipped: loss nan, grad norm nan" in done.stdout
+    record = json.loads((out / "bad_steps" / "12.json").read_text())
+    assert record["loss"] == "nan" and len(record["rows"]) == 8
+    replayed = run(
+        faulty, "train.py", f"--out_dir={out}", f"--replay={out}/bad_steps/12.json"
+    ).stdout
+    assert "step 12: the same tokens" in replayed and "loss nan, recorded nan" in replayed
+    assert checkpoint.steps(out) == [10, 15]
+    # With the same fault a resumed run ends as an undisturbed one.
+    ended = digest(resume(faulty, out).stdout)
+    argv = [arg for arg in start if not arg.startswith("--out_dir")]
+    whole = run(faulty, "train.py", *argv, f"--out_dir={tmp_path}/one").stdout
+    assert ended == digest(whole)
+
+
+@slow
+def test_too_many_nans_end_the_run(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    faulty = {**environment, "GPTJAX_FAULT": "nan_grad@17-99"}
+    done = run(faulty, "train.py", *start, expect=76)
+    assert "the last 10 steps up to 26 had to be skipped" in done.stderr
+    assert "the last good checkpoint is step 20" in done.stderr
+    assert digest(resume(environment, tmp_path / "out").stdout)
+
+
+@slow
+def test_resume_check(environment: Environment, start: tuple[str, ...]) -> None:
+    done = run(environment, "train.py", *start, "--resume_check")
+    assert "40 steps, and 20 + resume + 20: all " in done.stdout
+    assert "arrays are equal to the bit" in done.stdout
+
+
+# ---- Memory and disk -----------------------------------------------------------------------------
+
+
+@slow
+def test_too_little_memory_is_explained(environment: Environment, start: tuple[str, ...]) -> None:
+    command = ["prlimit", "--as=8000000000", sys.executable, str(ROOT / "train.py"), *start]
+    done = subprocess.run(
+        [*command, "--n_embd=16384", "--n_layer=4", "--force"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 71, done.stderr[-2000:]
+    assert "n_embd=16384; lower --batch_size" in done.stderr.splitlines()[-1]
+
+
+def in_small_disk(megabytes: int, script: str, environment: Environment) -> Any:
+    """Run a shell script as root of a namespace where /mnt is a disk of this size."""
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /mnt && {script}"
+    return subprocess.run(
+        ["unshare", "-rm", "bash", "-c", mount], env=environment, capture_output=True, text=True
+    )
+
+
+can_mount = subprocess.run(
+    ["unshare", "-rm", "bash", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"], capture_output=True
+)
+needs_mount = pytest.mark.skipif(
+    can_mount.returncode != 0,
+    reason="mounting a small disk is not allowed here; run pytest -m slow as root, or where "
+    "`unshare -rm mount -t tmpfs tmpfs /mnt` works",
+)
+
+
+@slow
+@needs_mount
+def test_a_full_disk(environment: Environment, folder: Path) -> None:
+    """Saves fail, are tried again, and end the run; what was saved goes on once there is room."""
+    train = (
+        f"{sys.executable} {ROOT}/train.py {' '.join(TINY)} --dataset={folder}/corpus.txt "
+        "--n_embd=256 --n_head=2 --out_dir=/mnt/out"
+    )
+    # A step takes 11 MB: the disk holds one and a half.
+    refused = in_small_disk(20, train, environment)
+    assert refused.returncode == 74, refused.stderr
+    assert re.search(r"4 checkpoints of .* need .* more, .* are free", refused.stderr)
+    script = (
+        f"{train} --force; echo ended $?; ls /mnt/out/checkpoints; mount -o remount,size=300m /mnt "
+        f"&& {sys.executable} {ROOT}/train.py --out_dir=/mnt/out --init_from=resume"
+    )
+    done = in_small_disk(20, script, environment)
+    assert "step 20 was not saved" in done.stdout and "MB are free" in done.stdout, done.stdout
+    assert "step 40 was not saved" in done.stderr and "ended 74" in done.stdout, done.stderr
+    assert re.search(r"ended 74\n10\nresum", done.stdout), done.stdout
+    assert "resuming at step 10" in done.stdout and done.returncode == 0, done.stderr
+    whole = in_small_disk(300, train, environment)
+    assert digest(done.stdout) == digest(whole.stdout)
+
+
+@slow
+@needs_mount
+def test_a_disk_that_cannot_be_written(environment: Environment, folder: Path) -> None:
+    train = f"{sys.executable} {ROOT}/train.py --dataset={folder}/corpus.txt --out_dir=/mnt/out"
+    done = in_small_disk(8, f"mount -o remount,ro /mnt && {train}", environment)
+    assert done.returncode == 73 and "cannot write to --out_dir=/mnt/out" in done.stderr
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+
+def start_processes(
+    environment: Environment, count: int, argv: tuple[str, ...]
+) -> list[subprocess.Popen[str]]:
+    """`count` processes of one run on this host, over the loopback network."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    own = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "NPROC": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *argv],
+            env={**environment, **own, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text}")
+
+
+@slow
+def test_processes_share_a_run_stop_together_and_go_on_in_another_number(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, folder: Path, whole: str
+) -> None:
+    out = tmp_path / "out"
+    # Two; a signal to one of them stops both at the same step.
+    processes = start_processes(environment, 2, (*start, "--max_iters=40", "--log_interval=1"))
+    wait_for(processes[0], "step 5/40")
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], ends
+    saved = re.search(r"saved step (\d+) after SIGTERM", ends[0][0])
+    assert saved and newest(out) == int(saved[1]) < 40
+    # Four go on, and one of them dies: the others end, saying so.
+    go_on = (f"--out_dir={out}", "--init_from=resume", "--max_iters=100000")
+    short = (*go_on, "--lr_decay_iters=40", "--heartbeat_timeout=10")
+    processes = start_processes(environment, 4, short)
+    wait_for(processes[0], "step 60/")
+    processes[3].kill()
+    ends = [process.communicate(timeout=120) for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes[3] == -signal.SIGKILL and 0 not in codes[:3], ends
+    assert "another process of this run is gone" in ends[0][1], ends[0][1][-3000:]
+    # One goes on alone.
+    kept = newest(out)
+    assert kept >= 40
+    done = resume(environment, out, f"--max_iters={kept + 3}", "--lr_decay_iters=40")
+    assert f"resuming at step {kept}" in done.stdout
+
+
+@slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_compute_what_one_does(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str, count: int
+) -> None:
+    processes = start_processes(environment, count, start)
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, ends
+    said = [line for end in ends[1:] for line in end[0].splitlines()]
+    assert all(line.startswith("[Gloo]") for line in said), said  # else one of them speaks
+    found, expected = (re.findall(r"val loss (\S+), best", text) for text in (ends[0][0], whole))
+    assert len(found) == len(expected) == 3
+    ok = np.abs(np.subtract([float(x) for x in found], [float(x) for x in expected])).max() <= 1e-3
+    assert ok
+
+
+@slow
+def test_srun_s_variables_are_enough(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    common |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "NPROC": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *start],
+            env={**environment, **common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert "on 2 x cpu" in ends[0][0]
