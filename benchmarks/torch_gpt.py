@@ -67,15 +67,21 @@ def make_adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=True)
 
 
+def mean_loss(model: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
+    """Cross-entropy of predicting tokens 1..T of windows (B, T+1), in nats per token."""
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
 def train_step(
     model: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     windows: Tensor,
     clip: float,
+    mean_loss: Callable[..., Tensor] = mean_loss,
 ) -> Tensor:
-    """One optimizer step on windows (B, T+1); returns the loss."""
-    logits = model(windows[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    """One optimizer step on windows (B, T+1); returns the loss. `mean_loss` may be compiled."""
+    loss = mean_loss(model, windows)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, clip)

@@ -12,7 +12,14 @@ import pytest
 import sample
 import train
 from gptjax import cli
-from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
+from gptjax.config import (
+    GPTConfig,
+    SampleConfig,
+    TrainConfig,
+    flatten,
+    load_config,
+    to_json,
+)
 from gptjax.errors import REFUSALS, UsageError
 from gptjax.presets import PRESETS
 
@@ -21,10 +28,11 @@ from gptjax.presets import PRESETS
 def restore_process() -> Iterator[None]:
     """The scripts set signal handlers and jax's cache for their own process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    compiled = jax.config.jax_compilation_cache_dir
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", compiled)
 
 
 def refuse(script: object, argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -70,7 +78,7 @@ TRAIN_MISTAKES = [
     (["--dataset={tmp}/odd", "--tokenizer=byte"], 65, "train.bin has 5 bytes"),
     (["--dataset={tmp}/odd", "--tokenizer=char"], 2, "--tokenizer=char"),
     (["--init_from=resume"], 75, "no checkpoint"),
-    (["--init_from=gpt5"], 2, "--init_from=gpt5: is neither scratch"),
+    (["--init_from=gpt5"], 65, "cannot reach the Hub for gpt5"),
     (["--out_dir={tmp}/empty.txt"], 73, "cannot write to --out_dir"),
     (["--out_dir=/proc/nowhere"], 73, "cannot write to --out_dir"),
 ]
@@ -130,7 +138,7 @@ SAMPLE_MISTAKES = [
     (["--checkpoint=77"], 2, "--checkpoint=77: must be best, latest or one of [3]"),
     (["--start=to\u00e9"], 65, "character 'é' (U+00E9) at 2 is not in the vocabulary"),
     (["--start=FILE:missing.txt"], 2, "cannot read the prompt (missing.txt)"),
-    (["--init_from=gpt5"], 2, "--init_from=gpt5"),
+    (["--init_from=gpt5"], 65, "cannot reach the Hub for gpt5"),
 ]
 
 
@@ -220,7 +228,7 @@ def test_help_names_every_flag_with_default_and_unit(capsys: pytest.CaptureFixtu
         cli.run(train.main, ["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    flags = cli.flags(TrainConfig())
+    flags = flatten(TrainConfig())
     assert [flag for flag in flags if f"--{flag}" not in out] == []
     assert "(default: 1337)" in out and "tokens per sample" not in out and "steps" in out
 
@@ -232,7 +240,14 @@ def test_presets_survive_the_file(name: str, tmp_path: Path) -> None:
     assert load_config(path) == PRESETS[name]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"n_layers": 3}}', '{"model": 3}'])
+DAMAGED = [
+    *["", "[]", "{}", "[" * 10**5, '{"model": 3}', '{"model": {"n_layers": 3}}'],
+    *['{"model": {"n_layer": 2.5}}', '{"model": {"bias": 1}}', '{"model": {"dtype": "float8"}}'],
+    *['{"model": {}, "seed": true}', f'{{"model": {{}}, "learning_rate": {10**400}}}'],
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:40])
 def test_damaged_config_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
@@ -245,7 +260,10 @@ def test_exit_codes_are_the_documented_ones() -> None:
     assert codes == {
         "UsageError": 2,
         "DataError": 65,
+        "PeerError": 70,
+        "OutOfMemoryError": 71,
         "OutputError": 73,
+        "DiskError": 74,
         "CheckpointError": 75,
         "NonFiniteError": 76,
     }
@@ -259,3 +277,10 @@ def test_greedy_and_all_tokens_are_allowed() -> None:
 def test_json_has_no_nan(run_dir: Path) -> None:
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_peek_sees_the_last_of_a_flag_however_it_is_written() -> None:
+    assert cli.peek(["--seed=1"], "out_dir") is None
+    assert cli.peek(["--out-dir", "a", "--seed=1"], "out_dir") == "a"
+    assert cli.peek(["--out_dir=a", "--out-dir=b=c"], "out_dir") == "b=c"
+    assert cli.peek(["--out_dir"], "out_dir") == ""

@@ -194,6 +194,24 @@ def test_misspelt_dataset(name: str, hint: str) -> None:
         data.load_dataset(name, block_size=4)
 
 
+@pytest.mark.parametrize("name", ["~no such user/x.txt", "a**", "x" * 5000])
+def test_what_cannot_be_a_path(name: str) -> None:
+    with pytest.raises(UsageError, match="no path or glob"):
+        data.load_dataset(name, block_size=4)
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_here_is_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_bins(tmp_path, [1] * 9, [1] * 9))
+    assert len(data.load_dataset(name, block_size=4, tokenizer="byte").train[0]) == 9
+
+
+def test_a_glob_of_folders_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(UsageError, match="no such name, file, folder or glob"):
+        data.load_dataset(f"{tmp_path}/*", block_size=4, tokenizer="byte")
+
+
 # ---- Token files ---------------------------------------------------------------------------------
 
 
@@ -208,6 +226,17 @@ def test_token_count_differs_from_meta(tmp_path: Path) -> None:
     write_bins(tmp_path, [1] * 1500, [1] * 9)
     (tmp_path / "meta.json").write_text(json.dumps({"tokens": {"train": 3019, "val": 9}}))
     with pytest.raises(DataError, match="expected 3,019 tokens, found 1,500"):
+        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "3", '{"tokens": 9}', '{"tokens": {"train": "9"}}', "[" * 10**5]
+)
+def test_damaged_meta(tmp_path: Path, content: str) -> None:
+    write_bins(tmp_path, [1] * 9, [1] * 9)
+    (tmp_path / "meta.json").write_text(content)
+    assert not text.is_complete(tmp_path)
+    with pytest.raises(DataError, match=r"meta\.json"):
         data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 

@@ -11,11 +11,26 @@ from .conftest import ROOT
 
 FLOORS = [
     {"errors"},
-    {"config", "tokenizer", "attention", "kv_cache", "loss", "sharding", "files"},
-    {"presets", "model", "batches", "text", "optimizer", "checkpoint", "metrics"},
-    {"data", "training", "sampling", "run_folder"},
-    {"cli", "console"},
-    {"train", "sample"},
+    {"config", "tokenizer", "attention", "kv_cache", "loss", "sharding", "files"}
+    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults"},
+    {
+        "presets",
+        "model",
+        "batches",
+        "resume",
+        "bad_steps",
+        "distributed",
+        "text",
+        "optimizer",
+        "checkpoint",
+        "metrics",
+    }
+    | {"gpt2_tensors"},
+    {"data", "training", "sampling", "run_folder", "evaluation", "resume_check"}
+    | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
+    {"cli", "console", "convert", "verify"},
+    {"train", "sample", "convert_gpt2", "commands.doctor", "commands.evaluate"},
+    {"__main__"},
 ]
 ONLY = {
     "flax": {"model"},
@@ -25,13 +40,21 @@ ONLY = {
     "rich": {"console"},
     "matplotlib": {"metrics"},
     "tiktoken": {"tokenizer"},
-    "torch": set(),
-    "transformers": set(),
+    "torch": {"torch_file", "verify"},
+    "transformers": {"verify"},
+    "huggingface_hub": {"formats.hub"},
+    "safetensors": {"formats.huggingface"},
+    "gguf": {"formats.gguf"},
     "pickle": set(),
     "yaml": set(),
 }
-FILES = {path.stem: path for path in (ROOT / "gptjax").glob("*.py") if path.stem != "__init__"}
-FILES |= {name: ROOT / f"{name}.py" for name in ("train", "sample")}
+PACKAGE = ROOT / "gptjax"
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+}
+FILES |= {name: ROOT / f"{name}.py" for name in ("train", "sample", "convert_gpt2")}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -47,7 +70,9 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
         for name in names:
             package, _, rest = name.partition(".")
             if package == "gptjax" and rest:
-                own.add(rest.partition(".")[0])
+                first, _, rest = rest.partition(".")
+                inside = (PACKAGE / first).is_dir()
+                own.add(f"{first}.{rest.partition('.')[0]}" if inside else first)
             else:
                 others.add(package)
     return own, others

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -289,6 +290,29 @@ def check_against_torch(cfg: GPTConfig) -> None:
         theirs = gradients[jax.tree_util.keystr(path, simple=True, separator="/")]
         ok = max_difference(ours, theirs) <= 1e-5 * np.abs(theirs).max()
         assert ok, path
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu",
+    reason="cuDNN needs an NVIDIA GPU: JAX_PLATFORMS=cuda pytest tests/test_model.py -k cudnn",
+)
+def test_cudnn_attention_is_attention() -> None:
+    """Forward and gradients in bfloat16: as near to float32 as the reference in bfloat16 is."""
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 256, 6, 64))
+
+    def run(function: Any, dtype: str) -> list[np.ndarray]:
+        y, vjp = jax.vjp(lambda *qkv: function(*(x.astype(dtype) for x in qkv)), q, k, v)
+        return [np.asarray(x, np.float32) for x in (y, *vjp(g.astype(dtype)))]
+
+    with jax.default_matmul_precision("highest"):
+        exact = run(attention.attend_xla, "float32")
+    reference, fast = (
+        run(function, "bfloat16") for function in (attention.attend_xla, attention.attend_cudnn)
+    )
+    for name, x, y, z in zip("yqkv", exact, reference, fast, strict=True):
+        error, allowed = np.linalg.norm(z - x), np.linalg.norm(y - x)
+        ok = error <= 1.5 * allowed
+        assert ok, (name, error, allowed)
 
 
 @pytest.mark.parametrize("bias", [True, False])

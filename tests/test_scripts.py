@@ -1,7 +1,6 @@
 """The scripts as people use them: processes, signals, a run that is stopped and taken up again."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,60 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
-
-TINY = (
-    *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8"),
-    *("--max_iters=40", "--warmup_iters=4", "--learning_rate=3e-3", "--dropout=0.1"),
-    *("--eval_interval=20", "--eval_iters=2", "--log_interval=5", "--checkpoint_interval=10"),
-    *("--sample_interval=20", "--sample_tokens=20"),
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("scripts")
-    (path / "corpus.txt").write_text("the cat sat on the mat and the dog ran to the cat\n" * 60)
-    return path
-
-
-@pytest.fixture(scope="module")
-def environment(folder: Path) -> dict[str, str]:
-    """One device, caches of its own, two threads at most whatever the machine."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": "2",
-        "GPTJAX_CACHE": str(folder / "cache"),
-    }
-
-
-def run(
-    environment: dict[str, str], script: str, *argv: str, expect: int = 0
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *argv],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == expect, done.stderr
-    return done
-
-
-def digest(output: str) -> str:
-    found = re.search(r"state sha256=(\w{64})", output)
-    assert found, output
-    return found[1]
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path, environment: dict[str, str]) -> str:
-    """What an undisturbed run prints."""
-    argv = (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={folder}/whole")
-    return run(environment, "train.py", *argv).stdout
+from .conftest import ROOT, TINY, digest, run
 
 
 def test_a_run_leaves_what_it_promises(folder: Path, whole: str) -> None:
@@ -76,6 +22,7 @@ def test_a_run_leaves_what_it_promises(folder: Path, whole: str) -> None:
         "loss.png",
         "samples.txt",
         "checkpoints",
+        ".lock",
     }
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     val = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}

@@ -19,7 +19,12 @@ WINDOWS = RNG.integers(0, 61, (16, 8, 17)).astype(np.int32)  # steps, rows, T + 
 
 
 def train(
-    windows: np.ndarray, *, cfg: GPTConfig | None = None, n_devices: int = 1, **settings: Any
+    windows: np.ndarray,
+    *,
+    cfg: GPTConfig | None = None,
+    n_devices: int = 1,
+    corrupt: Any = None,
+    **settings: Any,
 ) -> tuple[training.TrainState, list[float]]:
     """Train on windows (calls, K, A, B, T+1); the final state and all losses."""
     cfg = cfg or tiny()
@@ -30,7 +35,7 @@ def train(
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.tree_shardings(mesh, "data", shapes)
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = training.make_train_step(cfg, tx, mesh, shardings, seed=5)
+    step = training.make_train_step(cfg, tx, mesh, shardings, seed=5, corrupt=corrupt)
     losses: list[float] = []
     for batch in windows:
         state, metrics = step(state, sharding.place(batch, mesh, axis=2))
