@@ -80,7 +80,7 @@ class VerifyConfig(SourceConfig):
     self_test: bool = False
     """compare on random weights, which needs neither a run nor the network"""
     size: str = "gpt2"
-    """of the self-test: tiny, or a preset such as gpt2 or gpt2_xl"""
+    """of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl"""
     json: bool = False
     """the report as JSON"""
     debug: bool = False
@@ -124,8 +124,10 @@ def verify_command(name: str, argv: list[str]) -> int:
             "tiny": dataclasses.replace(PRESETS["quickstart"].model, n_layer=2, vocab_size=256)
         }
         sizes |= {name: preset.model for name, preset in PRESETS.items() if name != "finetune_gpt2"}
-        require(config.size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
-        cfg = dataclasses.replace(sizes[config.size], bias=True)
+        sizes["distilgpt2"] = dataclasses.replace(sizes["gpt2"], n_layer=6)
+        size = config.size.replace("-", "_")  # as Hugging Face writes them
+        require(size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
+        cfg = dataclasses.replace(sizes[size], bias=True)
         with tempfile.TemporaryDirectory() as folder:
             write_random_model(cfg, Path(folder))
             source, _ = open_weights(folder, config)
@@ -142,9 +144,8 @@ def verify_command(name: str, argv: list[str]) -> int:
     if config.json:
         report = [{**check._asdict(), "ok": check.ok} for check in checks]
         for entry in report:  # JSON has no NaN
-            entry["difference"] = (
-                entry["difference"] if math.isfinite(entry["difference"]) else None
-            )
+            for key in ("difference", "allowed"):
+                entry[key] = entry[key] if math.isfinite(entry[key]) else None
         where = None if first is None else f"{first.group} {first.name}"
         print(json.dumps({"ok": first is None, "first_difference": where, "checks": report}))
     else:
@@ -162,7 +163,7 @@ def show(checks: list[Check]) -> None:
     rows = [
         [
             c.group,
-            c.name,
+            f"{c.name} = {c.ours}" if c.ours else c.name,
             str(c.shape),
             f"{c.difference:.2g}",
             f"{c.allowed:.2g}",

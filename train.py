@@ -352,7 +352,10 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
     )
     if primary and not config.force:  # the newest, the best, and the one being written
         checkpoint.check_space(
-            run_dir, (shapes.params, shapes.opt_state), min(saves, config.keep_checkpoints + 2)
+            run_dir,
+            (shapes.params, shapes.opt_state),
+            min(saves, config.keep_checkpoints + 2),
+            "make room, lower --keep_checkpoints, or take --force to start all the same",
         )
     if primary:
         (run_dir / "config.json").write_text(to_json(given))

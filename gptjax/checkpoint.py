@@ -125,6 +125,7 @@ class Saver:
         for leaf in jax.tree.leaves(params_):
             if not np.isfinite(leaf).all():
                 raise NonFiniteError(f"a parameter is not finite after step {step}: not saved")
+        assert "sha256" not in meta, "that is the digest of meta itself"
         leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
         meta = {"format": FORMAT, "step": step, **meta, "leaves": leaves}
         items = {
@@ -189,16 +190,15 @@ class Saver:
                 self.manager.close()
 
 
-def check_space(run_dir: Path, tree: Tree, copies: int) -> None:
+def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
     """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk."""
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     there = sum(p.stat().st_size for p in folder(run_dir).rglob("*") if p.is_file())
     needed, free = copies * size - there, shutil.disk_usage(run_dir).free
     if needed > free:
         raise DiskError(
-            f"--out_dir={run_dir}: {copies} checkpoints of {megabytes(size)} need "
-            f"{megabytes(needed)} more, {megabytes(free)} are free; make room, lower "
-            "--keep_checkpoints, or take --force to start all the same"
+            f"--out_dir={run_dir}: {copies} x {megabytes(size)} of weights and state need "
+            f"{megabytes(needed)} more, {megabytes(free)} are free; {remedy}"
         )
 
 

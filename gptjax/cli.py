@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from gptjax.config import flatten
-from gptjax.errors import REFUSALS, OutputError, UsageError
+from gptjax.errors import REFUSALS, OutOfMemoryError, OutputError, UsageError
 from gptjax.files import cache_dir
 
 T = TypeVar("T")
@@ -96,11 +96,15 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return 141
     except OSError as error:  # the disk, mostly
         code, text = 74, str(error)
+    except MemoryError:
+        code, text = OutOfMemoryError.exit_code, "out of memory"
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    line = " ".join(text.split())  # which may quote a file: nothing in it commands a terminal
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"error: {line}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():  # the orderly end would wait for the other processes
         sys.stdout.flush()
         os._exit(code)

@@ -14,7 +14,7 @@ import jax
 
 from gptjax import checkpoint
 from gptjax.config import TrainConfig, to_json
-from gptjax.errors import DataError, OutputError, UsageError
+from gptjax.errors import REFUSALS, DataError, OutputError, UsageError
 from gptjax.files import file_sha256
 from gptjax.formats import gguf, hub, huggingface, llmc, nanogpt, openai
 from gptjax.gpt2_tensors import Source, read_params
@@ -197,19 +197,24 @@ def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dic
         UsageError, DataError: as of `open_source`; or a tensor is missing, unknown, misshapen, not
             of floats or not finite.
         OutputError: the folder exists already, or cannot be made.
+        DiskError: there is not room enough for it.
     """
     refuse_existing(out_dir)
     source = open_source(name, config)
     run = read_source(source, name)
     digests = {path.name: file_sha256(path) for path in source.files}
-    meta = {"val_loss": None, "imported": name, "sha256": digests}
+    del source  # with the pages of its files, before the writing takes its own memory
+    meta = {"val_loss": None, "imported": name, "files": digests}
     with new_folder(out_dir) as temporary:
         settings = dataclasses.replace(run.config, out_dir=str(out_dir))
         (temporary / "config.json").write_text(to_json(settings))
         save_tokenizer(run.tokenizer, temporary)
         try:
+            checkpoint.check_space(temporary, run.params)
             with checkpoint.Saver(temporary, strikes=1) as saver:
                 saver.save(0, run.params, None, meta)
+        except REFUSALS:
+            raise
         except Exception as error:  # orbax passes on whatever its threads met
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise OutputError(f"cannot write the weights ({out_dir}): {reason}") from error
@@ -230,6 +235,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         OutputError: `path` holds something already, or cannot be written.
     """
     refuse_existing(path)
+    path = path.absolute()
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,10 +281,12 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
     Raises:
         UsageError: there is no such format or run, or the format cannot say what the model is.
         OutputError: the folder exists already, or cannot be made.
+        DiskError: there is not room enough for it.
     """
     if to not in EXPORTS:
         raise UsageError(f"--to={to}: must be one of {', '.join(EXPORTS)}")
     refuse_existing(out_dir)
     run = load_run(run_dir, which)
     with new_folder(out_dir) as temporary:
+        checkpoint.check_space(temporary, run.params)
         EXPORTS[to](temporary, run)

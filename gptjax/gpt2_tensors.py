@@ -122,18 +122,23 @@ def check_tensors(source: Source) -> None:
     Raises:
         DataError: it does not; all that is wrong with it is listed at once.
     """
+    refuse(source, list(tensor_problems(source).values()))
+
+
+def tensor_problems(source: Source) -> dict[str, str]:
+    """What is wrong with the source's tensors by their names, before any is read."""
     expected = {slot.name: slot.shape for slot in slots(source.cfg)}
     optional = {HEAD: expected["wte.weight"]}
-    problems = [f"{name} is missing" for name in expected if name not in source.tensors]
+    problems = {name: "is missing" for name in expected if name not in source.tensors}
     for name, (shape, dtype) in source.tensors.items():
         wanted = expected.get(name) or optional.get(name)
         if wanted is None:
-            problems.append(f"{name} is not GPT-2's")
+            problems[name] = "is not GPT-2's"
         elif shape != wanted:
-            problems.append(f"{name} has shape {shape}, expected {wanted}")
+            problems[name] = f"has shape {shape}, expected {wanted}"
         elif dtype not in FLOATS:
-            problems.append(f"{name} is {dtype}, expected one of {', '.join(FLOATS)}")
-    refuse(source, problems)
+            problems[name] = f"is {dtype}, expected one of {', '.join(FLOATS)}"
+    return {name: f"{name} {problem}" for name, problem in problems.items()}
 
 
 def refuse(source: Source, problems: list[str]) -> None:
@@ -151,15 +156,16 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
     """The tree of parameters, in float32, with each tensor of the source used exactly once.
 
     Args:
-        source: checked here by `check_tensors`.
+        source: checked here as by `check_tensors`; what can be read of a bad one is read too, so
+            that the values' problems are listed with the others.
         place: takes each finished parameter, so that only one of them is held twice.
 
     Raises:
         DataError: a tensor is missing, unknown, misshapen or not of floats, holds NaN or infinity,
             or a head is stored that differs from wte, to which ours is tied.
     """
-    check_tensors(source)
-    cfg, problems = source.cfg, []
+    cfg, unreadable = source.cfg, tensor_problems(source)
+    problems = list(unreadable.values())
     params: Params = {}
     parts: dict[str, list[Slot]] = {}
     for slot in slots(cfg):
@@ -171,11 +177,15 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
         stacked = group[0].layer is not None
         parameter = np.zeros((cfg.n_layer, *shape) if stacked else shape, np.float32)
         for slot in group:
+            if slot.name in unreadable:
+                continue
             target = parameter if slot.layer is None else parameter[slot.layer]
-            target[: slot.shape[0]] = source.read(slot.name)
+            with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity: refused
+                target[: slot.shape[0]] = source.read(slot.name)
             if not np.isfinite(target).all():
                 problems.append(f"{slot.name} holds NaN or infinity")
-        if path == "wte/embedding" and HEAD in source.tensors:
+        tied = HEAD in source.tensors and HEAD not in unreadable and group[0].name not in unreadable
+        if path == "wte/embedding" and tied:
             head = source.read(HEAD).astype(np.float32)
             if not np.array_equal(head, parameter[: len(head)]):
                 problems.append(f"{HEAD} differs from wte.weight, and gptjax's head is tied to it")

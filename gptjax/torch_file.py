@@ -1,5 +1,6 @@
 """Files that PyTorch pickled: never opened unless asked for, and then without running code."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
             f"{path}: PyTorch {torch.__version__} is too old to read pickles safely; take "
             f"{MINIMUM[0]}.{MINIMUM[1]} or newer"
         )
+    mmap = zipfile.is_zipfile(path)  # files of PyTorch before 1.6, such as GPT-2's own, are not
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, OSError, ...
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"cannot read the pickle ({path}): {reason}") from error
@@ -44,7 +46,9 @@ def tensor_table(state: Any, path: Path) -> dict[str, tuple[tuple[int, ...], str
     import torch
 
     if not isinstance(state, dict) or not all(
-        isinstance(value, torch.Tensor) and value.layout is torch.strided
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"  # a tensor on "meta" has no numbers
         for value in state.values()
     ):
         raise DataError(f"not a state dict of dense tensors ({path})")

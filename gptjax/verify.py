@@ -5,6 +5,7 @@ N tokens of the probe in all, D width, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from gptjax import model, sampling, training
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import DataError, NonFiniteError, UsageError
-from gptjax.gpt2_tensors import LIMITS, Source, check_tensors, find, named_tensors, read_params
+from gptjax.gpt2_tensors import HEAD, LIMITS, Source, check_tensors, find, named_tensors, slots
 
 PROBE = (2, 64)  # rows and tokens of the probe, shorter where the context is
 GREEDY = 20  # tokens continued
@@ -26,18 +27,19 @@ HALF_TOLERANCE = 1.5  # times PyTorch's own error in bfloat16
 
 
 class Check(NamedTuple):
-    """One comparison; NaN in either model fails it."""
+    """One comparison; NaN or infinity in either model fails it."""
 
     group: str  # tensor, activation, logits, gradient or tokens
-    name: str
+    name: str  # the published one
     shape: tuple[int, ...]
     difference: float
     allowed: float
+    ours: str = ""  # where gptjax keeps it, of a tensor or gradient
 
     @property
     def ok(self) -> bool:
         """Whether the two models agree here."""
-        return self.difference <= self.allowed
+        return math.isfinite(self.allowed) and self.difference <= self.allowed
 
 
 def first_difference(checks: list[Check]) -> Check | None:
@@ -45,17 +47,19 @@ def first_difference(checks: list[Check]) -> Check | None:
     return next((check for check in checks if not check.ok), None)
 
 
-def compare(group: str, name: str, ours: Any, theirs: Any, tolerance: float) -> Check:
+def compare(
+    group: str, name: str, ours: Any, theirs: Any, tolerance: float, path: str = ""
+) -> Check:
     """The largest difference, allowed to be tolerance * max(1, largest value of theirs).
 
     A gradient has no such 1: its size says nothing about its error.
     """
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
-        return Check(group, name, a.shape, float("nan"), 0.0)
+        return Check(group, name, a.shape, float("nan"), 0.0, path)
     largest = float(np.max(np.abs(b)))
     allowed = tolerance * (largest if group == "gradient" else max(1.0, largest))
-    return Check(group, name, a.shape, float(np.max(np.abs(a - b))), allowed)
+    return Check(group, name, a.shape, float(np.max(np.abs(a - b))), allowed, path)
 
 
 # ---- Their side ----------------------------------------------------------------------------------
@@ -64,8 +68,8 @@ def compare(group: str, name: str, ours: Any, theirs: Any, tolerance: float) -> 
 def load_reference(source: Source) -> Any:
     """transformers' GPT2LMHeadModel with the source's weights, float32, eager attention.
 
-    It reads a folder of its own format by itself; for other formats it is given our reader's
-    tensors.
+    It reads a folder of its own format by itself. Other formats it cannot read: then it is given
+    our reader's tensors, and what is compared is the computation, not the reading.
 
     Raises:
         UsageError: transformers or PyTorch is not installed.
@@ -84,7 +88,8 @@ def load_reference(source: Source) -> Any:
             for name in source.tensors
             if name != "lm_head.weight"
         }
-        reference.load_state_dict(state, strict=False)
+        missing, unexpected = reference.load_state_dict(state, strict=False)
+        assert set(missing) <= {HEAD} and not unexpected, (missing, unexpected)
         reference.tie_weights()
     return reference.eval()
 
@@ -193,10 +198,11 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Any) -> list[Check]:
         reference: from `load_reference`; its weights are cast to bfloat16 in the end.
 
     Returns:
-        For each tensor whether it is bit-equal; for each part of each block its output, for the
-        logits their difference, the KL divergence per token and the share of positions where the
-        likeliest token differs; the gradient of each parameter; the tokens of a greedy
-        continuation that differ; the error of the logits in bfloat16.
+        For each tensor whether it is bit-equal, also their head to our wte; for each part of each
+        block its output; for the logits their difference, the same relative to the largest, the KL
+        divergence per token and the share of positions where the likeliest token differs; the
+        gradient of each tensor; the tokens of a greedy continuation that differ; the error of the
+        logits in bfloat16.
     """
     cfg = dataclasses.replace(cfg, dtype="float32", attention="xla", dropout=0.0)
     rows, length = PROBE[0], min(PROBE[1], cfg.block_size)
@@ -221,10 +227,21 @@ def check_sizes(cfg: GPTConfig, source: Source) -> None:
 
 
 def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Any) -> Iterator[Check]:
-    """Every weight under its published name: equal to the bit."""
-    state = reference.state_dict()
+    """Every weight under its published name: equal to the bit; their head is our wte."""
+    state, path = reference.state_dict(), our_paths(cfg)
     for name, ours in named_tensors(cfg, params):
-        yield compare("tensor", name, ours, state[f"transformer.{name}"], 0.0)
+        theirs = state[f"transformer.{name}"]
+        yield compare("tensor", name, ours, theirs, 0.0, path[name])
+        if name == "wte.weight":
+            yield compare("tensor", HEAD, ours, state[HEAD], 0.0, path[name])
+
+
+def our_paths(cfg: GPTConfig) -> dict[str, str]:
+    """Where each published tensor is kept: h.0.ln_1.weight -> h/ln_1/scale[0]."""
+    return {
+        slot.name: slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
+        for slot in slots(dataclasses.replace(cfg, bias=True))
+    }
 
 
 def forward(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> np.ndarray:
@@ -241,7 +258,11 @@ def compare_outputs(
     for name, value in activations(cfg, params, tokens).items():
         yield compare("activation", name, value, outputs[name], TOLERANCE)
     ours, theirs = forward(cfg, params, tokens), logits.detach().numpy()
-    yield compare("logits", "largest difference", ours, theirs, TOLERANCE)
+    absolute = compare("logits", "largest difference", ours, theirs, TOLERANCE)
+    largest = float(np.max(np.abs(theirs)))
+    yield absolute
+    relative = absolute.difference / largest, absolute.allowed / largest
+    yield Check("logits", "relative to the largest", ours.shape, *relative)
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
@@ -257,24 +278,20 @@ def compare_outputs(
 def compare_gradients(
     cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
 ) -> Iterator[Check]:
-    """The gradient of the mean cross-entropy, parameter by parameter."""
+    """The gradient of the mean cross-entropy, tensor by tensor."""
     import torch
 
     logits = reference(torch.from_numpy(tokens[:, :-1])).logits
     targets = torch.from_numpy(tokens[:, 1:]).flatten()
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets).backward()
-    theirs = {
-        name.removeprefix("transformer."): parameter.grad.numpy()
-        for name, parameter in reference.named_parameters()
-        # A model without biases has zeros for them on their side.
-        if cfg.bias or not name.endswith(".bias")
-    }
-    shapes = {name: (grad.shape, grad.dtype.name) for name, grad in theirs.items()}
-    expected = read_params(Source(cfg, shapes, theirs.__getitem__, None, "gradients"))
+    theirs = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     ours = jax.jit(jax.grad(training.loss_fn, argnums=1), static_argnums=0)(cfg, params, tokens)
-    for path, grad in jax.tree_util.tree_leaves_with_path(ours):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        yield compare("gradient", name, grad, find(expected, name), TOLERANCE)
+    path = our_paths(cfg)
+    for slot in slots(cfg):
+        grad = find(ours, slot.path)
+        grad = (grad if slot.layer is None else grad[slot.layer])[: slot.shape[0]]
+        expected = theirs[f"transformer.{slot.name}"]
+        yield compare("gradient", slot.name, grad, expected, TOLERANCE, path[slot.name])
 
 
 def compare_greedy(

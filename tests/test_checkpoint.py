@@ -245,7 +245,9 @@ def test_too_small_a_disk_is_known_beforehand(tmp_path: Path, monkeypatch: Any) 
     usage = shutil.disk_usage(tmp_path)._replace(free=3_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     checkpoint.check_space(tmp_path, tree, 3)
-    with pytest.raises(DiskError, match=r"4 checkpoints of 1.0 MB need 4.0 MB more, 3.5 MB are"):
+    with pytest.raises(
+        DiskError, match=r"4 x 1.0 MB of weights and state need 4.0 MB more, 3.5 MB are"
+    ):
         checkpoint.check_space(tmp_path, tree, 4)
     checkpoint.folder(tmp_path).mkdir()
     (checkpoint.folder(tmp_path) / "old").write_bytes(bytes(600_000))

@@ -172,7 +172,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     def fail(*args: Any) -> None:
         raise RuntimeError("the disk is full\nand more")
 
-    monkeypatch.setattr(checkpoint, "save", fail)
+    monkeypatch.setattr(checkpoint.Saver, "save", fail)
     with pytest.raises(OutputError, match=r"cannot write the weights .*: the disk is full$"):
         convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
     assert list((tmp_path / "runs").iterdir()) == []

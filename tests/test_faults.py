@@ -348,7 +348,7 @@ def test_a_full_disk(environment: Environment, folder: Path) -> None:
     # A step takes 11 MB: the disk holds one and a half.
     refused = in_small_disk(20, train, environment)
     assert refused.returncode == 74, refused.stderr
-    assert re.search(r"4 checkpoints of .* need .* more, .* are free", refused.stderr)
+    assert re.search(r"4 x .* need .* more, .* are free", refused.stderr)
     script = (
         f"{train} --force; echo ended $?; ls /mnt/out/checkpoints; mount -o remount,size=300m /mnt "
         f"&& {sys.executable} {ROOT}/train.py --out_dir=/mnt/out --init_from=resume"

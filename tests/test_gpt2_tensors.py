@@ -126,7 +126,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(arrays: dict[str, np.ndarray], damage: str) -> None:
     change, message = DAMAGE[damage]
@@ -137,12 +136,13 @@ def test_damage_is_named(arrays: dict[str, np.ndarray], damage: str) -> None:
 
 
 def test_all_problems_are_listed_at_once(arrays: dict[str, np.ndarray]) -> None:
-    for damage in ("missing", "extra", "misshapen", "integers"):
+    listed = ("missing", "extra", "misshapen", "integers", "infinity")
+    for damage in listed:
         DAMAGE[damage][0](arrays)
     with pytest.raises(DataError) as error:
         read_params(make_source(arrays))
-    assert "4 problems" in str(error.value)
-    assert all(DAMAGE[d][1] in str(error.value) for d in ("missing", "extra", "misshapen"))
+    assert "5 problems" in str(error.value)
+    assert all(DAMAGE[damage][1] in str(error.value) for damage in listed)
 
 
 def test_an_equal_head_is_dropped(arrays: dict[str, np.ndarray]) -> None:

@@ -33,6 +33,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cut: str | None = None  # the file of which only half arrives
+        self.failing: str | None = None  # the file at which the server fails
         self.sent: list[str] = []
         outer = self
 
@@ -60,7 +61,7 @@ class Server:
         elif not (self.folder / file).is_file():
             error = "EntryNotFound"
         data = b"" if error else (self.folder / file).read_bytes()
-        request.send_response(404 if error else 200)
+        request.send_response(500 if file == self.failing else 404 if error else 200)
         if error:
             request.send_header("X-Error-Code", error)
         request.send_header("X-Repo-Commit", "c" * 40)
@@ -182,3 +183,34 @@ def test_an_index_may_not_name_other_folders(server: Server) -> None:
     (server.folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="not a plain file name"):
         load_start(NAME, BYTE)
+
+
+def blob_of(tmp_path: Path) -> Path:
+    """The weights in the cache."""
+    (file,) = (tmp_path / "hub").glob("*/snapshots/*/model.safetensors")
+    return file.resolve()
+
+
+def test_a_poisoned_cache_is_fetched_again(
+    server: Server, params: model.Params, tmp_path: Path
+) -> None:
+    assert_loaded(params)
+    blob = blob_of(tmp_path)
+    data = bytearray(blob.read_bytes())
+    data[-5] ^= 1
+    blob.write_bytes(data)
+    with offline(server), pytest.raises(DataError, match=r"has sha256 \w{64}, the cache says"):
+        load_start(NAME, BYTE)
+    assert not blob.exists()
+    assert_loaded(params)
+    blob.write_bytes(data)
+    assert_loaded(params)  # at once, with a network
+    assert server.sent.count("model.safetensors") == 3
+
+
+def test_a_server_that_fails_is_no_reason_to_take_a_pickle(server: Server) -> None:
+    to_bin(server.folder)
+    server.failing = "model.safetensors"
+    with pytest.raises(DataError, match="cannot reach the Hub"):
+        load_start(NAME, SourceConfig(tokenizer="byte", allow_pickle=True))
+    assert "pytorch_model.bin" not in server.sent

@@ -86,6 +86,16 @@ CONTINUATIONS = [  # prompt, continuation, source
     ),
     ("Hey", ", I'm not sure if I'm going to be able to do", "the same"),
     (
+        "hi",
+        ", who was born in the city of Kolkata, was a member of the Kolkata",
+        "transformers, test_modeling_gpt2.py, test_flash_attn_2_generate_padding_left",
+    ),
+    (
+        "Hello this is a very long sentence",
+        ". I'm sorry. I'm sorry. I'm sorry. I'm sorry. I'm sorry",
+        "the same",
+    ),
+    (
         "The flying machine",
         " is a small, lightweight, and lightweight aircraft that can be used for any type of",
         "transformers, test_modeling_tf_gpt2.py, test_lm_generate_gpt2_greedy_xla",
@@ -111,30 +121,31 @@ def test_continuations_as_one_ragged_batch(run: Run) -> None:
         assert text.startswith(expected), (prompt, text, source)
 
 
-def debug_windows() -> np.ndarray:
-    """llm.c's debug batch: 4 rows of 64 tokens and their successors.
-
-    GPTJAX_LLMC_BATCH names an .npz with x and y (B, T), or gpt2_124M_debug_state.bin of llm.c's
-    starter pack.
-    """
-    path = Path(os.environ.get("GPTJAX_LLMC_BATCH", ""))
-    if path.suffix == ".npz":
-        batch = np.load(path)
-        x, y = batch["x"], batch["y"]
-    elif path.suffix == ".bin":
-        header = np.fromfile(path, np.int32, 256)
-        B, T = int(header[2]), int(header[3])
-        x, y = np.fromfile(path, np.int32, 2 * B * T, offset=1024).reshape(2, B, T)
-    else:
-        pytest.skip("needs llm.c's debug batch: GPTJAX_LLMC_BATCH=gpt2_124M_debug_state.bin")
-    return np.concatenate([x, y[:, -1:]], axis=1)
+# llm.c's debug batch, 4 rows of 64 tokens and the one behind them: the head of its
+# tiny_shakespeare_val.bin.
+DEBUG_BATCH = """
+    50256 5962 22307 25 198 8421 356 5120 597 2252 11 3285 502 2740 13 628 50256 3237 25 198
+    5248 461 11 2740 13 628 50256 5962 22307 25 198 1639 389 477 12939 2138 284 4656 621 284
+    1145 680 30 628 50256 3237 25 198 4965 5634 13 12939 13 628 50256 5962 22307 25 198 5962
+    11 345 760 327 1872 385 1526 28599 318 4039 4472 284 262 661 13 628 50256 3237 25 198
+    1135 760 470 11 356 760 470 13 628 50256 5962 22307 25 198 5756 514 1494 683 11 290 356
+    1183 423 11676 379 674 898 2756 13 198 3792 470 257 15593 30 628 50256 3237 25 198 2949
+    517 3375 319 470 26 1309 340 307 1760 25 1497 11 1497 0 628 50256 12211 22307 25 198
+    3198 1573 11 922 4290 13 628 50256 5962 22307 25 198 1135 389 17830 3595 4290 11 262
+    1458 1173 1547 922 13 198 2061 4934 969 5036 896 319 561 26958 514 25 611 484 198 19188
+    7800 514 475 262 48713 414 11 981 340 547 198 1929 4316 462 11 356 1244 4724 484 22598
+    514 31533 306 26 198 4360 484 892 356 389 1165 13674 25 262 10904 1108 326 198 2001
+    42267 514 11 262 2134 286 674 24672 11 318 355 281 198 24807 284 1948 786 511 20038 26
+    674 198 82 13712 590 318 257 4461 284 606 3914 514 15827 428 351 198 454 279
+"""
 
 
 def test_llmcs_losses(run: Run) -> None:
     """karpathy/llm.c, test_gpt2.c: AdamW steps on one batch, decay on every tensor."""
     expected = [5.270007, 4.059707, 3.375123, 2.800783, 2.315382]
     expected += [1.849029, 1.394656, 0.999147, 0.624080, 0.376511]
-    windows = debug_windows()
+    ids = np.array(DEBUG_BATCH.split(), np.int32)
+    windows = np.stack([ids[row * 64 : row * 64 + 65] for row in range(4)])
     cfg = model.resolve(run.config.model)
     optimizer = optax.adamw(1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
     params, state = run.params, optimizer.init(run.params)
@@ -154,9 +165,8 @@ def read_file(name: str) -> str:
     return path.read_bytes().decode()
 
 
-def evaluate(run: Run, task: str, text: str) -> evaluation.Result:
+def evaluate(run: Run, task: str, text: str, context: int = 1024) -> evaluation.Result:
     cfg = model.resolve(run.config.model)
-    context = cfg.block_size
     score = functools.partial(
         evaluation.score_texts, cfg, run.params, context=context, batch_size=8
     )
@@ -174,6 +184,14 @@ def test_wikitext2(run: Run) -> None:
     found = evaluate(run, "wikitext2", text)
     assert found["tokens"] == 287_644
     ok = abs(found["perplexity"] - 30.0) <= 0.2
+    assert ok, found
+
+
+@pytest.mark.parametrize(("context", "published"), [(1024, 29.17), (256, 43.34)])
+def test_wikitext2_by_context(run: Run, context: int, published: float) -> None:
+    """huggingface/transformers, issue 483, whose windows are not described to the token."""
+    found = evaluate(run, "wikitext2", read_file("wiki.test.raw"), context)
+    ok = abs(found["perplexity"] / published - 1) <= 0.02
     assert ok, found
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from safetensors.numpy import load_file, save_file
 
 import convert_gpt2
 from gptjax import attention, cli, convert, model, verify
@@ -152,7 +153,7 @@ MISTAKES: dict[str, tuple[Callable[..., None], str]] = {
         ),
         "activation h.0.ln_1",
     ),
-    "an untied head ignored": (untie, "logits largest difference"),
+    "an untied head ignored": (untie, "logits largest difference"),  # verify: tensor lm_head.weight
     "NaN in a weight": (
         change("h/mlp/c_fc/kernel", lambda w: w.at[1, 0, 0].set(jnp.nan)),
         "activation h.1.mlp",
@@ -175,9 +176,22 @@ def test_a_planted_mistake_turns_red(
     assert "logits" in failing(checks)
 
 
+@pytest.mark.parametrize("mistake", ["an untied head ignored", "NaN in a weight"])
+def test_the_whole_report_names_the_first_place(
+    mistake: str, run: Run, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MISTAKES[mistake][0](monkeypatch, run.params, reference)
+    checks = verify.verify(run.config.model, run.params, reference)
+    first = verify.first_difference(checks)
+    place = {"an untied head ignored": "lm_head.weight", "NaN in a weight": "h.1.mlp.c_fc.weight"}
+    assert first is not None and (first.group, first.name) == ("tensor", place[mistake])
+    assert {"logits", "gradient"} <= failing(checks) and len(checks) == 75
+
+
 def test_nan_is_never_ok() -> None:
     assert not Check("logits", "x", (), math.nan, 1.0).ok
     assert not Check("logits", "x", (), 0.0, math.nan).ok
+    assert not verify.compare("logits", "x", np.zeros(1), np.array([np.inf]), 1e-5).ok
     assert not verify.compare("logits", "x", np.zeros(2), np.zeros(3), 1.0).ok
 
 
@@ -207,8 +221,17 @@ def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(convert_gpt2.main, ["verify", "--self_test", "--size=tiny"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert "61 of 61 comparisons hold" in said.out
+    assert "75 of 75 comparisons hold" in said.out
     assert max(map(len, said.out.splitlines())) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "count"), [("gpt2", 365), ("distilgpt2", 191)])
+def test_the_self_test_passes_at_full_size(
+    size: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(convert_gpt2.main, ["verify", "--self_test", f"--size={size}"]) == 0
+    assert f"{count} of {count} comparisons hold" in capsys.readouterr().out
 
 
 def test_a_run_against_its_source_and_against_another(
@@ -221,7 +244,18 @@ def test_a_run_against_its_source_and_against_another(
     flags = ["--tokenizer=byte", "--json"]
     assert command(str(tmp_path / "run"), f"--against={folder}", *flags) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["ok"] and report["first_difference"] is None and len(report["checks"]) == 61
+    assert report["ok"] and report["first_difference"] is None and len(report["checks"]) == 75
+    # A head of its own, as a trained-on model may have it: a whole report, and its first place.
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    untied = tmp_path / "untied"
+    untied.mkdir()
+    (untied / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + np.float32(0.1)
+    save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
+    assert command(str(tmp_path / "run"), f"--against={untied}", *flags) == 65
+    said = capsys.readouterr()
+    assert json.loads(said.out)["first_difference"] == "tensor lm_head.weight", said.err
     (tmp_path / "other").mkdir()
     verify.write_random_model(CFG, tmp_path / "other", seed=1)
     assert command(str(tmp_path / "run"), f"--against={tmp_path / 'other'}", *flags) == 65

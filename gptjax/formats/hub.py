@@ -1,13 +1,15 @@
 """Models of the Hugging Face Hub, by name."""
 
+import logging
+import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptjax.errors import REFUSALS, DataError, UsageError
-from gptjax.files import read_json
+from gptjax.files import file_sha256, read_json
 
 
 def can_connect(endpoint: str) -> bool:
@@ -29,7 +31,8 @@ def can_connect(endpoint: str) -> bool:
 def download(name: str, weights: Sequence[str], revision: str | None = None) -> Path:
     """The folder of a model of the Hub, from huggingface_hub's cache or the network.
 
-    Of the weight files it gets the first of these names that is there, whole or in shards.
+    Of the weight files it gets the first of these names that is there, whole or in shards. The
+    cache names a weight file by its sha256: one that has another is fetched again, once.
 
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and HF_TOKEN mean what they mean to that library.
 
@@ -39,21 +42,40 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what matters is raised, too
     cached = constants.HF_HUB_OFFLINE or not can_connect(constants.ENDPOINT)
 
     def get(file: str) -> Path:
         return Path(hf_hub_download(name, file, revision=revision, local_files_only=cached))
 
-    def get_optional(file: str) -> Path | None:
+    def get_weights(file: str) -> Path:
+        for _ in range(2):
+            path = get(file)
+            blob = path.resolve()
+            found = file_sha256(blob)
+            if found == blob.name or not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+                return path
+            blob.unlink()
+            if cached:
+                break
+        raise DataError(
+            f"{file} of {name} has sha256 {found}, the cache says {blob.name}; it is deleted, "
+            "import again with a network"
+        )
+
+    def optional(get: Callable[[str], Path], file: str) -> Path | None:
         try:
             return get(file)
-        except LocalEntryNotFoundError:  # offline: perhaps never fetched, perhaps not there at all
+        except LocalEntryNotFoundError as error:  # perhaps never fetched, perhaps not there at all
+            if isinstance(error.__cause__, HfHubHTTPError):  # no: the Hub answered that it failed
+                raise
             return None
         except EntryNotFoundError:
             return None
@@ -61,15 +83,15 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
     try:
         folder = get("config.json").parent
         for file in weights:
-            if get_optional(file):
+            if optional(get_weights, file):
                 break
-            index = get_optional(f"{file}.index.json")
+            index = optional(get, f"{file}.index.json")
             if index:
                 shards = read_json(index).get("weight_map") or {}
                 for shard in sorted({str(value) for value in shards.values()}):
                     if Path(shard).name != shard:
                         raise DataError(f"refusing {shard!r} ({name}): not a plain file name")
-                    get(shard)
+                    get_weights(shard)
                 break
         else:
             raise DataError(
@@ -77,7 +99,7 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
                 "--allow_pickle also takes pytorch_model.bin"
             )
         for file in ("gptjax_tokenizer.json", "vocab.json", "tokenizer.json"):
-            get_optional(file)
+            optional(get, file)
     except HFValidationError as error:
         raise UsageError(f"{name!r} is neither a file or folder nor a name on the Hub") from error
     except RevisionNotFoundError as error:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.config import GPTConfig
-from gptjax.errors import DataError
+from gptjax.errors import DataError, DiskError
 from gptjax.files import read_json
 from gptjax.gpt2_tensors import (
     FLOATS,
@@ -44,46 +44,27 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
+    "pruned_heads": ({}, None),
 }
 # Fields that change nothing here: dropout, which training sets by its own flag, precision of the
 # softmax, which is float32 with us, and what concerns other heads, generation and bookkeeping.
 IGNORED = {
-    "_name_or_path",
-    "_num_labels",
-    "architectures",
-    "attn_pdrop",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "embd_pdrop",
-    "eos_token_id",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "label2id",
-    "n_ctx",
-    "n_special",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "output_past",
-    "pad_token_id",
-    "predict_special_tokens",
-    "problem_type",
-    "reorder_and_upcast_attn",
-    "resid_pdrop",
-    "return_dict",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
+    *("_name_or_path", "_num_labels", "architectures", "attn_pdrop", "bad_words_ids"),
+    *("begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward"),
+    *("cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample"),
+    *("dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id"),
+    *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id"),
+    *("forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_range"),
+    *("is_decoder", "label2id", "length_penalty", "max_length", "min_length", "n_ctx"),
+    *("n_special", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels"),
+    *("num_return_sequences", "output_attentions", "output_hidden_states", "output_past"),
+    *("output_scores", "pad_token_id", "predict_special_tokens", "prefix", "problem_type"),
+    *("remove_invalid_values", "reorder_and_upcast_attn", "repetition_penalty", "resid_pdrop"),
+    *("return_dict", "return_dict_in_generate", "sep_token_id", "summary_activation"),
+    *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    *("suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss"),
+    *("tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript"),
+    *("transformers_version", "typical_p", "use_bfloat16", "use_cache"),
 }
 
 
@@ -101,7 +82,11 @@ def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
     for name, allowed in MUST_BE.items():
         if name in fields and fields[name] not in allowed:
             problems.append(f"{name}={fields[name]!r}, gptjax computes {allowed[0]!r}")
-    if not isinstance(ours, dict) or not set(ours) <= {"bias", "vocab_multiple"}:
+    if (
+        not isinstance(ours, dict)
+        or not set(ours) <= {"bias", "vocab_multiple"}
+        or type(ours.get("bias", True)) is not bool
+    ):
         problems.append(f"gptjax={ours!r}, expected bias and vocab_multiple")
         ours = {}
     multiple = ours.get("vocab_multiple", 128)
@@ -114,8 +99,7 @@ def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
     problems += [f"{name}={fields[name]!r} is unknown" for name in fields if name not in known]
     if problems:
         raise DataError(f"cannot use this model ({where}): {'; '.join(problems)[:2000]}")
-    bias = ours.get("bias", True) is not False
-    return make_config(sizes, where, vocab_multiple=multiple, bias=bias)
+    return make_config(sizes, where, vocab_multiple=multiple, bias=ours.get("bias", True))
 
 
 def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
@@ -168,6 +152,12 @@ def open_folder(folder: Path, allow_pickle: bool = False) -> Source:
                 problems.append(f"{stored} is in {path.name}, the index says {mapped.get(stored)}")
             table[tensor] = entry
             readers[tensor] = lambda read=read, stored=stored: read(stored)  # type: ignore[misc]
+    indexed = {name.removeprefix("transformer.") for name in mapped or ()}
+    problems += [
+        f"{name} is in the index and in no file"
+        for name in sorted(indexed)
+        if name not in table and not BUFFER.fullmatch(name)
+    ]
     if problems:
         raise DataError(f"cannot use this checkpoint ({folder}): {'; '.join(problems)}")
     if not cfg.bias:
@@ -250,4 +240,7 @@ def write_folder(folder: Path, cfg: GPTConfig, params: Params, eot: int | None) 
     text = json.dumps(format_config(cfg, eot), indent=2) + "\n"
     (folder / "config.json").write_text(text)
     tensors = {f"transformer.{name}": array for name, array in named_tensors(cfg, params)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # its word for whatever the disk said
+        raise DiskError(f"cannot write the weights ({folder}): {error}") from error

@@ -9,6 +9,7 @@ from gptjax.gpt2_tensors import Source, is_linear, make_config
 from gptjax.torch_file import load_torch, tensor_table, to_numpy
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+ARGS = {*SIZES, "bias", "dropout"}
 PADDED, GPT2_VOCAB = 50304, 50257  # nanoGPT's default vocabulary, and the tokens in it
 
 
@@ -29,6 +30,9 @@ def open_file(path: Path, allow_pickle: bool) -> Source:
     if not isinstance(args, dict) or type(args.get("bias")) is not bool:
         raise DataError(f"not a checkpoint of nanoGPT ({path}): it has no model_args")
     tensor_table(model, path)
+    unknown = sorted(str(name) for name in args if name not in ARGS)
+    if unknown:
+        raise DataError(f"cannot use this model ({path}): unknown model_args {', '.join(unknown)}")
     sizes = {name: args.get(name) for name in SIZES}
     if sizes["vocab_size"] == PADDED:
         sizes["vocab_size"] = GPT2_VOCAB
@@ -42,6 +46,8 @@ def open_file(path: Path, allow_pickle: bool) -> Source:
             tensor = tensor.T
         elif name in ("wte.weight", "lm_head.weight") and tensor.ndim == 2:
             tensor = tensor[: cfg.vocab_size] if len(tensor) == args["vocab_size"] else tensor
+        if name in state:
+            raise DataError(f"cannot use this checkpoint ({path}): {name} is stored twice")
         state[name] = tensor
 
     def read(name: str) -> Any:

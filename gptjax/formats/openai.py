@@ -1,10 +1,12 @@
 """OpenAI's original format: a TensorFlow checkpoint beside hparams.json."""
 
+import collections
 import re
 from pathlib import Path
 
 import numpy as np
 
+from gptjax.errors import DataError
 from gptjax.files import read_json
 from gptjax.gpt2_tensors import LIMITS, Source, make_config
 from gptjax.tf_checkpoint import read_index, read_tensor
@@ -30,8 +32,15 @@ def open_folder(folder: Path) -> Source:
     hparams = read_json(folder / "hparams.json")
     names = {"block_size": "n_ctx", "vocab_size": "n_vocab"}
     sizes = {name: hparams.get(names.get(name, name)) for name in LIMITS}
+    unknown = sorted(set(hparams) - {names.get(name, name) for name in LIMITS})
+    if unknown:
+        raise DataError(f"cannot use this model ({folder}): unknown hparams {', '.join(unknown)}")
     cfg = make_config(sizes, folder / "hparams.json")
     index = read_index(folder / "model.ckpt")
+    counts = collections.Counter(map(published_name, index))
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise DataError(f"cannot use this checkpoint ({folder}): stored twice: {', '.join(twice)}")
     entries = {published_name(name): entry for name, entry in index.items()}
 
     def shape(stored: tuple[int, ...]) -> tuple[int, ...]:
