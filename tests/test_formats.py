@@ -141,9 +141,8 @@ def test_the_hubs_cache_links_to_its_blobs(folder: Path, params: model.Params) -
 def test_the_index_must_say_the_truth(folder: Path) -> None:
     weight_map = shard(folder)
     write_index(folder, dict.fromkeys(weight_map, "b.safetensors"))
-    with pytest.raises(DataError, match=r"is missing|not GPT-2's|the index says") as error:
+    with pytest.raises(DataError, match="is in the index and in no file"):
         read_params(huggingface.open_folder(folder))
-    assert "is missing" in str(error.value)
     write_index(folder, dict(zip(weight_map, reversed(weight_map.values()), strict=True)))
     with pytest.raises(DataError, match="the index says"):
         huggingface.open_folder(folder)

@@ -209,7 +209,9 @@ def test_a_poisoned_cache_is_fetched_again(
 
 
 def test_a_server_that_fails_is_no_reason_to_take_a_pickle(server: Server) -> None:
+    weights = (server.folder / "model.safetensors").read_bytes()
     to_bin(server.folder)
+    (server.folder / "model.safetensors").write_bytes(weights)
     server.failing = "model.safetensors"
     with pytest.raises(DataError, match="cannot reach the Hub"):
         load_start(NAME, SourceConfig(tokenizer="byte", allow_pickle=True))
