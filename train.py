@@ -41,19 +41,19 @@ from gptjax.data import load_dataset
 from gptjax.errors import (
     REFUSALS,
     CheckpointError,
+    DataError,
     DiskError,
     NonFiniteError,
     OutOfMemoryError,
     PeerError,
     UsageError,
 )
-from gptjax.files import read_json
 from gptjax.optimizer import make_optimizer, make_schedule
 from gptjax.presets import PRESETS
 from gptjax.resume import ONCE, check_record, make_record
 from gptjax.resume_check import resume_check
 from gptjax.run_folder import Run
-from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
+from gptjax.tokenizer import Tokenizer, decode, load_tokenizer, save_tokenizer
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
@@ -76,11 +76,14 @@ def parse(argv: list[str]) -> TrainConfig:
     return cli.parse(TrainConfig, argv, config, about)
 
 
-def find_start(config: TrainConfig, run_dir: Path) -> tuple[list[int], Run | None]:
+def find_start(
+    config: TrainConfig, run_dir: Path, bad: bad_steps.BadStep | None
+) -> tuple[list[int], Run | None]:
     """The steps to go on from, oldest first, or the run to take parameters and tokenizer from."""
     saved = checkpoint.steps(run_dir)
-    if config.replay:
-        return saved, None
+    if bad is not None:  # from a step before it, or from where the run began
+        before = [step for step in saved if step <= bad["step"]]
+        return before, None if before else find_source(config)
     if config.init_from == "resume" or (config.init_from == "auto" and saved):
         checkpoint.require_steps(run_dir)
         if config.resume_step < 0:
@@ -99,30 +102,47 @@ def find_start(config: TrainConfig, run_dir: Path) -> tuple[list[int], Run | Non
             f"{checkpoint.folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
             "another --out_dir to start anew"
         )
+    return [], find_source(config)
+
+
+def find_source(config: TrainConfig) -> Run | None:
+    """The model that a run begins with, None if with a fresh one."""
     if config.init_from in ("scratch", "auto"):
-        return [], None
-    return [], load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
+        return None
+    return load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
 
 
-def batch_of(config: TrainConfig, i: int) -> dict[str, int]:
-    """What determines this process's rows of forward pass i, counted from the run's start."""
+def choose_tokenizer(
+    config: TrainConfig, steps: list[int], source: Run | None, run_dir: Path
+) -> Tokenizer | str:
+    """The source's, the resumed run's, or the one that the flag names."""
+    if source is not None:
+        return source.tokenizer
+    return load_tokenizer(run_dir) if steps and config.tokenizer == "auto" else config.tokenizer
+
+
+def batch_of(config: TrainConfig, i: int, whole: bool = False) -> dict[str, int]:
+    """What determines this process's rows of forward pass i, counted from the run's start.
+
+    With `whole` those of all processes.
+    """
     return {
         "seed": config.seed,
         "step": i,
         "batch_size": config.batch_size,
         "block_size": config.model.block_size,
-        "process": jax.process_index(),
-        "n_processes": jax.process_count(),
+        "process": 0 if whole else jax.process_index(),
+        "n_processes": 1 if whole else jax.process_count(),
     }
 
 
 def read_batches(
-    config: TrainConfig, shards: list[np.ndarray], step: int, count: int
+    config: TrainConfig, shards: list[np.ndarray], step: int, count: int, whole: bool = False
 ) -> np.ndarray:
-    """This process's windows (K, A, B, T+1) of `count` steps from `step` on."""
+    """This process's windows (K, A, B, T+1) of `count` steps from `step` on, or all processes'."""
     passes = config.gradient_accumulation_steps
     windows = [
-        batches.sample_batch(shards, n_vocab=config.model.vocab_size, **batch_of(config, i))
+        batches.sample_batch(shards, n_vocab=config.model.vocab_size, **batch_of(config, i, whole))
         for i in range(step * passes, (step + count) * passes)
     ]
     return np.stack(windows).reshape(count, passes, *windows[0].shape)
@@ -149,6 +169,9 @@ def evaluate(
         padded = np.concatenate([windows, np.repeat(windows[:1], missing, axis=0)])
         mine = sharding.place(padded[first : first + share], mesh, axis=0)
         losses.append(batch_losses(mine)[: len(windows)])
+        jax.block_until_ready(
+            losses[-2:-1]
+        )  # else all batches would be on their way before a signal
     return float(np.mean(np.concatenate(jax.device_get(losses))))
 
 
@@ -178,7 +201,7 @@ def write_sample(
 
 def replay(
     config: TrainConfig,
-    record: dict[str, Any],
+    record: bad_steps.BadStep,
     state: training.TrainState,
     train_step: Callable[..., Any],
     windows_of: Callable[[int], np.ndarray],
@@ -202,6 +225,8 @@ def replay(
     print(f"loss {float(loss):.6g}, recorded {record['loss']}")
     now = bad_steps.norm_table(training.layer_norms(grads))
     sizes = bad_steps.norm_table(training.layer_norms(params))
+    if set(now) != set(record["layer_norms"]):
+        raise DataError(f"--replay={config.replay}: is of another model")
     rows = [
         [f"{name}[{i}]", f"{sizes[name][i]:.4g}", str(norm)[:10], str(then)[:10]]
         for name, norms in now.items()
@@ -222,6 +247,15 @@ def replay(
 
 
 @contextlib.contextmanager
+def unless_disk_fails(notify: Callable[[str], None]) -> Iterator[None]:
+    """Go on without a line or picture that cannot be written: only checkpoints are worth ending."""
+    try:
+        yield
+    except OSError as error:
+        notify(f"warning: not written: {error.strerror or error}")
+
+
+@contextlib.contextmanager
 def explain_failures(config: TrainConfig) -> Iterator[None]:
     """Turn what JAX says of too little memory, or of a lost process, into what to do about it."""
     try:
@@ -231,7 +265,8 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, REFUSALS):
             raise
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in said
+            if jax.process_count() > 1 and lost:
                 raise PeerError(
                     f"another process of this run is gone ({said.partition(chr(10))[0][:200]}); "
                     "start them all again with --init_from=auto, in whatever number"
@@ -250,28 +285,30 @@ def main(argv: list[str]) -> int:
     """Train; returns the exit code."""
     config = parse(argv)
     if config.resume_check:
-        drop = ("--resume_check", "--resume-check", "--out_dir=", "--out-dir=")
-        rest = [token for token in argv if not token.startswith(drop)]
-        print(resume_check(Path(__file__), rest, config.max_iters))
+        print(resume_check(Path(__file__), [*argv, "--resume_check=False"], config.max_iters))
         return 0
     run_dir = Path(config.out_dir)
     cli.make_run_dir(run_dir)
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
-    stop_signals = cli.catch_stop_signals()
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
-        return train(config, run_dir, stop_signals)
+        return train(config, run_dir)
 
 
-def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
+def train(config: TrainConfig, run_dir: Path) -> int:
     """Train in a folder that is ours; returns the exit code."""
     # ---- Settings, data, devices -----------------------------------------------------------------
     began = time.monotonic()
     fault = faults.planned_fault()
-    steps, source = find_start(config, run_dir)
+    bad = bad_steps.read_bad_step(Path(config.replay)) if config.replay else None
+    steps, source = find_start(config, run_dir, bad)
+    asked = {"max_iters": config.max_iters, "stop_step": config.stop_step or config.max_iters}
+    for name, last in asked.items():
+        if steps and bad is None and last < steps[-1]:
+            raise UsageError(f"--{name}={last}: the run is at step {steps[-1]} already")
     mesh = sharding.make_mesh()
     n_devices = mesh.devices.size
     if config.batch_size % n_devices:
@@ -291,21 +328,26 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
         dataset = load_dataset(
             config.dataset,
             block_size=cfg.block_size,
-            tokenizer=config.tokenizer if source is None else source.tokenizer,
+            tokenizer=choose_tokenizer(config, steps, source, run_dir),
             tokenizer_dir=config.tokenizer_dir,
             decode_errors=config.decode_errors,
             allow_special=config.allow_special,
             notify=console.note,
             progress=progress,
         )
+    stop_signals = cli.catch_stop_signals()  # until here there is nothing to save
     tokenizer = dataset.tokenizer
     given = dataclasses.replace(
         config, model=dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
     )
+    if source is not None:  # whose tokenizer counts, also when this run is resumed
+        given = dataclasses.replace(given, tokenizer="auto")
+    if steps and (run_dir / "config.json").is_file():
+        # What it was started from: a replay may have to start there again.
+        given = dataclasses.replace(given, init_from=load_config(run_dir / "config.json").init_from)
     cfg = model.resolve(given.model)
     config = dataclasses.replace(given, model=cfg)
     record = make_record(config, cfg, [*dataset.train, *dataset.val], tokenizer)
-    bad = read_json(Path(config.replay)) if config.replay else None
 
     # ---- State: shapes first, then arrays where they belong --------------------------------------
     optimizer, schedule = make_optimizer(config), make_schedule(config)
@@ -315,8 +357,6 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
     shardings = sharding.tree_shardings(mesh, config.strategy, shapes)
     metrics_file = run_dir / "metrics.jsonl"
     val_loss, best, resume_step = None, math.inf, None
-    if bad is not None:
-        steps = [step for step in steps if step <= bad["step"]]
     if steps:
         abstract = checkpoint.abstract_tree(shapes, shardings)
         allowed = [name for name in config.allow_change.split(",") if name]
@@ -358,7 +398,8 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
             "make room, lower --keep_checkpoints, or take --force to start all the same",
         )
     if primary:
-        (run_dir / "config.json").write_text(to_json(given))
+        with files.replacing(run_dir / "config.json") as settings:
+            settings.write(to_json(given).encode())
         save_tokenizer(tokenizer, run_dir)
         if resume_step is None:
             metrics_file.write_text("")
@@ -366,7 +407,9 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
         else:
             metrics.drop_metrics_from(metrics_file, resume_step)
     if resume_step is not None:
-        for newer in [step for step in checkpoint.steps(run_dir) if step > resume_step]:
+        newer_steps = [step for step in checkpoint.steps(run_dir) if step > resume_step]
+        sharding.all_agree(True)  # before one process renames them, all have looked
+        for newer in newer_steps:
             name = checkpoint.set_aside(checkpoint.folder(run_dir) / str(newer), "aside")
             console.note(f"step {newer} is set aside as {name}")
     eval_step = training.make_eval_step(cfg, mesh, shardings.params)
@@ -426,9 +469,9 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
             log = due(step + 1, config.log_interval)
             if log:
                 rate, norm = float(schedule(step - skipped)), float(now["grad_norm"])
-                fields.update(
-                    metrics.describe(recorder.write(step, rate, norm, skipped), peak is not None)
-                )
+                with unless_disk_fails(console.note):
+                    written = recorder.write(step, rate, norm, skipped)
+                    fields.update(metrics.describe(written, peak is not None))
             console.update(step + 1, fields, log=log)
             if now["in_a_row"] >= config.max_skips:
                 saver.settle()
@@ -453,9 +496,9 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
                 rows=[
                     start
                     for i in range(step * passes, (step + 1) * passes)
-                    for start in batches.batch_starts(dataset.train, **batch_of(config, i))
+                    for start in batches.batch_starts(dataset.train, **batch_of(config, i, True))
                 ],
-                windows=read_batches(config, dataset.train, step, 1)[0],
+                windows=read_batches(config, dataset.train, step, 1, whole=True)[0],
             )
             text += f"; python train.py --out_dir={run_dir} --replay={path} runs it again"
         console.note(text)
@@ -476,6 +519,8 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
                 pending = None
             paused = time.monotonic()
             news = not (stop_signals and alone) and (step != resume_step or val_loss is None)
+            if step != resume_step and due(step, config.eval_interval):
+                val_loss = None  # what is known is an older step's
             if news and due(step, config.eval_interval):
                 batch_losses = functools.partial(eval_step, state.params)
                 val_loss = evaluate(config, dataset.val, mesh, batch_losses, stop_signals)
@@ -484,16 +529,21 @@ def train(config: TrainConfig, run_dir: Path, stop_signals: list[int]) -> int:
                     fields["val"] = f"{val_loss:.4f}"
                     console.note(f"step {step}: val loss {val_loss:.4f}, best {best:.4f}")
                 if val_loss is not None and primary:
-                    metrics.append_metrics(metrics_file, {"step": step, "val_loss": val_loss})
-                    records = metrics.read_metrics(metrics_file)
-                    metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
+                    with unless_disk_fails(console.note):
+                        metrics.append_metrics(metrics_file, {"step": step, "val_loss": val_loss})
+                        records = metrics.read_metrics(metrics_file)
+                        metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
             if news and due(step, config.sample_interval) and config.sample_tokens and primary:
                 params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
                 text = write_sample(config, cfg, params, tokenizer, stop_signals)
                 text = f"---- sample after {step} steps ----\n{text}\n----"
                 console.note(text)
-                with (run_dir / "samples.txt").open("a", encoding="utf-8") as file:
+                with (
+                    unless_disk_fails(console.note),
+                    (run_dir / "samples.txt").open("a", encoding="utf-8") as file,
+                ):
                     file.write(text + "\n")
+            stop = stop or (alone and bool(stop_signals))  # perhaps one came meanwhile
             if step != saved_step and (stop or (step and due(step, config.checkpoint_interval))):
                 meta = {
                     "val_loss": val_loss if due(step, config.eval_interval) else None,

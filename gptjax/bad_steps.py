@@ -10,7 +10,10 @@ import jax
 import numpy as np
 
 from gptjax.digests import leaf_paths
-from gptjax.files import replacing
+from gptjax.errors import DataError
+from gptjax.files import read_json, replacing
+
+BadStep = dict[str, Any]  # what `write_bad_step` writes
 
 
 def number(value: Any) -> float | str:
@@ -49,7 +52,7 @@ def write_bad_step(
         step: the number of the step.
         seed: of the run; dropout's key is fold_in(key(seed), step).
         metrics: `loss`, `grad_norm` and `layer_norms` of the step, as numpy.
-        rows: (shard, start) of this process's windows.
+        rows: (shard, start) of all processes' windows.
         windows: their tokens (A, B, T+1).
     """
     path = run_dir / "bad_steps" / f"{step}.json"
@@ -66,3 +69,12 @@ def write_bad_step(
     with replacing(path) as file:
         file.write(json.dumps(record).encode())
     return path
+
+
+def read_bad_step(path: Path) -> BadStep:
+    """What `write_bad_step` wrote; DataError if it is something else."""
+    record = read_json(path)
+    norms = record.get("layer_norms")
+    if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:
+        raise DataError(f"{path} is not of a run's bad_steps folder")
+    return record

@@ -5,6 +5,7 @@ one of itself; what does not match is never used. The scripts make paths absolut
 """
 
 import contextlib
+import errno
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -32,16 +33,21 @@ def folder(run_dir: Path) -> Path:
     return run_dir.absolute() / "checkpoints"
 
 
+def numbered(run_dir: Path) -> list[Path]:
+    """What is named like a step; 050 is a stranger's."""
+    paths = folder(run_dir).glob("*")
+    return [path for path in paths if path.name.isdecimal() and path.name == str(int(path.name))]
+
+
 def steps(run_dir: Path) -> list[int]:
     """The saved steps of a run, oldest first; empty if there is none."""
-    paths = [path for path in folder(run_dir).glob("*") if path.name.isdecimal()]
+    paths = numbered(run_dir)
     return sorted(int(path.name) for path in paths if path.is_dir() and any(path.iterdir()))
 
 
 def empty_steps(run_dir: Path) -> list[Path]:
     """Folders named like steps that hold nothing: strangers' doing."""
-    paths = [path for path in folder(run_dir).glob("*") if path.name.isdecimal()]
-    found = [path for path in paths if path.is_dir() and not any(path.iterdir())]
+    found = [path for path in numbered(run_dir) if path.is_dir() and not any(path.iterdir())]
     all_agree(True)  # before one process renames them, all have looked
     return found
 
@@ -74,14 +80,15 @@ class Saver:
     """Saves steps in the background; `close()` waits for the last one, leaving without loses it.
 
     A save that fails leaves nothing behind and is tried again at the next; `strikes` failures in a
-    row end the run. `last` is the newest step known to be on disk.
+    row end the run, and so does the first of a run of several processes, which would wait for each
+    other for ever. `last` is the newest step known to be on disk.
     """
 
     def __init__(
         self, run_dir: Path, keep: int = 1, notify: Notify = print, strikes: int = STRIKES
     ) -> None:
         self.run_dir, self.keep, self.notify, self.strikes = run_dir, keep, notify, strikes
-        self.failures = 0
+        self.failures, self.size = 0, 0  # saves that failed in a row; bytes of a step
         self.pending: tuple[int, float] | None = None  # step and val_loss of the save under way
         self.last: int | None = None
         self.val_losses: dict[int, float] = {}
@@ -126,6 +133,7 @@ class Saver:
             if not np.isfinite(leaf).all():
                 raise NonFiniteError(f"a parameter is not finite after step {step}: not saved")
         assert "sha256" not in meta, "that is the digest of meta itself"
+        self.size = tree_bytes((params, extra))
         leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
         meta = {"format": FORMAT, "step": step, **meta, "leaves": leaves}
         items = {
@@ -167,16 +175,18 @@ class Saver:
         assert self.pending is not None
         step, self.pending = self.pending[0], None
         self.failures += 1
-        with contextlib.suppress(Exception):
-            self.manager.close()  # what it believes to have saved is no longer true
+        alone = jax.process_count() == 1
+        if alone:
+            with contextlib.suppress(Exception):
+                self.manager.close()  # what it believes to have saved is no longer true
         for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
         free = shutil.disk_usage(self.run_dir).free
         text = (
-            f"step {step} was not saved: {first_line(error)}; {megabytes(free)} are free "
-            f"({self.run_dir}), the steps saved before are as they were"
+            f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)}, "
+            f"{megabytes(free)} are free ({self.run_dir}), the steps saved before are as they were"
         )
-        if self.failures >= self.strikes:
+        if self.failures >= self.strikes or not alone:
             raise DiskError(text) from error
         self.manager = self._open()
         self.notify(f"warning: {text}")
@@ -186,20 +196,27 @@ class Saver:
         try:
             self.settle()
         finally:
-            with contextlib.suppress(Exception):
-                self.manager.close()
+            if not self.failures or jax.process_count() == 1:
+                with contextlib.suppress(Exception):
+                    self.manager.close()
 
 
 def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
     """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk."""
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    there = sum(p.stat().st_size for p in folder(run_dir).rglob("*") if p.is_file())
+    size = tree_bytes(tree)
+    saved = [path for step in numbered(run_dir) for path in step.rglob("*")]
+    there = sum(path.stat().st_size for path in saved if path.is_file())
     needed, free = copies * size - there, shutil.disk_usage(run_dir).free
     if needed > free:
         raise DiskError(
             f"--out_dir={run_dir}: {copies} x {megabytes(size)} of weights and state need "
             f"{megabytes(needed)} more, {megabytes(free)} are free; {remedy}"
         )
+
+
+def tree_bytes(tree: Tree) -> int:
+    """What arrays, or their shapes, take."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def megabytes(count: int) -> str:
@@ -219,28 +236,38 @@ class Restored(NamedTuple):
     meta: Meta
 
 
+class NotDamaged(CheckpointError):
+    """A step that cannot be used here although nothing says that it is damaged."""
+
+
 def read_meta(run_dir: Path, step: int) -> Meta:
     """The JSON that was saved with a step; CheckpointError unless it is whole."""
     try:
         meta = dict(ocp.JsonCheckpointHandler().restore(folder(run_dir) / str(step) / "meta"))
         sha256 = meta.pop("sha256", None)
         if meta.get("format") != FORMAT:
-            raise CheckpointError(f"format {meta.get('format')}, this version reads {FORMAT}")
+            raise NotDamaged(f"format {meta.get('format')}, this version of gptjax reads {FORMAT}")
         if sha256 != json_sha256(meta):
             raise CheckpointError("sha256 mismatch in meta")
         if meta["step"] != step:
             raise CheckpointError(f"it is step {meta['step']}")
     except Exception as error:  # JSON's, the file system's, ours
-        raise CheckpointError(
-            f"cannot use step {step} ({folder(run_dir)}): {first_line(error)}"
-        ) from error
+        kind = CheckpointError
+        if isinstance(error, NotDamaged | PermissionError) or (
+            isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+        ):
+            kind = NotDamaged
+        raise kind(f"cannot use step {step} ({folder(run_dir)}): {first_line(error)}") from error
     return meta
 
 
 def best_step(run_dir: Path) -> int:
     """The saved step with the least validation loss, or the newest if none was evaluated."""
-    saved = require_steps(run_dir)
-    return best_of(saved, {step: loss_of(read_meta(run_dir, step)) for step in saved})
+    saved, losses = require_steps(run_dir), {}
+    for step in saved:
+        with contextlib.suppress(CheckpointError):  # damaged: another may be whole
+            losses[step] = loss_of(read_meta(run_dir, step))
+    return best_of([step for step in saved if step in losses] or saved, losses)
 
 
 def best_of(saved: Sequence[int], val_losses: dict[int, float]) -> int:
@@ -249,8 +276,9 @@ def best_of(saved: Sequence[int], val_losses: dict[int, float]) -> int:
 
 
 def loss_of(meta: Meta) -> float:
-    """A step's validation loss, infinite if it was not evaluated."""
-    return math.inf if meta.get("val_loss") is None else meta["val_loss"]
+    """A step's validation loss, infinite if it was not evaluated or is not finite."""
+    loss = meta.get("val_loss")
+    return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 def restore_params(run_dir: Path, step: int, target: Tree) -> Tree:
@@ -289,6 +317,8 @@ def restore_newest(
         reason = ""
         try:
             meta = read_meta(run_dir, step)
+        except NotDamaged:
+            raise
         except CheckpointError as error:
             reason = str(error)
         if all_agree(not reason):
@@ -306,8 +336,10 @@ def restore_newest(
         name = set_aside(folder(run_dir) / str(step), "quarantine")
         notify(f"warning: {reason}; moved to {name}")
         reasons.append(reason)
+    left = steps(run_dir)
+    others = f", or take --resume_step of {left}" if left else ""
     raise CheckpointError(
-        f"no step is whole: {'; '.join(reasons)}; start anew with another --out_dir"
+        f"no step is whole: {'; '.join(reasons)}; start anew with another --out_dir{others}"
     )
 
 

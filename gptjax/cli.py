@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +86,11 @@ def first_paragraph(box: str) -> str:
 
 def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a script's main; a refusal becomes `error: ...` on stderr and its exit code."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax explains itself at length
     debug = any(token in argv for token in ("--debug", "--debug=True"))
+    if not debug:  # orbax explains itself at length, and its threads what is raised here anyway
+        for name in ("absl", "orbax", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        threading.excepthook = lambda args: None
     try:
         return main(argv) or 0
     except REFUSALS as error:
@@ -114,17 +118,26 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 def catch_stop_signals() -> list[int]:
     """From now on SIGINT and SIGTERM only add their number to the list that this returns.
 
-    A second SIGINT interrupts at once.
+    A second SIGINT ends the process at once, with exit code 130, whatever it is doing: Python's own
+    handlers would wait until XLA has compiled, so a thread watches for it.
     """
     received: list[int] = []
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)  # gets the number of every signal
 
-    def handle(number: int, frame: object) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received:
-            raise KeyboardInterrupt
-        received.append(number)
+    def watch() -> None:
+        interrupts = 0
+        while numbers := os.read(read, 64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts >= 2:
+                show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a bar hides it
+                os.write(2, f"{show_cursor}error: interrupted twice, nothing was saved\n".encode())
+                os._exit(130)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return received
 
 

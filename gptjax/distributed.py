@@ -44,14 +44,15 @@ def find_cluster(config: TrainConfig, environment: Mapping[str, str]) -> Cluster
     if count == "1":
         return None
     if address or count or index:
-        if not (":" in address and count.isdecimal() and index.isdecimal()):
+        whole = ":" in address and count.isdecimal() and index.isdecimal()
+        if not (whole and int(index) < int(count)):
             raise UsageError(
                 f"--coordinator_address={address} --num_processes={count} --process_id={index}: "
-                "give all three, HOST:PORT of process 0, their count and this one's number"
+                "give all three, HOST:PORT of process 0, their count and this one's number from 0"
             )
         return Cluster(address, int(count), int(index))
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("OMPI_COMM_WORLD_SIZE", "1")
-    return Cluster(None, None, None) if int(tasks) > 1 else None
+    return Cluster(None, None, None) if tasks not in ("0", "1") else None
 
 
 def start(config: TrainConfig) -> None:

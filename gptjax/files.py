@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -57,14 +58,15 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             raise OutputError(
                 f"{path.parent} is in use by {holder}; wait for its end, or take another --out_dir"
             ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         file.flush()
         yield
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import GPTConfig
+from gptjax.files import replacing
 
 # Part of the device's name -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation,
 # from the makers' data sheets. The first match counts, so longer names stand before shorter ones.
@@ -103,9 +104,9 @@ class Recorder:
             "mfu": None if not (pace and self.peak) else pace * self.flops_per_token / self.peak,
             "seconds": round(now - self.began, 2),
         }
+        self.losses, self.since, self.timed = [], now, 0
         if self.path is not None:
             append_metrics(self.path, record)
-        self.losses, self.since, self.timed = [], now, 0
         return record
 
 
@@ -141,7 +142,8 @@ def drop_metrics_from(path: Path, step: int) -> None:
         for record in read_metrics(path)
         if record["step"] < step or (record["step"] == step and "val_loss" in record)
     ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    with replacing(path) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def draw_losses(records: list[dict[str, Any]], path: Path, scale: str) -> None:

@@ -51,6 +51,11 @@ def token_fingerprint(tokens: np.ndarray) -> str:
     return sha256.hexdigest()
 
 
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_record(
     config: TrainConfig, cfg: GPTConfig, shards: Sequence[np.ndarray], tokenizer: Tokenizer
 ) -> Record:
@@ -72,7 +77,7 @@ def make_record(
         "machine": {
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
-            "cpu_threads": int(os.environ.get("NPROC") or len(os.sched_getaffinity(0))),
+            "cpu_threads": os.environ.get("NPROC") or str(available_cpus()),
         },
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptjax import checkpoint
 from gptjax.digests import first_difference
-from gptjax.errors import CheckpointError
+from gptjax.errors import CheckpointError, UsageError
 
 
 def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
@@ -22,8 +22,11 @@ def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
         What was found equal, for people.
 
     Raises:
+        UsageError: there is no step to stop at.
         CheckpointError: an array differs (the first is named), or a run failed.
     """
+    if max_iters < 2:
+        raise UsageError(f"--max_iters={max_iters}: must be at least 2, to stop between two steps")
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder) / "one", Path(folder) / "two"
         half = max_iters // 2

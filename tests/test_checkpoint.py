@@ -1,5 +1,6 @@
 """What is saved comes back to the bit, and the right steps are kept."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,7 @@ def test_two_steps_back_and_no_further(tmp_path: Path) -> None:
 
 def test_strangers_among_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_steps(tmp_path, {10: None})
+    shutil.copytree(checkpoint.folder(tmp_path) / "10", checkpoint.folder(tmp_path) / "050")
     for name in ("999", "nan", "30.orbax-checkpoint-tmp", "quarantine-5"):
         (checkpoint.folder(tmp_path) / name).mkdir()
     (checkpoint.folder(tmp_path) / "77").write_text("no folder")
@@ -184,6 +186,39 @@ def test_strangers_among_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture
     assert checkpoint.steps(tmp_path) == [10, 20]
     assert "999 is empty; moved to quarantine-999" in capsys.readouterr().out
     assert checkpoint.restore_newest(tmp_path, everything(make_state())).step == 20
+
+
+def test_the_order_of_steps_is_not_a_matter_of_clocks(tmp_path: Path, two_steps: Path) -> None:
+    """Copies and wrong clocks give any times; a cut copy (rsync's) is damage like another."""
+    run_dir = shutil.copytree(two_steps, tmp_path / "run")
+    for step, when in (("10", 4e9), ("20", 0)):
+        for path in [*(checkpoint.folder(run_dir) / step).rglob("*")]:
+            os.utime(path, (when, when))
+        os.utime(checkpoint.folder(run_dir) / step, (when, when))
+    assert checkpoint.restore_newest(run_dir, everything(make_state())).step == 20
+    files = [p for p in sorted((checkpoint.folder(run_dir) / "20").rglob("*")) if p.is_file()]
+    for path in files[len(files) // 2 :]:
+        path.unlink()
+    said: list[str] = []
+    found = checkpoint.restore_newest(run_dir, everything(make_state()), notify=said.append)
+    assert found.step == 10 and len(said) == 1
+
+
+def test_what_is_not_damaged_is_not_set_aside(
+    tmp_path: Path, two_steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(two_steps, tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "FORMAT", 9)
+    with pytest.raises(CheckpointError, match="this version of gptjax reads 9"):
+        checkpoint.restore_newest(tmp_path / "run", everything(make_state()))
+    assert checkpoint.steps(tmp_path / "run") == [10, 20]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    assert checkpoint.loss_of({"val_loss": float("nan")}) == float("inf")
+    save_steps(tmp_path, {10: 1.0, 20: 2.0}, keep=2)
+    flip(checkpoint.folder(tmp_path) / "20" / "meta" / "metadata")
+    assert checkpoint.best_step(tmp_path) == 10  # the damaged one is no reason to refuse
 
 
 def test_settings_are_checked_before_arrays(tmp_path: Path, two_steps: Path) -> None:
@@ -250,5 +285,10 @@ def test_too_small_a_disk_is_known_beforehand(tmp_path: Path, monkeypatch: Any) 
     ):
         checkpoint.check_space(tmp_path, tree, 4)
     checkpoint.folder(tmp_path).mkdir()
-    (checkpoint.folder(tmp_path) / "old").write_bytes(bytes(600_000))
+    (checkpoint.folder(tmp_path) / "quarantine-7").mkdir()
+    (checkpoint.folder(tmp_path) / "quarantine-7" / "old").write_bytes(bytes(600_000))
+    with pytest.raises(DiskError):  # which nothing will remove
+        checkpoint.check_space(tmp_path, tree, 4)
+    (checkpoint.folder(tmp_path) / "7").mkdir()
+    (checkpoint.folder(tmp_path) / "7" / "old").write_bytes(bytes(600_000))
     checkpoint.check_space(tmp_path, tree, 4)  # what is there will make room

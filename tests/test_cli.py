@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +33,7 @@ def restore_process() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     compiled = jax.config.jax_compilation_cache_dir
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     jax.config.update("jax_compilation_cache_dir", compiled)
@@ -284,3 +288,31 @@ def test_peek_sees_the_last_of_a_flag_however_it_is_written() -> None:
     assert cli.peek(["--out-dir", "a", "--seed=1"], "out_dir") == "a"
     assert cli.peek(["--out_dir=a", "--out-dir=b=c"], "out_dir") == "b=c"
     assert cli.peek(["--out_dir"], "out_dir") == ""
+
+
+def test_the_second_interrupt_is_at_once_and_the_second_sigterm_is_none() -> None:
+    """Also where Python does not come to its handlers: here in C, as in XLA's compiler."""
+    code = (
+        "import ctypes, signal; from gptjax import cli; received = cli.catch_stop_signals();"
+        "[signal.raise_signal(n) for n in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)];"
+        "print(received, flush=True); libc = ctypes.CDLL(None);"
+        "[libc.usleep(500000) for _ in range(100)]; libc.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "[15, 15, 2]\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 5
+    assert said == "error: interrupted twice, nothing was saved\n"
+
+
+def test_a_refusal_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> int:
+        raise UsageError("a file says\x1b[2J and\nmore")
+
+    assert cli.run(main, []) == 2
+    assert capsys.readouterr().err == "error: a file says\\x1b[2J and more\n"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import checkpoint
+from gptjax import checkpoint, resume_check
+from gptjax.errors import CheckpointError, UsageError
 
 from .conftest import ROOT, TINY, digest, run
 from .test_checkpoint import flip
@@ -297,6 +298,87 @@ def test_too_many_nans_end_the_run(
 
 
 @slow
+def test_a_spike_is_skipped_once_the_window_is_full(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    """And a run that is stopped before it and resumed ends as an undisturbed one (F23, F24)."""
+    faulty = {**environment, "GPTJAX_FAULT": "spike@150"}
+    argv = [arg for arg in start if not arg.startswith("--out_dir")]
+    argv += ["--max_iters=160", "--skip_spikes=8"]
+    whole = run(faulty, "train.py", *argv, f"--out_dir={tmp_path}/one").stdout
+    assert "step 150 skipped: loss " in whole and whole.count("skipped: loss") == 1
+    lines = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    assert [r["skipped"] for r in map(json.loads, lines) if "skipped" in r][-1] == 1
+    run(faulty, "train.py", *argv, f"--out_dir={tmp_path}/two", "--stop_step=145")
+    assert digest(resume(faulty, tmp_path / "two").stdout) == digest(whole)
+
+
+@slow
+def test_a_signal_on_a_step_with_an_evaluation(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Stopped before it is evaluated, a step has no loss, least of all an older one's (F03)."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *start, "--eval_interval=1", "--max_iters=4000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process, "step 15/")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 143 and "after SIGTERM" in said
+    step = newest(tmp_path / "out")
+    lines = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    evaluated = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    assert checkpoint.read_meta(tmp_path / "out", step)["val_loss"] == evaluated.get(step)
+
+
+@slow
+def test_a_tuned_run_is_resumed_and_replayed(
+    environment: Environment, folder: Path, whole: str, tmp_path: Path
+) -> None:
+    """Its tokenizer is its source's, not its text's; before a checkpoint it is its source."""
+    (tmp_path / "small.txt").write_text("the cat sat on the cat\n" * 60)
+    argv = (*TINY, f"--dataset={tmp_path}/small.txt", f"--init_from={folder}/whole")
+    out = tmp_path / "out"
+    faulty = {**environment, "GPTJAX_FAULT": "nan_grad@3"}
+    run(faulty, "train.py", *argv, f"--out_dir={out}", "--stop_step=20")
+    done = resume(faulty, out, "--stop_step=30")
+    assert "resuming at step 20" in done.stdout
+    for step in checkpoint.steps(out)[:-1]:
+        shutil.rmtree(checkpoint.folder(out) / str(step))
+    replayed = run(
+        environment, "train.py", f"--out_dir={out}", f"--replay={out}/bad_steps/3.json"
+    ).stdout
+    assert "step 3: the same tokens" in replayed
+    loss = float(re.search(r"loss (\S+), recorded nan", replayed)[1])  # type: ignore[index]
+    assert loss < 2.0  # a fresh model's is ln 14 = 2.6
+
+
+@slow
+def test_where_a_run_may_not_go(environment: Environment, out: Path) -> None:
+    refused = resume(environment, out, "--max_iters=25", expect=2)
+    assert "--max_iters=25: the run is at step 40 already" in refused.stderr
+    refused = resume(environment, out, "--stop_step=10", expect=2)
+    assert "--stop_step=10: the run is at step 40 already" in refused.stderr
+
+
+def test_resume_check_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake: a run that ends elsewhere when it was stopped."""
+    leaf = {"shape": [1], "dtype": "float32", "sha256": "a"}
+    metas = iter(
+        [{"leaves": {"params/x": leaf}}, {"leaves": {"params/x": {**leaf, "sha256": "b"}}}]
+    )
+    monkeypatch.setattr(resume_check, "train", lambda script, argv: None)
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path, step: next(metas))
+    with pytest.raises(CheckpointError, match="sha256 mismatch in params/x"):
+        resume_check.resume_check(ROOT / "train.py", [], 40)
+    with pytest.raises(UsageError, match="at least 2"):
+        resume_check.resume_check(ROOT / "train.py", [], 1)
+
+
+@slow
 def test_resume_check(environment: Environment, start: tuple[str, ...]) -> None:
     done = run(environment, "train.py", *start, "--resume_check")
     assert "40 steps, and 20 + resume + 20: all " in done.stdout
@@ -426,7 +508,9 @@ def test_processes_share_a_run_stop_together_and_go_on_in_another_number(
     ends = [process.communicate(timeout=120) for process in processes]
     codes = [process.returncode for process in processes]
     assert codes[3] == -signal.SIGKILL and 0 not in codes[:3], ends
-    assert "another process of this run is gone" in ends[0][1], ends[0][1][-3000:]
+    for code, (_, said) in zip(codes[:3], ends, strict=False):
+        assert code == 70 and "another process of this run is gone" in said, said[-3000:]
+        assert "Traceback" not in said
     # One goes on alone.
     kept = newest(out)
     assert kept >= 40
