@@ -55,7 +55,8 @@ class GPTConfig:
     unroll: int = 0
     """layers unrolled in the layer scan; 0 = all (fastest step), 1 = fastest compile"""
     remat: bool = False
-    """recompute each block in the backward pass: less memory, about a third more work"""
+    """recompute each block in the backward pass: less memory, about a third more work; on CPU it
+    saves memory with unroll=1 only"""
 
     def __post_init__(self) -> None:
         require_range(self, "n_layer n_head n_embd block_size vocab_size vocab_multiple", 1)

@@ -23,7 +23,13 @@ from gptjax.config import TrainConfig, to_json
 from .conftest import ROOT
 
 LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
-VARIABLES = (*LAUNCHERS, "CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "NPROC")
+VARIABLES = (
+    *LAUNCHERS,
+    "SLURM_STEP_NUM_TASKS",
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_GPUS_ON_NODE",
+    "NPROC",
+)
 MACHINE = ["versions", "threads", "tokenizer", "cache", "tpu", "backend"]
 ALWAYS = [*MACHINE, "devices", "matmul", "cudnn", "launcher"]
 
@@ -268,7 +274,9 @@ def test_cudnn(
 @pytest.mark.parametrize(
     ("name", "value", "gpus", "status"),
     [
-        *[(name, "2", 0, "warn") for name in LAUNCHERS],
+        *[(name, "2", 0, "warn") for name in LAUNCHERS if "OMPI" not in name],
+        ("OMPI_COMM_WORLD_SIZE", "2", 0, "ok"),  # enough for JAX
+        ("SLURM_STEP_NUM_TASKS", "2", 0, "ok"),  # as srun sets it
         *[(name, "1", 0, "ok") for name in LAUNCHERS[:3]],
         ("JOB_COMPLETION_INDEX", "0", 0, "warn"),
         ("CUDA_VISIBLE_DEVICES", "", 0, "ok"),

@@ -26,6 +26,7 @@ from gptjax import checkpoint, cli
 from gptjax.attention import ATTENTION, choose_attention
 from gptjax.config import TrainConfig, load_config
 from gptjax.console import printable
+from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError
 from gptjax.files import cache_dir
 from gptjax.tokenizer import read_gpt2_files
@@ -187,13 +188,19 @@ def check_cudnn() -> Finding:
 
 
 def check_launcher() -> Finding:
-    """Whether JAX has what the variables of a launcher, and of CUDA, promise."""
+    """Whether train.py would find the processes, and JAX the GPUs, that variables promise."""
+    cluster = None
+    with contextlib.suppress(UsageError):  # variables that are only a part of what it takes
+        cluster = find_cluster(TrainConfig(), os.environ)
     several = {"SLURM_NTASKS": 2, "OMPI_COMM_WORLD_SIZE": 2, "JAX_NUM_PROCESSES": 2}
     several["JOB_COMPLETION_INDEX"] = 0  # a pod of Kubernetes' is told its number only
     for name, least in several.items():
-        if int(os.environ.get(name, -1)) >= least and jax.process_count() == 1:
-            text = f"{name}={os.environ[name]}, but this process runs alone"
-            return Finding("warn", text, "python train.py --distributed=auto")
+        if int(os.environ.get(name, -1)) >= least and cluster is None:
+            remedy = "srun python train.py" if "SLURM" in name else "mpirun python train.py"
+            if name == "JOB_COMPLETION_INDEX":
+                remedy = "set JAX_COORDINATOR_ADDRESS, as examples/kubernetes.yaml does"
+            text = f"{name}={os.environ[name]}, but train.py would not find the others"
+            return Finding("warn", text, remedy)
     gpus = jax.local_device_count() if jax.default_backend() == "gpu" else 0
     visible, on_node = map(os.environ.get, ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"))
     if visible is None:
@@ -203,7 +210,8 @@ def check_launcher() -> Finding:
         name, value, promised = "CUDA_VISIBLE_DEVICES", visible, len(list(listed))
     if promised != gpus:
         return Finding("warn", f"{name}={value}, but JAX has {gpus} GPUs", "nvidia-smi -L")
-    return Finding("ok", f"{jax.process_count()} process, {gpus} GPUs; no variable says otherwise")
+    processes = "alone" if cluster is None else "as one of several processes"
+    return Finding("ok", f"train.py runs {processes}, {gpus} GPUs here; no variable says otherwise")
 
 
 # ---- The run folder ------------------------------------------------------------------------------
