@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import math
 import operator
+import os
+import resource
 import signal
 import sys
 import time
@@ -255,6 +257,24 @@ def unless_disk_fails(notify: Callable[[str], None]) -> Iterator[None]:
         notify(f"warning: not written: {error.strerror or error}")
 
 
+def check_host_memory(shapes: training.TrainState) -> None:
+    """MemoryError if the state cannot fit the host it is computed on.
+
+    XLA's CPU client may wait for ever for arrays that its threads could not allocate.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    present = present if limit == resource.RLIM_INFINITY else min(present, limit)
+    needed = checkpoint.tree_bytes(shapes)
+    if needed > present:
+        raise MemoryError(
+            f"parameters and optimizer state take {checkpoint.megabytes(needed)}, this process may "
+            f"have {checkpoint.megabytes(present)}"
+        )
+
+
 @contextlib.contextmanager
 def explain_failures(config: TrainConfig) -> Iterator[None]:
     """Turn what JAX says of too little memory, or of a lost process, into what to do about it."""
@@ -354,6 +374,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
     init_state = functools.partial(training.init_state, cfg, optimizer)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(init_state, key)
+    check_host_memory(shapes)
     shardings = sharding.tree_shardings(mesh, config.strategy, shapes)
     metrics_file = run_dir / "metrics.jsonl"
     val_loss, best, resume_step = None, math.inf, None

@@ -69,9 +69,9 @@ LONG = (
 
 
 def disturb(
-    environment: Environment, argv: list[str], number: int, rng: random.Random
+    environment: Environment, argv: list[str], number: int, seconds: float
 ) -> tuple[int, int, str]:
-    """Start, send a signal at a random moment; return code, last step printed, all output."""
+    """Start, send a signal after so long; return code, last step printed, all output."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *argv, "--init_from=auto"],
         env=environment,
@@ -79,7 +79,7 @@ def disturb(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    time.sleep(rng.uniform(1.5, 5.0))
+    time.sleep(seconds)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=120)
     steps = re.findall(r"^step (\d+)/", printed, re.MULTILINE)
@@ -96,14 +96,17 @@ def test_signals_at_random_moments(
 ) -> None:
     """Signal after signal, run after run; each run ends in the undisturbed run's bits."""
     data = (*LONG, f"--dataset={folder}/corpus.txt")
+    began = time.monotonic()
     expected = digest(run(environment, "train.py", *data, f"--out_dir={tmp_path}/ref").stdout)
+    whole = time.monotonic() - began  # of which a third or more is starting
     rng, sent, runs, lost, reacted = random.Random(int(number)), 0, 0, [0], 0
     while sent < times:
         out = tmp_path / f"run{runs}"
         runs += 1
         while sent < times:
             before = newest(out) if checkpoint.steps(out) else 0
-            code, step, printed = disturb(environment, [*data, f"--out_dir={out}"], number, rng)
+            seconds = rng.uniform(0.2, 0.7) * whole
+            code, step, printed = disturb(environment, [*data, f"--out_dir={out}"], number, seconds)
             after = newest(out) if checkpoint.steps(out) else 0
             assert after >= before, printed
             if code == 0:
