@@ -63,6 +63,7 @@ def test_exercises_accept_what_is_right_and_refuse_what_is_not(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")  # lesson 4 takes up the run that lesson 2 makes anew
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_a_clean_kernel(
