@@ -96,6 +96,7 @@ def test_signals_at_random_moments(
 ) -> None:
     """Signal after signal, run after run; each run ends in the undisturbed run's bits."""
     data = (*LONG, f"--dataset={folder}/corpus.txt")
+    run(environment, "train.py", *data, f"--out_dir={tmp_path}/warm", "--stop_step=1")  # compiles
     began = time.monotonic()
     expected = digest(run(environment, "train.py", *data, f"--out_dir={tmp_path}/ref").stdout)
     whole = time.monotonic() - began  # of which a third or more is starting
