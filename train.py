@@ -370,7 +370,9 @@ def train(config: TrainConfig, run_dir: Path) -> int:
     record = make_record(config, cfg, [*dataset.train, *dataset.val], tokenizer)
 
     # ---- State: shapes first, then arrays where they belong --------------------------------------
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    optimizer = make_optimizer(config)
+    # Known beforehand: computed when it is shown, it would wait for the step that is under way.
+    rates = np.asarray(jax.jit(jax.vmap(make_schedule(config)))(np.arange(config.max_iters)))
     init_state = functools.partial(training.init_state, cfg, optimizer)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(init_state, key)
@@ -489,7 +491,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             recorder.add(float(now["loss"]))
             log = due(step + 1, config.log_interval)
             if log:
-                rate, norm = float(schedule(step - skipped)), float(now["grad_norm"])
+                rate, norm = float(rates[step - skipped]), float(now["grad_norm"])
                 with unless_disk_fails(console.note):
                     written = recorder.write(step, rate, norm, skipped)
                     fields.update(metrics.describe(written, peak is not None))

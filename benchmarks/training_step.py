@@ -77,7 +77,7 @@ def make_torch_step(config: TrainConfig, device: str, side: str) -> Callable[[np
 
     from benchmarks import torch_gpt
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     name = "cuda" if device == "gpu" else "cpu"
     twin = torch_gpt.TorchGPT(config.model).to(name)
     adamw = torch_gpt.make_adamw(twin, config)
@@ -120,7 +120,7 @@ def main() -> None:
         print(json.dumps(time_side(args.device, args.side, args.shape)))
         return
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
-    print(f"{os.cpu_count()} cores, {platform.machine()}, {versions}, {args.rounds} rounds")
+    print(f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {versions}, {args.rounds} rounds")
     sides = SIDES[args.device]
     for shape in SHAPES[args.device]:
         times: dict[str, list[list[float]]] = {side: [] for side in sides}

@@ -23,8 +23,10 @@ from gptjax.config import GPTConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same program anew, with new functions: a cache for the session.
-COMPILED = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+if "GPTJAX_TESTS_COMPILED" not in os.environ:  # xdist's workers take that of the first process
+    COMPILED = tempfile.TemporaryDirectory()
+    os.environ["GPTJAX_TESTS_COMPILED"] = COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["GPTJAX_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

@@ -63,27 +63,32 @@ def test_an_error_in_the_loop_leaves_the_save_under_way(
 
 LONG = (
     *("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8", "--batch_size=4"),
-    *("--max_iters=4000", "--eval_interval=0", "--eval_iters=1", "--sample_interval=0"),
+    *("--max_iters=1000", "--eval_interval=0", "--eval_iters=1", "--sample_interval=0"),
     *("--sample_tokens=0", "--log_interval=1", "--checkpoint_interval=50", "--optimizer=adamw"),
 )
 
 
 def disturb(
-    environment: Environment, argv: list[str], number: int, seconds: float
+    environment: Environment, argv: list[str], number: int, log: Path, seconds: float, since: str
 ) -> tuple[int, int, str]:
-    """Start, send a signal after so long; return code, last step printed, all output."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *argv, "--init_from=auto"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """Start, send a signal so long after `since` is printed.
+
+    Returns the exit code, the last step printed, and all output.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *argv, "--init_from=auto"],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    while since not in log.read_text() and process.poll() is None:
+        time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=120)
+    code, printed = process.wait(timeout=120), log.read_text()
     steps = re.findall(r"^step (\d+)/", printed, re.MULTILINE)
-    return process.returncode, int(steps[-1]) if steps else 0, printed
+    return code, int(steps[-1]) if steps else 0, printed
 
 
 @slow
@@ -96,21 +101,29 @@ def test_signals_at_random_moments(
 ) -> None:
     """Signal after signal, run after run; each run ends in the undisturbed run's bits."""
     data = (*LONG, f"--dataset={folder}/corpus.txt")
-    run(environment, "train.py", *data, f"--out_dir={tmp_path}/warm", "--stop_step=1")  # compiles
+    began = time.monotonic()
+    argv = [*data, f"--out_dir={tmp_path}/warm", "--stop_step=1"]  # compiles
+    run(environment, "train.py", *argv)
+    starting = time.monotonic() - began
     began = time.monotonic()
     expected = digest(run(environment, "train.py", *data, f"--out_dir={tmp_path}/ref").stdout)
-    whole = time.monotonic() - began  # of which a third or more is starting
+    whole = time.monotonic() - began
     rng, sent, runs, lost, reacted = random.Random(int(number)), 0, 0, [0], 0
     while sent < times:
         out = tmp_path / f"run{runs}"
         runs += 1
         while sent < times:
             before = newest(out) if checkpoint.steps(out) else 0
-            seconds = rng.uniform(0.2, 0.7) * whole
-            code, step, printed = disturb(environment, [*data, f"--out_dir={out}"], number, seconds)
+            # Every fourth while it starts, the others while it trains.
+            since, most = ("", starting) if sent % 4 == 0 else ("\nstep ", 0.5 * whole)
+            argv = [*data, f"--out_dir={out}"]
+            seconds = rng.uniform(0, most)
+            code, step, printed = disturb(
+                environment, argv, number, tmp_path / "log", seconds, since
+            )
             after = newest(out) if checkpoint.steps(out) else 0
             assert after >= before, printed
-            if code == 0:
+            if "state sha256=" in printed:  # it was done before the signal came
                 break
             sent += 1
             if number == signal.SIGKILL:
