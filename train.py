@@ -18,7 +18,6 @@ import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 
 # isort: split
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -37,13 +36,10 @@ from gptjax import (
     training,
 )
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
-from gptjax.console import TrainConsole, print_table, show_bytes
-from gptjax.convert import SourceConfig, load_start
+from gptjax.console import TrainConsole, show_bytes
 from gptjax.data import load_dataset
 from gptjax.errors import (
     REFUSALS,
-    CheckpointError,
-    DataError,
     DiskError,
     NonFiniteError,
     OutOfMemoryError,
@@ -52,10 +48,11 @@ from gptjax.errors import (
 )
 from gptjax.optimizer import make_optimizer, make_schedule
 from gptjax.presets import PRESETS
+from gptjax.replay import replay
 from gptjax.resume import ONCE, check_record, make_record
 from gptjax.resume_check import resume_check
-from gptjax.run_folder import Run
-from gptjax.tokenizer import Tokenizer, decode, load_tokenizer, save_tokenizer
+from gptjax.start import choose_tokenizer, find_start
+from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
@@ -76,51 +73,6 @@ def parse(argv: list[str]) -> TrainConfig:
         once = {name: getattr(config, name) for name in ONCE}
         config = dataclasses.replace(load_config(settings), **once)
     return cli.parse(TrainConfig, argv, config, about)
-
-
-def find_start(
-    config: TrainConfig, run_dir: Path, bad: bad_steps.BadStep | None
-) -> tuple[list[int], Run | None]:
-    """The steps to go on from, oldest first, or the run to take parameters and tokenizer from."""
-    saved = checkpoint.steps(run_dir)
-    if bad is not None:  # from a step before it, or from where the run began
-        before = [step for step in saved if step <= bad["step"]]
-        return before, None if before else find_source(config)
-    if config.init_from == "resume" or (config.init_from == "auto" and saved):
-        checkpoint.require_steps(run_dir)
-        if config.resume_step < 0:
-            return saved, None
-        if config.resume_step not in saved:
-            raise UsageError(f"--resume_step={config.resume_step}: must be one of {saved}")
-        return [config.resume_step], None
-    if saved:
-        raise UsageError(
-            f"--out_dir={run_dir}: holds a run up to step {saved[-1]}; take --init_from=resume to "
-            "go on with it, or another --out_dir"
-        )
-    damaged = checkpoint.quarantined(run_dir)
-    if damaged:
-        raise CheckpointError(
-            f"{checkpoint.folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
-            "another --out_dir to start anew"
-        )
-    return [], find_source(config)
-
-
-def find_source(config: TrainConfig) -> Run | None:
-    """The model that a run begins with, None if with a fresh one."""
-    if config.init_from in ("scratch", "auto"):
-        return None
-    return load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
-
-
-def choose_tokenizer(
-    config: TrainConfig, steps: list[int], source: Run | None, run_dir: Path
-) -> Tokenizer | str:
-    """The source's, the resumed run's, or the one that the flag names."""
-    if source is not None:
-        return source.tokenizer
-    return load_tokenizer(run_dir) if steps and config.tokenizer == "auto" else config.tokenizer
 
 
 def batch_of(config: TrainConfig, i: int, whole: bool = False) -> dict[str, int]:
@@ -199,53 +151,6 @@ def write_sample(
         if stop_signals:
             break
     return decode(tokenizer, np.array(ids, np.int32))
-
-
-def replay(
-    config: TrainConfig,
-    record: bad_steps.BadStep,
-    state: training.TrainState,
-    train_step: Callable[..., Any],
-    windows_of: Callable[[int], np.ndarray],
-    corrupt: faults.Corrupt | None,
-    mesh: Mesh,
-) -> int:
-    """Go on from `state` to the step of the record, then compute its gradient with checks on."""
-    step = record["step"]
-    for i in range(int(state.step), step):
-        state, _ = train_step(state, sharding.place(windows_of(i)[None], mesh, axis=2))
-    windows = windows_of(step)
-    same = bad_steps.windows_sha256(windows) == record["windows_sha256"]
-    print(f"step {step}: {'the same tokens' if same else 'OTHER TOKENS than recorded'}")
-    params = state.params
-    dropout = config.model.dropout > 0
-    key = jax.random.fold_in(jax.random.key(config.seed), step) if dropout else None
-    compute = jax.jit(training.loss_and_grad, static_argnums=0)
-    loss, grads = compute(config.model, params, windows, key)
-    if corrupt is not None:
-        loss, grads = corrupt(jnp.int32(step), loss, grads)
-    print(f"loss {float(loss):.6g}, recorded {record['loss']}")
-    now = bad_steps.norm_table(training.layer_norms(grads))
-    sizes = bad_steps.norm_table(training.layer_norms(params))
-    if set(now) != set(record["layer_norms"]):
-        raise DataError(f"--replay={config.replay}: is of another model")
-    rows = [
-        [f"{name}[{i}]", f"{sizes[name][i]:.4g}", str(norm)[:10], str(then)[:10]]
-        for name, norms in now.items()
-        for i, (norm, then) in enumerate(zip(norms, record["layer_norms"][name], strict=True))
-    ]
-    print_table(
-        ["parameter[layer]", "norm", "gradient's", "recorded"],
-        rows,
-        [not row[2][0].isdigit() for row in rows],
-    )
-    try:
-        with jax.debug_nans(True), jax.debug_infs(True):
-            jax.block_until_ready(compute(config.model, params, windows, key))
-        print("every value of the forward and backward pass is finite")
-    except FloatingPointError as error:
-        print(f"not finite: {' '.join(str(error).split())[:300]}")
-    return 0
 
 
 @contextlib.contextmanager

@@ -120,9 +120,8 @@ def main() -> None:
         print(json.dumps(time_side(args.device, args.side, args.shape)))
         return
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
-    print(
-        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {versions}, {args.rounds} rounds"
-    )
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores, {platform.machine()}, {versions}, {args.rounds} rounds")
     sides = SIDES[args.device]
     for shape in SHAPES[args.device]:
         times: dict[str, list[list[float]]] = {side: [] for side in sides}

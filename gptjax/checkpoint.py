@@ -144,6 +144,10 @@ class Saver:
             items["extra"] = ocp_args.StandardSave(extra)
         self.pending = step, loss_of(meta)
         try:
+            # Where one of several processes fails, the others wait for it in orbax, for minutes.
+            alone = jax.process_count() == 1
+            if not all_agree(alone or shutil.disk_usage(self.run_dir).free >= self.size):
+                raise OSError("the disk is full")
             begun = self.manager.save(step, args=ocp_args.Composite(**items))
         except Exception as error:  # orbax raises what its file systems raise
             self._fail(error)

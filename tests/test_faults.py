@@ -63,8 +63,8 @@ def test_an_error_in_the_loop_leaves_the_save_under_way(
 
 LONG = (
     *("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8", "--batch_size=4"),
-    *("--max_iters=1000", "--eval_interval=0", "--eval_iters=1", "--sample_interval=0"),
-    *("--sample_tokens=0", "--log_interval=1", "--checkpoint_interval=50", "--optimizer=adamw"),
+    *("--max_iters=1000", "--eval_interval=250", "--eval_iters=1", "--sample_interval=250"),
+    *("--sample_tokens=20", "--log_interval=1", "--checkpoint_interval=50", "--optimizer=adamw"),
 )
 
 
@@ -251,6 +251,61 @@ def test_another_corpus_is_refused(environment: Environment, out: Path, tmp_path
     assert "the checkpoint has another data; leave it" in refused.stderr
     done = resume(environment, out, *argv, "--allow_change=data")
     assert "resuming with another data" in done.stdout and "after 41 steps" in done.stdout
+
+
+@slow
+def test_settings_of_another_experiment_are_refused(environment: Environment, out: Path) -> None:
+    """And those that only say how to go on are not (F17)."""
+    for flag in (
+        *("--seed=7", "--batch_size=4", "--gradient_accumulation_steps=2", "--optimizer=adamw"),
+        *("--dtype=bfloat16", "--n_layer=3", "--n_head=1", "--dropout=0.2"),
+    ):
+        name = flag[2:].partition("=")[0]
+        refused = resume(environment, out, flag, "--max_iters=41", expect=2)
+        assert "the checkpoint has " in refused.stderr and name in refused.stderr, flag
+    argv = ("--learning_rate=1e-3", "--eval_iters=1", "--beta2=0.9", "--max_iters=41")
+    done = resume(environment, out, *argv)
+    for text in ("learning_rate=0.001, it was 0.003", "eval_iters=1", "beta2=0.9"):
+        assert f"resuming with {text}" in done.stdout
+
+
+@slow
+def test_a_token_file_that_grew_is_refused(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    """F29, for a folder of .bin files."""
+    tokens = np.random.default_rng(0).integers(0, 256, 4000).astype("<u2")
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[:500].tofile(tmp_path / "val.bin")
+    argv = (*start, f"--dataset={tmp_path}", "--tokenizer=byte")
+    run(environment, "train.py", *argv, "--stop_step=10")
+    with (tmp_path / "train.bin").open("ab") as file:
+        file.write(b"\0\0")
+    refused = resume(environment, tmp_path / "out", expect=2)
+    assert "the checkpoint has another data; leave it" in refused.stderr
+    done = resume(environment, tmp_path / "out", "--allow_change=data")
+    assert "resuming with another data" in done.stdout
+
+
+@slow
+def test_devices_and_accumulation_read_the_same_tokens(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Those of step 12, written down when it is skipped; some runs were resumed at 7 (F31)."""
+    faulty = {**environment, "GPTJAX_FAULT": "nan_grad@12"}
+    found = []
+    for number, (devices, passes) in enumerate(((1, 1), (2, 1), (8, 1), (1, 2), (1, 4))):
+        out, flags = tmp_path / str(number), f"--xla_force_host_platform_device_count={devices}"
+        argv = [arg for arg in start if not arg.startswith("--out_dir")]
+        argv += [f"--out_dir={out}", f"--gradient_accumulation_steps={passes}"]
+        argv += [f"--batch_size={8 // passes}"]
+        if devices > 1:
+            run({**faulty, "XLA_FLAGS": ""}, "train.py", *argv, "--stop_step=7")
+            argv += ["--init_from=resume"]
+        run({**faulty, "XLA_FLAGS": flags}, "train.py", *argv, "--stop_step=13")
+        record = json.loads((out / "bad_steps" / "12.json").read_text())
+        found.append(record["rows"])
+    assert len(found[0]) == 8 and all(rows == found[0] for rows in found)
 
 
 @slow
@@ -469,6 +524,15 @@ def test_a_disk_that_cannot_be_written(environment: Environment, folder: Path) -
     assert done.returncode == 73 and "cannot write to --out_dir=/mnt/out" in done.stderr
 
 
+@slow
+def test_a_file_is_no_folder(environment: Environment, tmp_path: Path) -> None:
+    """Said before anything is read or compiled (F09)."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        refused = run(environment, "train.py", f"--out_dir={path}", expect=73)
+        assert f"cannot write to --out_dir={path}" in refused.stderr and refused.stdout == ""
+
+
 # ---- Several processes ---------------------------------------------------------------------------
 
 
@@ -493,6 +557,26 @@ def start_processes(
         )
         for i in range(count)
     ]
+
+
+@slow
+@needs_mount
+def test_a_full_disk_ends_all_processes(environment: Environment, folder: Path) -> None:
+    """They would wait for each other for ever, so the first save that fails ends the run."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "NPROC": "1"}
+    train = (
+        f"{sys.executable} {ROOT}/train.py {' '.join(TINY)} --dataset={folder}/corpus.txt "
+        "--n_embd=256 --n_head=2 --out_dir=/mnt/out --force --heartbeat_timeout=10"
+    )
+    script = (
+        f"{{ JAX_PROCESS_ID=1 {train} > /dev/null 2>&1 & }}; JAX_PROCESS_ID=0 {train}; "
+        "echo ended $?; wait $!; echo peer $?; ls /mnt/out/checkpoints"
+    )
+    done = in_small_disk(20, script, {**environment, **own})
+    assert re.search(r"ended 74\npeer [1-9]\d*\n10\n$", done.stdout), (done.stdout, done.stderr)
+    assert "step 20 was not saved" in done.stderr
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> None:

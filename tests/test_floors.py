@@ -29,6 +29,7 @@ FLOORS = [
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
     {"cli", "console", "convert", "verify"},
+    {"start", "replay"},
     {"train", "sample", "convert_gpt2", "commands.doctor", "commands.evaluate"},
     {"__main__"},
 ]
