@@ -396,7 +396,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             recorder.add(float(now["loss"]))
             log = due(step + 1, config.log_interval)
             if log:
-                rate, norm = float(rates[step - skipped]), float(now["grad_norm"])
+                rate, norm = float(rates[max(0, step - skipped)]), float(now["grad_norm"])
                 with unless_disk_fails(console.note):
                     written = recorder.write(step, rate, norm, skipped)
                     fields.update(metrics.describe(written, peak is not None))

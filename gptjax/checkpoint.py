@@ -81,7 +81,7 @@ class Saver:
 
     A save that fails leaves nothing behind and is tried again at the next; `strikes` failures in a
     row end the run, and so does the first of a run of several processes, which would wait for each
-    other for ever. `last` is the newest step known to be on disk.
+    other for minutes. `last` is the newest step known to be on disk.
     """
 
     def __init__(
@@ -143,11 +143,10 @@ class Saver:
         if extra is not None:
             items["extra"] = ocp_args.StandardSave(extra)
         self.pending = step, loss_of(meta)
+        if not self._has_room():
+            self._fail(OSError("the disk is full"))
+            return
         try:
-            # Where one of several processes fails, the others wait for it in orbax, for minutes.
-            alone = jax.process_count() == 1
-            if not all_agree(alone or shutil.disk_usage(self.run_dir).free >= self.size):
-                raise OSError("the disk is full")
             begun = self.manager.save(step, args=ocp_args.Composite(**items))
         except Exception as error:  # orbax raises what its file systems raise
             self._fail(error)
@@ -158,6 +157,17 @@ class Saver:
                 f"step {step} was not saved ({self.manager.directory}): this or a newer step is "
                 "there already; take another --out_dir, or --init_from=resume"
             )
+
+    def _has_room(self) -> bool:
+        """Whether all processes see room for a step, uncompressed; one alone may simply try."""
+        if jax.process_count() == 1:
+            return True
+        # Where one of them fails to write, the others wait for it in orbax, for minutes.
+        try:
+            free = shutil.disk_usage(self.run_dir).free
+        except OSError:
+            free = 0
+        return all_agree(free >= self.size)
 
     def settle(self) -> None:
         """Wait until the save under way is on disk; DiskError as of `save`."""

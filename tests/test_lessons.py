@@ -71,7 +71,7 @@ def test_notebooks_run_from_a_clean_kernel(tmp_path: Path, monkeypatch: pytest.M
         notebook = render.execute(path)
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         warnings = [output.text for output in outputs if output.get("name") == "stderr"]
-        assert warnings == []
+        assert warnings == [], path.name
         page = tmp_path / f"{path.stem}.html"
         render.write_page(notebook, page)
         assert page.stat().st_size > 100_000

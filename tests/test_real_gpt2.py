@@ -1,6 +1,6 @@
 """What is published about the real GPT-2 124M, for whoever has its weights.
 
-    GPTJAX_GPT2_DIR=FOLDER pytest -m real_gpt2
+    GPTJAX_GPT2_DIR=FOLDER pytest -n 0 -m real_gpt2
 
 FOLDER is Hugging Face's (config.json, model.safetensors) or OpenAI's. The evaluations also want
 their files: GPTJAX_EVAL_DIR with wiki.test.raw and lambada_test.jsonl. Each fact names its source.
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.timeout(3600),
     pytest.mark.skipif(
         not WEIGHTS,
-        reason="needs GPT-2's weights: GPTJAX_GPT2_DIR=FOLDER pytest -m real_gpt2",
+        reason="needs GPT-2's weights: GPTJAX_GPT2_DIR=FOLDER pytest -n 0 -m real_gpt2",
     ),
 ]
 
