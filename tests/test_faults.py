@@ -68,7 +68,7 @@ def test_an_error_in_the_loop_leaves_the_save_under_way(
 
 LONG = (
     *("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8", "--batch_size=4"),
-    *("--max_iters=600", "--eval_interval=200", "--eval_iters=1", "--sample_interval=200"),
+    *("--max_iters=1000", "--eval_interval=250", "--eval_iters=1", "--sample_interval=250"),
     *("--sample_tokens=20", "--log_interval=1", "--checkpoint_interval=50", "--optimizer=adamw"),
 )
 
@@ -120,7 +120,7 @@ def test_signals_at_random_moments(
         while sent < times:
             before = newest(out) if checkpoint.steps(out) else 0
             # Every fourth while it starts, the others while it trains.
-            since, most = ("", starting) if sent % 4 == 0 else ("\nstep ", 0.5 * whole)
+            since, most = ("", starting) if sent % 4 == 0 else (" | loss ", 0.5 * whole)
             argv = [*data, f"--out_dir={out}"]
             seconds = rng.uniform(0, most)
             code, step, printed = disturb(
