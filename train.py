@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,9 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         val_loss, best = meta["val_loss"], meta["best_val_loss"] or math.inf
         console.note(f"resuming at step {resume_step}")
     else:
-        state = jax.jit(init_state, out_shardings=shardings)(key)
+        # Run once: the full optimisation takes XLA 1 s more, and gives the same bits no sooner.
+        options = {"xla_backend_optimization_level": 1}
+        state = jax.jit(init_state, out_shardings=shardings, compiler_options=options)(key)
         if source is not None:
             params = source.params
             params["wpe"]["embedding"] = params["wpe"]["embedding"][: cfg.block_size]
@@ -388,6 +391,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         norms = values.pop("layer_norms")  # fetched only where they are wanted
         fetched, vote = jax.device_get((values, stop_votes))
         told_to_stop = told_to_stop or bool(vote)
+        recorder.arrive(len(fetched["loss"]))
         for i in range(len(fetched["loss"])):
             step, now = first + i, {name: fetched[name][i] for name in fetched}
             if now["skipped"] > skipped:
@@ -408,6 +412,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                     f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
                     f"look at one by --replay; the last good checkpoint is step {saver.last}"
                 )
+        console.start_clock(first + len(fetched["loss"]))
 
     def capture(step: int, values: dict[str, Any]) -> None:
         """Say that a step was skipped, and write down what it takes to run it again."""
@@ -431,6 +436,13 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             text += f"; python train.py --out_dir={run_dir} --replay={path} runs it again"
         console.note(text)
 
+    def draw() -> None:
+        with unless_disk_fails(console.note):
+            records = metrics.read_metrics(metrics_file)
+            metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
+
+    painter = ThreadPoolExecutor(max_workers=1)  # matplotlib takes 1 s at first, 0.3 s after
+    drawn: Future[None] | None = None
     step, saved_step = resume_step or 0, resume_step
     pending: tuple[int, dict[str, Any], Any] | None = None
     saver = checkpoint.Saver(run_dir, config.keep_checkpoints, console.note)
@@ -459,8 +471,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                 if val_loss is not None and primary:
                     with unless_disk_fails(console.note):
                         metrics.append_metrics(metrics_file, {"step": step, "val_loss": val_loss})
-                        records = metrics.read_metrics(metrics_file)
-                        metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
+                    drawn = painter.submit(draw)
             if news and due(step, config.sample_interval) and config.sample_tokens and primary:
                 params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
                 text = write_sample(config, cfg, params, tokenizer, stop_signals)
@@ -493,7 +504,10 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             pending = first, values, votes
     finally:
         saver.close()
+        painter.shutdown()
         console.close()
+    if drawn is not None:
+        drawn.result()  # raises what the drawing did
 
     # ---- The end ---------------------------------------------------------------------------------
     if saver.last != step:

@@ -86,7 +86,7 @@ class TrainConsole:
         self.quiet = quiet
         self.console = Console(highlight=False, quiet=quiet)
         self.total = total
-        self.first: tuple[int, float] | None = None  # the first update's step and time
+        self.first: tuple[int, float] | None = None  # the step and time from which pace counts
         self.live: Live | None = None  # begun by the first update
 
     def note(self, text: str) -> None:
@@ -115,15 +115,17 @@ class TrainConsole:
             shown = [f"{name} {value}" for name, value in (fields | eta).items()]
             print(" | ".join([f"step {step}/{self.total}", *shown]), flush=True)
 
+    def start_clock(self, step: int) -> None:
+        """Steps after this one count for the time left; the first call compiled."""
+        if self.first is None:
+            self.first = step, time.monotonic()
+
     def eta(self, step: int) -> str:
-        """Time left at the pace so far."""
-        now = time.monotonic()
-        if self.first is None:  # what came before was compiling
-            self.first = step, now
-        done = step - self.first[0]
-        if not done:
+        """Time left at the pace since `start_clock`."""
+        if self.first is None or step <= self.first[0]:
             return "-"
-        seconds = round((now - self.first[1]) / done * (self.total - step))
+        first, began = self.first
+        seconds = round((time.monotonic() - began) / (step - first) * (self.total - step))
         hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 

@@ -68,32 +68,38 @@ class Recorder:
         self.flops_per_token, self.peak = flops_per_token, peak
         self.losses: list[float] = []
         self.began = time.monotonic()
-        self.since: float | None = None  # None until the first step, which compiles, is done
-        self.timed = 0
+        self.since: float | None = None  # None until the first call, which compiles, is done
+        self.step_seconds: float | None = None  # of the call whose steps are being added
+        self.timed, self.elapsed = 0, 0.0  # steps of known duration since the last record
 
     def pause(self, seconds: float) -> None:
         """Do not count these seconds as training."""
         if self.since is not None:
             self.since += seconds
 
+    def arrive(self, steps: int) -> None:
+        """A call of so many steps is done, which `add` takes one by one.
+
+        They arrive together: each took its share of the time since the last call was done.
+        """
+        now = time.monotonic()
+        self.step_seconds = None if self.since is None else (now - self.since) / steps
+        self.since = now
+
     def add(self, loss: float) -> None:
         """Take note of one more step."""
         self.losses.append(loss)
-        if self.since is None:
-            self.since = time.monotonic()
-        else:
+        if self.step_seconds is not None:
             self.timed += 1
+            self.elapsed += self.step_seconds
 
     def write(
         self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0
     ) -> dict[str, Any]:
         """Append and return the record of the steps since the last one, which ends with `step`."""
-        now = time.monotonic()
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         mean_loss = float(np.mean(finite)) if finite else None  # JSON knows no NaN
-        pace = None
-        if self.timed and self.since is not None:
-            pace = self.timed * self.tokens_per_step / (now - self.since)
+        pace = self.timed * self.tokens_per_step / self.elapsed if self.timed else None
         record = {
             "step": step,
             "loss": mean_loss,
@@ -102,9 +108,9 @@ class Recorder:
             "learning_rate": learning_rate,
             "tokens_per_second": None if pace is None else round(pace),
             "mfu": None if not (pace and self.peak) else pace * self.flops_per_token / self.peak,
-            "seconds": round(now - self.began, 2),
+            "seconds": round(time.monotonic() - self.began, 2),
         }
-        self.losses, self.since, self.timed = [], now, 0
+        self.losses, self.timed, self.elapsed = [], 0, 0.0
         if self.path is not None:
             append_metrics(self.path, record)
         return record

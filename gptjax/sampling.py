@@ -194,16 +194,16 @@ def generate(
         seen = np.zeros((len(prompts), cfg.padded_vocab_size), bool)
         mark(seen, prompts)
 
-    n_drawn = size = 0
+    # A row that fills it, and starts again, has filled the whole context: one size for all.
+    size = cache_size or bucket(max(map(len, contexts)) + max_new_tokens, limit)
+    n_drawn = 0
     state: DecoderState | None = None
     while n_drawn < max_new_tokens:
         # The newest token is not in the cache yet, so this many forward passes still fit.
         room = size - max(map(len, contexts)) + 1
         if state is None or room == 0:
             contexts = [cut(context, limit) for context in contexts]
-            longest = max(map(len, contexts))
-            size = cache_size or bucket(longest + max_new_tokens - n_drawn, limit)
-            tokens_BT = np.zeros((len(contexts), bucket(longest, size)), np.int32)
+            tokens_BT = np.zeros((len(contexts), bucket(max(map(len, contexts)), size)), np.int32)
             for row, context in zip(tokens_BT, contexts, strict=True):
                 row[: len(context)] = context
             length_B = np.array([len(context) for context in contexts], np.int32)
