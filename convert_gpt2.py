@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import gptjax  # noqa: F401  (before jax: it sets up the allocator)
+import gptjax
 
 # isort: split
 from gptjax import cli, model
@@ -196,4 +196,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    gptjax.return_freed_memory()
     sys.exit(cli.run(main, sys.argv[1:]))

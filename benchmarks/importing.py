@@ -1,22 +1,28 @@
-"""Seconds and memory of an import: `python -m benchmarks.importing [preset ...]`.
+"""Seconds and memory of an import: `python -m benchmarks.importing [preset [format ...]]`.
 
-The source is a folder in Hugging Face's format with random float32 weights of the preset's size.
+The source holds random float32 weights of the preset's size, in each of the formats.
 """
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from gptjax.config import GPTConfig
+from gptjax.formats import huggingface, llmc
 from gptjax.formats.huggingface import format_config
-from gptjax.gpt2_tensors import slots
+from gptjax.formats.nanogpt import SIZES
+from gptjax.gpt2_tensors import is_linear, read_params, slots
 from gptjax.presets import PRESETS
+from tests.test_tf_checkpoint import HEADER, block, entry, table
 
 ROOT = Path(__file__).parent.parent
 MEASURED = """
@@ -27,8 +33,8 @@ sys.exit(code)
 """
 
 
-def write_random(folder: Path, cfg: GPTConfig) -> int:
-    """Write config.json and model.safetensors, a tensor at a time; the size of the weights."""
+def write_random(folder: Path, cfg: GPTConfig) -> None:
+    """Write config.json and model.safetensors, a tensor at a time."""
     (folder / "config.json").write_text(json.dumps(format_config(cfg, 50256)))
     header, offset = {}, 0
     for slot in slots(cfg):
@@ -41,31 +47,105 @@ def write_random(folder: Path, cfg: GPTConfig) -> int:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for slot in slots(cfg):
-            file.write(rng.standard_normal(slot.shape, np.float32).tobytes())
-        return file.tell()
+            file.write(rng.standard_normal(slot.shape, np.float32).data)
+
+
+def read_random(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors that `write_random` wrote, by their published names."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name.removeprefix("transformer."): array for name, array in tensors.items()}
+
+
+def write_bin(folder: Path, cfg: GPTConfig) -> Path:
+    """Hugging Face's older format."""
+    import torch
+
+    tensors = read_random(folder)
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, path)
+    return path
+
+
+def write_nanogpt(folder: Path, cfg: GPTConfig) -> Path:
+    """nanoGPT's, without the state of an optimizer."""
+    import torch
+
+    model = {}
+    for name, array in read_random(folder).items():
+        tensor = torch.from_numpy(array)
+        model[f"transformer.{name}"] = tensor.T.contiguous() if is_linear(name) else tensor
+    model["lm_head.weight"] = model["transformer.wte.weight"]
+    args = {name: getattr(cfg, name) for name in (*SIZES, "bias")}
+    path = folder / "ckpt.pt"
+    torch.save({"model": model, "model_args": args}, path)
+    return path
+
+
+def write_llmc(folder: Path, cfg: GPTConfig) -> Path:
+    """llm.c's."""
+    path = folder / "model.bin"
+    llmc.write_file(path, cfg, read_params(huggingface.open_folder(folder, False)))
+    return path
+
+
+def write_tensorflow(folder: Path, cfg: GPTConfig) -> Path:
+    """OpenAI's."""
+    names = {"block_size": "n_ctx", "vocab_size": "n_vocab"}
+    hparams = {names.get(name, name): getattr(cfg, name) for name in SIZES}
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    path, pairs, offset = folder / "model.ckpt.data-00000-of-00001", [HEADER], 0
+    named = {openai_name(name): array for name, array in read_random(folder).items()}
+    with path.open("wb") as file:
+        for name, array in sorted(named.items()):
+            pairs.append((name.encode(), entry(array, offset=offset)))
+            offset += file.write(array.data)
+    (folder / "model.ckpt.index").write_bytes(table([block(pairs)]))
+    return path
+
+
+def openai_name(name: str) -> str:
+    """`h.0.attn.c_attn.weight` -> `model/h0/attn/c_attn/w`."""
+    if name in ("wte.weight", "wpe.weight"):
+        return f"model/{name[:3]}"
+    name = re.sub(r"^h\.", "h", name).replace(".", "/").replace("/bias", "/b")
+    return "model/" + name.replace("/weight", "/g" if "ln_" in name else "/w")
+
+
+FORMATS: dict[str, Callable[[Path, GPTConfig], Path]] = {
+    "safetensors": lambda folder, cfg: folder / "model.safetensors",
+    "pytorch_model.bin": write_bin,
+    "nanoGPT": write_nanogpt,
+    "llm.c": write_llmc,
+    "TensorFlow": write_tensorflow,
+}
 
 
 def main() -> None:
     """Print the table."""
-    print("| model | weights, GB | seconds | peak memory, GB | times the weights |")
-    print("|---|---|---|---|---|")
-    for preset in sys.argv[1:] or ["gpt2"]:
+    preset, *formats = sys.argv[1:] or ["gpt2"]
+    cfg = PRESETS[preset].model
+    print("| model | format | weights, GB | seconds | peak memory, GB | times the weights |")
+    print("|---|---|---|---|---|---|")
+    for name in formats or FORMATS:
         with tempfile.TemporaryDirectory() as temporary:
-            source, run = Path(temporary) / "source", Path(temporary) / "run"
-            source.mkdir()
-            size = write_random(source, PRESETS[preset].model)
+            folder, run = Path(temporary) / "source", Path(temporary) / "run"
+            folder.mkdir()
+            write_random(folder, cfg)
+            path = FORMATS[name](folder, cfg)
+            source = path if name in ("nanoGPT", "llm.c") else folder
             command = [sys.executable, str(ROOT / "convert_gpt2.py"), "import", str(source)]
             began = time.monotonic()
             done = subprocess.run(
-                [sys.executable, "-c", MEASURED, *command, f"--out_dir={run}"],
+                [sys.executable, "-c", MEASURED, *command, f"--out_dir={run}", "--allow_pickle"],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             )
-            seconds = time.monotonic() - began
+            seconds, size = time.monotonic() - began, path.stat().st_size
             peak = int(done.stdout.split()[-1])
             row = f"{size / 1e9:.2f} | {seconds:.1f} | {peak / 1e9:.2f} | {peak / size:.2f}"
-            print(f"| {preset} | {row} |", flush=True)
+            print(f"| {preset} | {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,19 @@ import sys
 __version__ = "0.1.0"
 
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
+
+
+def _tune_malloc(settings: dict[int, int]) -> None:
+    """Set parameters of glibc's malloc.h."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl has no mallopt
+        return
+    for parameter, value in settings.items():
+        mallopt(parameter, value)
+
+
 def _keep_freed_memory() -> None:
     """Tell glibc to reuse freed blocks instead of returning them to the kernel.
 
@@ -16,15 +29,13 @@ def _keep_freed_memory() -> None:
     blocks, so each step page-faults through all of them: a small CPU training step then takes
     1.75 times as long. It must run before jax allocates, hence here.
     """
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # as in malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl has no mallopt
-        return
-    mallopt(m_arena_max, 1)
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 64 * 2**20)
+    keep = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20}
+    _tune_malloc(keep)
+
+
+def return_freed_memory() -> None:
+    """Tell glibc the opposite, for a process that moves large arrays and computes little."""
+    _tune_malloc({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})
 
 
 def _computes_on_cpu() -> bool:

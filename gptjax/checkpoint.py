@@ -85,9 +85,20 @@ class Saver:
     """
 
     def __init__(
-        self, run_dir: Path, keep: int = 1, notify: Notify = print, strikes: int = STRIKES
+        self,
+        run_dir: Path,
+        keep: int = 1,
+        notify: Notify = print,
+        strikes: int = STRIKES,
+        largest: int = 0,
     ) -> None:
+        """`largest`, the bytes of the largest array: compress no more than that at one time."""
         self.run_dir, self.keep, self.notify, self.strikes = run_dir, keep, notify, strikes
+        self.handlers = None
+        if largest:
+            limit = (largest + 1) / 1e9
+            params = ocp.StandardCheckpointHandler(save_concurrent_gb=limit)
+            self.handlers = {"params": params, "meta": ocp.JsonCheckpointHandler()}
         self.failures, self.size = 0, 0  # saves that failed in a row; bytes of a step
         self.pending: tuple[int, float] | None = None  # step and val_loss of the save under way
         self.last: int | None = None
@@ -105,7 +116,9 @@ class Saver:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        return ocp.CheckpointManager(folder(self.run_dir), options=options)
+        return ocp.CheckpointManager(
+            folder(self.run_dir), options=options, item_handlers=self.handlers
+        )
 
     def __enter__(self) -> "Saver":
         return self

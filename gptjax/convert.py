@@ -171,7 +171,8 @@ def read_source(source: Source, name: str) -> Run:
     """Read the parameters of an opened source."""
     assert source.tokenizer is not None
     check_memory(source)
-    params = read_params(source, jax.device_put)
+    # Waiting for each copy, or several would be held twice.
+    params = read_params(source, lambda array: jax.block_until_ready(jax.device_put(array)))
     settings = TrainConfig(model=source.cfg, tokenizer=source.tokenizer.kind, init_from=name)  # type: ignore[arg-type]
     return Run(settings, source.tokenizer, params, 0)
 
@@ -211,7 +212,9 @@ def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dic
         save_tokenizer(run.tokenizer, temporary)
         try:
             checkpoint.check_space(temporary, run.params)
-            with checkpoint.Saver(temporary, strikes=1) as saver:
+            # All at once would take as much memory again; one after another takes no longer.
+            largest = max(leaf.nbytes for leaf in jax.tree.leaves(run.params))
+            with checkpoint.Saver(temporary, strikes=1, largest=largest) as saver:
                 saver.save(0, run.params, None, meta)
         except REFUSALS:
             raise

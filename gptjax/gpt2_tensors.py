@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
     cfg: GPTConfig
     tensors: dict[str, tuple[tuple[int, ...], str]]  # published name -> shape, dtype
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str], np.ndarray]  # each name once: what was read may be let go
     tokenizer: Tokenizer | None
     where: str  # the file or folder, for error messages
     files: tuple[Path, ...] = ()  # that hold the weights
@@ -186,8 +186,10 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
                 problems.append(f"{slot.name} holds NaN or infinity")
         tied = HEAD in source.tensors and HEAD not in unreadable and group[0].name not in unreadable
         if path == "wte/embedding" and tied:
-            head = source.read(HEAD).astype(np.float32)
-            if not np.array_equal(head, parameter[: len(head)]):
+            head = source.read(HEAD).astype(np.float32, copy=False)
+            equal = np.array_equal(head, parameter[: len(head)])
+            del head  # a third of GPT-2's size
+            if not equal:
                 problems.append(f"{HEAD} differs from wte.weight, and gptjax's head is tied to it")
         node = params
         *parents, leaf = path.split("/")

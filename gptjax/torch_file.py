@@ -1,6 +1,5 @@
 """Files that PyTorch pickled: never opened unless asked for, and then without running code."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
             f"{path}: PyTorch {torch.__version__} is too old to read pickles safely; take "
             f"{MINIMUM[0]}.{MINIMUM[1]} or newer"
         )
-    mmap = zipfile.is_zipfile(path)  # files of PyTorch before 1.6, such as GPT-2's own, are not
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    try:  # not mapped: pages of a mapping stay, a tensor that was copied is let go
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, OSError, ...
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"cannot read the pickle ({path}): {reason}") from error

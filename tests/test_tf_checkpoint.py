@@ -84,7 +84,7 @@ def block(pairs: Pairs, restart_every: int = 4) -> bytes:
 
 def table(blocks: list[bytes], index: bytes | None = None, kind: int = 0) -> bytes:
     """An index file of these blocks and, unless one is given, the block that lists them."""
-    written, handles = b"", []
+    written, handles = b"", list[bytes]()
     for content in (*blocks, block([]), index):
         if content is None:
             content = block([(b"key %04d" % i, handle) for i, handle in enumerate(handles[:-1])])

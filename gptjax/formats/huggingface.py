@@ -204,7 +204,7 @@ def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np
     """What a weight file holds, and a function that reads one tensor of it."""
     if path.suffix == ".bin":
         state = load_torch(path, allow_pickle)
-        return tensor_table(state, path), lambda name: to_numpy(state[name])
+        return tensor_table(state, path), lambda name: to_numpy(state.pop(name))
 
     def read(name: str) -> np.ndarray:
         # Opened anew each time: what was read stays in memory until the file is closed.

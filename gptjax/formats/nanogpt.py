@@ -51,6 +51,6 @@ def open_file(path: Path, allow_pickle: bool) -> Source:
         state[name] = tensor
 
     def read(name: str) -> Any:
-        return to_numpy(state[name])
+        return to_numpy(state.pop(name))
 
     return Source(cfg, tensor_table(state, path), read, None, str(path), (path,))
