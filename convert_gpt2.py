@@ -185,7 +185,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
+    # As an exception, so that nothing is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     command, *rest = argv
     if command not in COMMANDS:
         raise UsageError(f"unknown command {command}: there are {', '.join(COMMANDS)}")

@@ -33,6 +33,7 @@ from gptjax import (
     metrics,
     model,
     sampling,
+    saving,
     sharding,
     training,
 )
@@ -173,11 +174,11 @@ def check_host_memory(shapes: training.TrainState) -> None:
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     present = present if limit == resource.RLIM_INFINITY else min(present, limit)
-    needed = checkpoint.tree_bytes(shapes)
+    needed = saving.tree_bytes(shapes)
     if needed > present:
         raise MemoryError(
-            f"parameters and optimizer state take {checkpoint.megabytes(needed)}, this process may "
-            f"have {checkpoint.megabytes(present)}"
+            f"parameters and optimizer state take {saving.megabytes(needed)}, this process may "
+            f"have {saving.megabytes(present)}"
         )
 
 
@@ -322,7 +323,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         config.max_iters // config.checkpoint_interval if config.checkpoint_interval else 0
     )
     if primary and not config.force:  # the newest, the best, and the one being written
-        checkpoint.check_space(
+        saving.check_space(
             run_dir,
             (shapes.params, shapes.opt_state),
             min(saves, config.keep_checkpoints + 2),
@@ -445,7 +446,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
     drawn: Future[None] | None = None
     step, saved_step = resume_step or 0, resume_step
     pending: tuple[int, dict[str, Any], Any] | None = None
-    saver = checkpoint.Saver(run_dir, config.keep_checkpoints, console.note)
+    saver = saving.Saver(run_dir, config.keep_checkpoints, console.note)
     saver.last = resume_step
     try:
         windows = next_windows(step)

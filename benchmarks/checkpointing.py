@@ -20,7 +20,7 @@ import gptjax  # noqa: F401
 import jax
 import numpy as np
 
-from gptjax import checkpoint, model, optimizer, sharding, training
+from gptjax import model, optimizer, saving, sharding, training
 from gptjax.digests import json_sha256, leaf_digests
 from gptjax.presets import PRESETS
 
@@ -46,7 +46,7 @@ def time_save(state: training.TrainState) -> tuple[float, float]:
     """Seconds of a save until it is on disk, and of its digests and meta."""
     extra = {"opt_state": state.opt_state, "guard": state.guard}
     with tempfile.TemporaryDirectory() as folder:
-        saver = checkpoint.Saver(Path(folder))
+        saver = saving.Saver(Path(folder))
         began = time.perf_counter()
         saver.save(1, state.params, extra, {"val_loss": None})
         saver.settle()
@@ -61,7 +61,7 @@ def time_steps(
     state: training.TrainState, step: Callable[..., Any], windows: Any, interval: int
 ) -> tuple[training.TrainState, float]:
     """Seconds of the steps, with a save each `interval` of them (0 = never)."""
-    with tempfile.TemporaryDirectory() as folder, checkpoint.Saver(Path(folder), keep=2) as saver:
+    with tempfile.TemporaryDirectory() as folder, saving.Saver(Path(folder), keep=2) as saver:
         began = time.perf_counter()
         for i in range(1, STEPS + 1):
             state, metrics = step(state, windows)

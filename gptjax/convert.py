@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax import checkpoint
+from gptjax import saving
 from gptjax.config import TrainConfig, to_json
 from gptjax.errors import REFUSALS, DataError, OutputError, UsageError
 from gptjax.files import file_sha256
@@ -211,10 +211,10 @@ def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dic
         (temporary / "config.json").write_text(to_json(settings))
         save_tokenizer(run.tokenizer, temporary)
         try:
-            checkpoint.check_space(temporary, run.params)
+            saving.check_space(temporary, run.params, out_dir=out_dir)
             # All at once would take as much memory again; one after another takes no longer.
             largest = max(leaf.nbytes for leaf in jax.tree.leaves(run.params))
-            with checkpoint.Saver(temporary, strikes=1, largest=largest) as saver:
+            with saving.Saver(temporary, strikes=1, largest=largest) as saver:
                 saver.save(0, run.params, None, meta)
         except REFUSALS:
             raise
@@ -291,5 +291,5 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
     refuse_existing(out_dir)
     run = load_run(run_dir, which)
     with new_folder(out_dir) as temporary:
-        checkpoint.check_space(temporary, run.params)
+        saving.check_space(temporary, run.params, out_dir=out_dir)
         EXPORTS[to](temporary, run)

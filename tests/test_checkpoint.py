@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gptjax import checkpoint, optimizer, training
+from gptjax import checkpoint, optimizer, saving, training
 from gptjax.config import TrainConfig
 from gptjax.errors import CheckpointError, DiskError, NonFiniteError, UsageError
 
@@ -27,7 +27,7 @@ def make_state(name: str = "adamw") -> training.TrainState:
 
 def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 2) -> None:
     state = make_state()
-    saver = checkpoint.Saver(run_dir, keep)
+    saver = saving.Saver(run_dir, keep)
     for step, val_loss in losses.items():
         params = jax.tree.map(lambda p, step=step: p + step, state.params)
         saver.save(step, params, {"opt_state": state.opt_state}, {"val_loss": val_loss})
@@ -44,7 +44,7 @@ def target(tree: Any) -> Any:
 def test_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None:
     state = make_state(name)
     extra = {"opt_state": state.opt_state, "guard": state.guard}
-    with checkpoint.Saver(tmp_path) as saver:
+    with saving.Saver(tmp_path) as saver:
         saver.save(5, state.params, extra, {"val_loss": 1.25, "note": "é"})
     found = checkpoint.restore_newest(tmp_path, (target(state.params), target(extra)))
     assert jax.tree.structure(found.extra) == jax.tree.structure(extra)
@@ -249,7 +249,7 @@ def test_failed_saves_are_tried_again_and_then_end_the_run(
         return whole_save(self, step, **kwargs)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", save)
-    saver = checkpoint.Saver(tmp_path, notify=said.append)
+    saver = saving.Saver(tmp_path, notify=said.append)
 
     def save_step(step: int) -> None:
         saver.save(step, state.params, None, {"val_loss": None})
@@ -273,7 +273,7 @@ def test_failed_saves_are_tried_again_and_then_end_the_run(
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     params = jax.tree.map(lambda p: p * np.nan, make_state().params)
-    with checkpoint.Saver(tmp_path) as saver, pytest.raises(NonFiniteError, match="step 7"):
+    with saving.Saver(tmp_path) as saver, pytest.raises(NonFiniteError, match="step 7"):
         saver.save(7, params, None, {"val_loss": None})
     assert checkpoint.steps(tmp_path) == []
 
@@ -282,16 +282,16 @@ def test_too_small_a_disk_is_known_beforehand(tmp_path: Path, monkeypatch: Any) 
     tree = {"w": jax.ShapeDtypeStruct((1000, 250), np.float32)}  # 1 MB
     usage = shutil.disk_usage(tmp_path)._replace(free=3_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    checkpoint.check_space(tmp_path, tree, 3)
+    saving.check_space(tmp_path, tree, 3)
     with pytest.raises(
         DiskError, match=r"4 x 1.0 MB of weights and state need 4.0 MB more, 3.5 MB are"
     ):
-        checkpoint.check_space(tmp_path, tree, 4)
+        saving.check_space(tmp_path, tree, 4)
     checkpoint.folder(tmp_path).mkdir()
     (checkpoint.folder(tmp_path) / "quarantine-7").mkdir()
     (checkpoint.folder(tmp_path) / "quarantine-7" / "old").write_bytes(bytes(600_000))
     with pytest.raises(DiskError):  # which nothing will remove
-        checkpoint.check_space(tmp_path, tree, 4)
+        saving.check_space(tmp_path, tree, 4)
     (checkpoint.folder(tmp_path) / "7").mkdir()
     (checkpoint.folder(tmp_path) / "7" / "old").write_bytes(bytes(600_000))
-    checkpoint.check_space(tmp_path, tree, 4)  # what is there will make room
+    saving.check_space(tmp_path, tree, 4)  # what is there will make room

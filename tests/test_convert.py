@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import checkpoint, convert, model
+import convert_gpt2
+from gptjax import checkpoint, cli, convert, model, saving
 from gptjax.config import TrainConfig, to_json
 from gptjax.convert import SourceConfig
-from gptjax.errors import CheckpointError, DataError, OutputError, UsageError
+from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError
 from gptjax.files import file_sha256
 from gptjax.formats import huggingface
 from gptjax.run_folder import load_run
@@ -27,7 +29,7 @@ from gptjax.tokenizer import (
     save_tokenizer,
 )
 
-from .conftest import ROOT, scaled_params, tiny
+from .conftest import ROOT, run, scaled_params, tiny
 from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
 
 BYTE = SourceConfig(tokenizer="byte")
@@ -40,7 +42,7 @@ def make_run(path: Path, tokenizer: Tokenizer, **changes: Any) -> model.Params:
     params = scaled_params(cfg, jax.random.key(0))
     (path / "config.json").write_text(to_json(TrainConfig(model=cfg)))
     save_tokenizer(tokenizer, path)
-    with checkpoint.Saver(path) as saver:
+    with saving.Saver(path) as saver:
         saver.save(0, params, None, {"val_loss": None})
     return jax.device_get(params)
 
@@ -172,8 +174,31 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     def fail(*args: Any) -> None:
         raise RuntimeError("the disk is full\nand more")
 
-    monkeypatch.setattr(checkpoint.Saver, "save", fail)
+    monkeypatch.setattr(saving.Saver, "save", fail)
     with pytest.raises(OutputError, match=r"cannot write the weights .*: the disk is full$"):
+        convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_sigterm_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(saving.Saver, "save", lambda *args: signal.raise_signal(signal.SIGTERM))
+    argv = ["import", str(hf), f"--out_dir={tmp_path}/runs/new", "--tokenizer=byte"]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(convert_gpt2.main, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_too_little_room_is_said_of_the_folder_that_was_named(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DiskError, match=f"^--out_dir={tmp_path}/runs/new: 1 x "):
         convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -264,29 +289,24 @@ def test_an_imported_run_has_nothing_to_resume(hf: Path, tmp_path: Path) -> None
         checkpoint.restore_newest(tmp_path / "run", ({}, {}))
 
 
-def test_the_scripts(hf: Path, tmp_path: Path) -> None:
+def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """import, sample, train from the import and from the source, export, as a user types them."""
-    run, tuned = str(tmp_path / "run"), str(tmp_path / "tuned")
-    done = run_script("convert_gpt2.py", "import", str(hf), f"--out_dir={run}", "--tokenizer=byte")
-    assert done.returncode == 0, done.stderr
+    out, tuned = f"--out_dir={tmp_path}/run", f"{tmp_path}/tuned"
+    done = run(environment, "convert_gpt2.py", "import", str(hf), out, "--tokenizer=byte")
     assert "34,176 parameters" in done.stdout, done.stdout
     assert f"sha256 {file_sha256(hf / 'model.safetensors')} model.safetensors" in done.stdout
-    done = run_script("sample.py", f"--out_dir={run}", "--start=ab", "--max_new_tokens=5")
-    assert done.returncode == 0, done.stderr
+    run(environment, "sample.py", out, "--start=ab", "--max_new_tokens=5")
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 50)
     flags = ["--max_iters=2", "--warmup_iters=0", "--eval_iters=1", "--sample_tokens=0"]
     data = [f"--dataset={text}", "--batch_size=8", "--block_size=16"]
-    done = run_script("train.py", f"--init_from={run}", f"--out_dir={tuned}", *flags, *data)
-    assert done.returncode == 0, done.stderr
-    done = run_script("convert_gpt2.py", "export", tuned, "--to=hf", f"--out_dir={tuned}/hf")
-    assert done.returncode == 0, done.stderr
+    start = f"--init_from={tmp_path}/run"
+    run(environment, "train.py", start, f"--out_dir={tuned}", *flags, *data)
+    run(environment, "convert_gpt2.py", "export", tuned, "--to=hf", f"--out_dir={tuned}/hf")
     # The tokenizer travels with the export, so the name of the folder is enough.
-    done = run_script("sample.py", f"--init_from={tuned}/hf", "--start=ab", "--max_new_tokens=5")
-    assert done.returncode == 0, done.stderr
-    out = f"--out_dir={tmp_path / 'direct'}"
-    done = run_script("train.py", f"--init_from={tuned}/hf", out, *flags, *data)
-    assert done.returncode == 0, done.stderr
+    start = f"--init_from={tuned}/hf"
+    run(environment, "sample.py", start, "--start=ab", "--max_new_tokens=5")
+    run(environment, "train.py", start, f"--out_dir={tmp_path}/direct", *flags, *data)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from gptjax import __main__ as command
-from gptjax import checkpoint, cli, console, evaluation, model
+from gptjax import cli, console, evaluation, model, saving
 from gptjax.config import TrainConfig, to_json
 from gptjax.errors import DataError, NonFiniteError
 from gptjax.evaluation import Score, Settings, Text
@@ -331,7 +331,7 @@ def make_run(folder: Path, tokenizer: Any) -> Path:
     save_tokenizer(tokenizer, folder)
     params = jax.device_get(PARAMS)
     params["wte"]["embedding"] = params["wte"]["embedding"][: tokenizer.n_vocab]
-    saver = checkpoint.Saver(folder, 2)
+    saver = saving.Saver(folder, 2)
     for step, val_loss in ((3, 1.0), (7, 2.0)):
         scaled = jax.tree.map(lambda p, by=1 + step / 10: p * np.float32(by), params)
         saver.save(step, scaled, {"count": np.zeros(1)}, {"val_loss": val_loss})

@@ -26,7 +26,7 @@ FLOORS = [
         "metrics",
     }
     | {"gpt2_tensors"},
-    {"data", "training", "sampling", "run_folder", "evaluation", "resume_check"}
+    {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
     {"cli", "console", "convert", "verify"},
     {"start", "replay"},
@@ -36,7 +36,7 @@ FLOORS = [
 ONLY = {
     "flax": {"model"},
     "optax": {"optimizer", "training"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "saving"},
     "tyro": {"cli"},
     "rich": {"console"},
     "matplotlib": {"metrics"},
