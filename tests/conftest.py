@@ -27,8 +27,8 @@ if "GPTJAX_TESTS_COMPILED" not in os.environ:  # xdist's workers take that of th
     COMPILED = tempfile.TemporaryDirectory()
     os.environ["GPTJAX_TESTS_COMPILED"] = COMPILED.name
 jax.config.update("jax_compilation_cache_dir", os.environ["GPTJAX_TESTS_COMPILED"])
-# Half of the time went into optimising programs that run once. The scripts, which the tests start as
-# processes, are compiled in full.
+# Half of the time went into optimising programs that run once. The scripts, as processes, are
+# compiled in full.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
