@@ -24,28 +24,28 @@ GPT2_RECIPE = TrainConfig(  # nanoGPT's and llm.c's: half a million tokens a ste
 
 # A preset's comment gives command, hardware, time and final loss as measured, and nothing else.
 PRESETS = {
-    # python train.py: val loss 1.666 on TinyShakespeare, 98 s with compiling on 2 CPU cores. In a
-    # minute or so many small steps of a small model under muon beat fewer larger ones: runs of 56
-    # to 64 s gave 1.70 at 128 wide, 1.74 with batch 16 at context 128, 1.89 under adamw.
+    # python train.py: val loss 1.699 on TinyShakespeare, 115 s with compiling on 2 slow CPU cores.
+    # In a minute or so many small steps of a small model under muon beat fewer larger ones: runs of
+    # 56 to 64 s gave 1.70 at 128 wide, 1.74 with batch 16 at context 128, 1.89 under adamw.
     "quickstart": TrainConfig(
         model=GPTConfig(
             n_layer=4, n_head=3, n_embd=96, block_size=96, vocab_multiple=1, bias=False
         ),
-        max_iters=1600,
+        max_iters=1300,
         batch_size=8,
         optimizer="muon",
         muon_learning_rate=0.03,
         learning_rate=3e-3,
         min_lr=1.5e-4,
         warmup_iters=100,
-        eval_interval=400,
+        eval_interval=325,
         eval_iters=0,
         log_interval=20,
-        sample_interval=400,
-        checkpoint_interval=400,
+        sample_interval=325,
+        checkpoint_interval=325,
     ),
-    # python train.py shakespeare_char: nanoGPT's preset of this name. Best val loss 1.456 at step
-    # 1750 (it overfits after), 102 s with compiling on one H200, 2.05 million tokens/s.
+    # python train.py shakespeare_char: nanoGPT's preset of this name. Best val loss 1.455 at step
+    # 2000 (it overfits after), 98 s with compiling on one H100, 1.92 million tokens/s.
     "shakespeare_char": TrainConfig(
         dataset="tinyshakespeare",
         model=GPTConfig(
