@@ -494,6 +494,8 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                 }
                 extra = {"opt_state": state.opt_state, "guard": state.guard}
                 saver.save(step, state.params, extra, meta)
+                if config.wait_for_checkpoints:
+                    saver.settle()
                 saved_step = step
             recorder.pause(time.monotonic() - paused)
             if stop or windows is None:

@@ -167,6 +167,9 @@ class TrainConfig:
     """tokens of such a sample; 0 = no samples"""
     checkpoint_interval: int = 250
     """steps between checkpoints; 0 = only at the end"""
+    wait_for_checkpoints: bool = False
+    """wait until a checkpoint is on disk, so that a kill costs at most one interval; otherwise it
+    costs also the steps that were done meanwhile"""
     keep_checkpoints: int = 2
     """newest checkpoints kept, besides the one with the best validation loss"""
     loss_scale: Literal["linear", "log"] = "linear"
