@@ -30,12 +30,8 @@ ONCE = {"resume_step", "allow_change", "stop_step", "force", "resume_check", "re
 ONCE |= {"coordinator_address", "num_processes", "process_id", "distributed"}
 # What says where and how a run is started, not what it computes.
 IGNORED = ONCE | {"out_dir", "init_from", "compile_cache", "heartbeat_timeout"}
-IGNORED |= {
-    "wait_for_checkpoints",
-    "dataset",
-    "tokenizer",
-    "tokenizer_dir",
-}  # the tokens themselves are compared
+IGNORED |= {"wait_for_checkpoints"}
+IGNORED |= {"dataset", "tokenizer", "tokenizer_dir"}  # the tokens themselves are compared
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLED = 256  # blocks of a token file that its fingerprint reads

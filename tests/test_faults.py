@@ -141,7 +141,7 @@ def test_signals_at_random_moments(
                 break
             sent += 1
             if number == signal.SIGKILL:
-                lost[waits].append(step - after)
+                lost[waits].append(step - after if step else 0)
                 reacted += step > 0
             elif "parameters" in printed:  # it had begun; before that there is nothing to save
                 assert code == 128 + number, printed
