@@ -439,9 +439,11 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         console.note(text)
 
     def draw() -> None:
-        with unless_disk_fails(console.note):
+        try:
             records = metrics.read_metrics(metrics_file)
             metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
+        except Exception as error:  # no picture is worth ending a run
+            console.note(f"warning: loss.png is not drawn: {error}")
 
     painter = ThreadPoolExecutor(max_workers=1)  # matplotlib takes 1 s at first, 0.3 s after
     drawn: Future[None] | None = None
@@ -508,11 +510,11 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                 report(*pending)
             pending = first, values, votes
     finally:
-        saver.close()
-        painter.shutdown()
-        console.close()
-    if drawn is not None:
-        drawn.result()  # raises what the drawing did
+        try:
+            saver.close()
+        finally:
+            painter.shutdown()
+            console.close()
 
     # ---- The end ---------------------------------------------------------------------------------
     if saver.last != step:

@@ -34,7 +34,7 @@ def _keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Tell glibc the opposite, for a process that moves large arrays and computes little."""
+    """Tell glibc to return large blocks after all: for a process that only moves arrays."""
     _tune_malloc({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})
 
 

@@ -101,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(folder: Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """One device, the tests' cache, two threads at most whatever the machine."""
     return {
         **os.environ,

@@ -111,7 +111,7 @@ def test_signals_at_random_moments(
     Every second process waits for its checkpoints; of its steps, a kill takes one interval at most.
     GPTJAX_KILLS=40 pytest -m slow -k signals_at takes 10 minutes on 2 cores.
     """
-    times = int(os.environ.get("GPTJAX_KILLS", "12")) // share
+    times = max(1, int(os.environ.get("GPTJAX_KILLS", "12")) // share)
     data = (*LONG, f"--dataset={folder}/corpus.txt")
     began = time.monotonic()
     argv = [*data, f"--out_dir={tmp_path}/warm", "--stop_step=1"]  # compiles
@@ -546,15 +546,15 @@ def test_a_full_disk(environment: Environment, folder: Path) -> None:
         f"{sys.executable} {ROOT}/train.py {' '.join([*TINY, *PLAIN])} "
         f"--dataset={folder}/corpus.txt --n_layer=2 --n_embd=256 --n_head=2 --out_dir=/mnt/out"
     )
-    # A step takes 11 MB: the disk holds one and a half.
-    refused = in_small_disk(20, train, environment)
+    # A step takes 19 MB: the disk holds one.
+    refused = in_small_disk(24, train, environment)
     assert refused.returncode == 74, refused.stderr
     assert re.search(r"4 x .* need .* more, .* are free", refused.stderr)
     script = (
         f"{train} --force; echo ended $?; ls /mnt/out/checkpoints; mount -o remount,size=300m /mnt "
         f"&& {sys.executable} {ROOT}/train.py --out_dir=/mnt/out --init_from=resume"
     )
-    done = in_small_disk(20, script, environment)
+    done = in_small_disk(24, script, environment)
     assert "step 20 was not saved" in done.stdout and "MB are free" in done.stdout, done.stdout
     assert "step 40 was not saved" in done.stderr and "ended 74" in done.stdout, done.stderr
     assert re.search(r"ended 74\n10\nresum", done.stdout), done.stdout
@@ -621,7 +621,7 @@ def test_a_full_disk_ends_all_processes(environment: Environment, folder: Path) 
         f"{{ JAX_PROCESS_ID=1 {train} > /dev/null 2>&1 & }}; JAX_PROCESS_ID=0 {train}; "
         "echo ended $?; wait $!; echo peer $?; ls /mnt/out/checkpoints"
     )
-    done = in_small_disk(20, script, on_loopback(environment, 2))
+    done = in_small_disk(24, script, on_loopback(environment, 2))
     assert re.search(r"ended 74\npeer [1-9]\d*\n10\n$", done.stdout), (done.stdout, done.stderr)
     assert "step 20 was not saved: the disk is full" in done.stderr
 

@@ -338,7 +338,7 @@ def test_a_pickle_runs_no_code(folder: Path) -> None:
 
 
 def test_a_pickle_from_before_pytorch_1_6(folder: Path, params: model.Params) -> None:
-    """Such as the pytorch_model.bin of 2019: no zip file, so it cannot be mapped into memory."""
+    """Such as the pytorch_model.bin of 2019, which is no zip file."""
     to_bin(folder)
     file = folder / "pytorch_model.bin"
     state = torch.load(file, weights_only=True)
