@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,10 @@ class Saver:
         if alone:
             with contextlib.suppress(Exception):
                 self.manager.close()  # what it believes to have saved is no longer true
-        for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for _ in range(20):  # orbax's threads may still be writing into it
+            for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.02)
         free = shutil.disk_usage(self.run_dir).free
         text = (
             f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)}, "
