@@ -378,7 +378,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         """The windows of the next call, on their way: of all its steps, or of 1 if one is due."""
         if step >= last_step:
             return None
-        faults.maybe_raise(fault, step)
+        faults.maybe_fail(fault, step)
         busy = any(due(step + n, i) for n in range(1, per_dispatch) for i in intervals)
         busy = busy or step + per_dispatch > last_step
         windows = read_batches(config, dataset.train, step, 1 if busy else per_dispatch)
@@ -394,6 +394,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         fetched, vote = jax.device_get((values, stop_votes))
         told_to_stop = told_to_stop or bool(vote)
         recorder.arrive(len(fetched["loss"]))
+        console.arrive(first + len(fetched["loss"]))
         for i in range(len(fetched["loss"])):
             step, now = first + i, {name: fetched[name][i] for name in fetched}
             if now["skipped"] > skipped:
@@ -414,7 +415,6 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                     f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
                     f"look at one by --replay; the last good checkpoint is step {saver.last}"
                 )
-        console.start_clock(first + len(fetched["loss"]))
 
     def capture(step: int, values: dict[str, Any]) -> None:
         """Say that a step was skipped, and write down what it takes to run it again."""

@@ -121,6 +121,25 @@ FORMATS: dict[str, Callable[[Path, GPTConfig], Path]] = {
 }
 
 
+def measure(name: str, cfg: GPTConfig) -> tuple[int, float, int]:
+    """Bytes of the weights in this format, seconds of their import, and its peak memory."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, run = Path(temporary) / "source", Path(temporary) / "run"
+        folder.mkdir()
+        write_random(folder, cfg)
+        path = FORMATS[name](folder, cfg)
+        source = path if name in ("nanoGPT", "llm.c") else folder
+        command = [sys.executable, str(ROOT / "convert_gpt2.py"), "import", str(source)]
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *command, f"--out_dir={run}", "--allow_pickle"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return path.stat().st_size, time.monotonic() - began, int(done.stdout.split()[-1])
+
+
 def main() -> None:
     """Print the table."""
     preset, *formats = sys.argv[1:] or ["gpt2"]
@@ -128,24 +147,9 @@ def main() -> None:
     print("| model | format | weights, GB | seconds | peak memory, GB | times the weights |")
     print("|---|---|---|---|---|---|")
     for name in formats or FORMATS:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder, run = Path(temporary) / "source", Path(temporary) / "run"
-            folder.mkdir()
-            write_random(folder, cfg)
-            path = FORMATS[name](folder, cfg)
-            source = path if name in ("nanoGPT", "llm.c") else folder
-            command = [sys.executable, str(ROOT / "convert_gpt2.py"), "import", str(source)]
-            began = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, "-c", MEASURED, *command, f"--out_dir={run}", "--allow_pickle"],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            seconds, size = time.monotonic() - began, path.stat().st_size
-            peak = int(done.stdout.split()[-1])
-            row = f"{size / 1e9:.2f} | {seconds:.1f} | {peak / 1e9:.2f} | {peak / size:.2f}"
-            print(f"| {preset} | {name} | {row} |", flush=True)
+        size, seconds, peak = measure(name, cfg)
+        row = f"{size / 1e9:.2f} | {seconds:.1f} | {peak / 1e9:.2f} | {peak / size:.2f}"
+        print(f"| {preset} | {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

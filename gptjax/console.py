@@ -86,7 +86,8 @@ class TrainConsole:
         self.quiet = quiet
         self.console = Console(highlight=False, quiet=quiet)
         self.total = total
-        self.first: tuple[int, float] | None = None  # the step and time from which pace counts
+        self.first: tuple[int, float] | None = None  # step and time when the first call was done
+        self.step_seconds: float | None = None  # on average since then
         self.live: Live | None = None  # begun by the first update
 
     def note(self, text: str) -> None:
@@ -115,17 +116,19 @@ class TrainConsole:
             shown = [f"{name} {value}" for name, value in (fields | eta).items()]
             print(" | ".join([f"step {step}/{self.total}", *shown]), flush=True)
 
-    def start_clock(self, step: int) -> None:
-        """Steps after this one count for the time left; the first call compiled."""
+    def arrive(self, step: int) -> None:
+        """A call that ends with `step` is done; the first of them, which compiled, sets no pace."""
+        now = time.monotonic()
         if self.first is None:
-            self.first = step, time.monotonic()
+            self.first = step, now
+        elif step > self.first[0]:
+            self.step_seconds = (now - self.first[1]) / (step - self.first[0])
 
     def eta(self, step: int) -> str:
-        """Time left at the pace since `start_clock`."""
-        if self.first is None or step <= self.first[0]:
+        """Time left at the pace so far."""
+        if self.step_seconds is None:
             return "-"
-        first, began = self.first
-        seconds = round((time.monotonic() - began) / (step - first) * (self.total - step))
+        seconds = round(self.step_seconds * (self.total - step))
         hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 

@@ -1,11 +1,13 @@
 """Faults on demand, to see them survived: GPTJAX_FAULT=KIND@STEP or KIND@FIRST-LAST.
 
 nan_grad makes the gradient NaN, spike makes loss and gradient 1000 times as large, raise fails as
-damaged data would, each in these steps. Without the variable nothing of this is compiled in.
+damaged data would, kill ends the process by SIGKILL, each in these steps. Without the variable
+nothing of this is compiled in.
 """
 
 import os
 import re
+import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,9 +34,9 @@ def planned_fault() -> Fault | None:
     text = os.environ.get("GPTJAX_FAULT")
     if not text:
         return None
-    found = re.fullmatch(r"(nan_grad|spike|raise)@(\d+)(?:-(\d+))?", text)
+    found = re.fullmatch(r"(nan_grad|spike|raise|kill)@(\d+)(?:-(\d+))?", text)
     if not found:
-        raise UsageError(f"GPTJAX_FAULT={text}: must be nan_grad@, spike@ or raise@STEP[-LAST]")
+        raise UsageError(f"GPTJAX_FAULT={text}: must be {{nan_grad,spike,raise,kill}}@STEP[-LAST]")
     first = int(found[2])
     return Fault(found[1], first, int(found[3] or first))
 
@@ -52,7 +54,11 @@ def make_corrupt(fault: Fault | None) -> Corrupt | None:
     return corrupt
 
 
-def maybe_raise(fault: Fault | None, step: int) -> None:
-    """DataError in a step that the fault names."""
-    if fault is not None and fault.kind == "raise" and fault.first <= step <= fault.last:
+def maybe_fail(fault: Fault | None, step: int) -> None:
+    """DataError or SIGKILL before a step that the fault names."""
+    if fault is None or not fault.first <= step <= fault.last:
+        return
+    if fault.kind == "raise":
         raise DataError(f"GPTJAX_FAULT: the data of step {step}")
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import convert_gpt2
+from benchmarks import importing
 from gptjax import checkpoint, cli, convert, model, saving
-from gptjax.config import TrainConfig, to_json
+from gptjax.config import GPTConfig, TrainConfig, to_json
 from gptjax.convert import SourceConfig
 from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError
 from gptjax.files import file_sha256
@@ -307,6 +308,15 @@ def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> N
     start = f"--init_from={tuned}/hf"
     run(environment, "sample.py", start, "--start=ab", "--max_new_tokens=5")
     run(environment, "train.py", start, f"--out_dir={tmp_path}/direct", *flags, *data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["safetensors", "pytorch_model.bin"])
+def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    size, _, peak = importing.measure(name, GPTConfig())
+    ok = peak <= 2.5 * size
+    assert ok, peak / size
 
 
 @pytest.mark.parametrize(

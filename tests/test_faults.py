@@ -68,6 +68,16 @@ def test_an_error_in_the_loop_leaves_the_save_under_way(
     assert digest(resume(environment, tmp_path / "out").stdout) == digest(whole)
 
 
+def test_a_kill_costs_no_checkpoint_that_was_waited_for(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The first step after a save; unless it is waited for, that save is on its way then."""
+    faulty = {**environment, "GPTJAX_FAULT": "kill@21"}
+    argv = (*start, *PLAIN, "--wait_for_checkpoints")
+    run(faulty, "train.py", *argv, expect=-signal.SIGKILL)
+    assert newest(tmp_path / "out") == 20
+
+
 LONG = (
     *("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8", "--batch_size=4"),
     *("--max_iters=600", "--eval_interval=200", "--eval_iters=1", "--sample_interval=200"),

@@ -90,5 +90,5 @@ def test_a_misspelt_fault_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="GPTJAX_FAULT=nan@3"):
         faults.planned_fault()
     with pytest.raises(DataError):
-        faults.maybe_raise(faults.Fault("raise", 3, 4), 4)
-    faults.maybe_raise(faults.Fault("raise", 3, 4), 5)
+        faults.maybe_fail(faults.Fault("raise", 3, 4), 4)
+    faults.maybe_fail(faults.Fault("raise", 3, 4), 5)
