@@ -24,7 +24,7 @@ GPT2_RECIPE = TrainConfig(  # nanoGPT's and llm.c's: half a million tokens a ste
 
 # A preset's comment gives command, hardware, time and final loss as measured, and nothing else.
 PRESETS = {
-    # python train.py: val loss 1.699 on TinyShakespeare, 115 s with compiling on 2 slow CPU cores.
+    # python train.py: val loss 1.699 on TinyShakespeare, 101 to 115 s in all on 2 CPU cores.
     # In a minute or so many small steps of a small model under muon beat fewer larger ones: runs of
     # 56 to 64 s gave 1.70 at 128 wide, 1.74 with batch 16 at context 128, 1.89 under adamw.
     "quickstart": TrainConfig(
