@@ -509,7 +509,8 @@ def test_resume_check_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @slow
 def test_resume_check(environment: Environment, start: tuple[str, ...]) -> None:
-    done = run(environment, "train.py", *start, "--resume_check")
+    as_users = {**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    done = run(as_users, "train.py", *start, "--resume_check")
     assert "40 steps, and 20 + resume + 20: all " in done.stdout
     assert "arrays are equal to the bit" in done.stdout
 
