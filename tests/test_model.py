@@ -294,7 +294,8 @@ def check_against_torch(cfg: GPTConfig) -> None:
 
 @pytest.mark.skipif(
     jax.default_backend() != "gpu",
-    reason="cuDNN needs an NVIDIA GPU: JAX_PLATFORMS=cuda pytest -n 0 tests/test_model.py -k cudnn",
+    reason="cuDNN needs an NVIDIA GPU: "
+    "JAX_PLATFORMS=cuda pytest -n 0 tests/test_model.py -k cudnn_attention",
 )
 def test_cudnn_attention_is_attention() -> None:
     """Forward and gradients in bfloat16: as near to float32 as the reference in bfloat16 is."""
