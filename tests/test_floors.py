@@ -11,7 +11,7 @@ from .conftest import ROOT
 
 FLOORS = [
     {"errors"},
-    {"config", "tokenizer", "attention", "kv_cache", "loss", "sharding", "files"}
+    {"config", "tokenizer", "attention", "kv_cache", "functions", "loss", "sharding", "files"}
     | {"torch_file", "tf_checkpoint", "digests", "guard", "faults"},
     {
         "presets",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gptjax import attention, model
+from gptjax import attention, functions, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 
@@ -329,7 +329,7 @@ def with_gradient(function: Any, backward: Any) -> Any:
 
 
 def norm_by_constants(x_ND: jax.Array, scale_D: jax.Array) -> jax.Array:
-    mean_N1, rstd_N1 = jax.lax.stop_gradient(model._moments(x_ND))
+    mean_N1, rstd_N1 = jax.lax.stop_gradient(functions._moments(x_ND))
     return (x_ND - mean_N1) * rstd_N1 * scale_D[None]
 
 
@@ -338,7 +338,7 @@ PLANTED = {
     "GELU's gradient without the gate's slope": (
         model,
         "gelu",
-        with_gradient(model.gelu, lambda x, gradient: (gradient * model._gelu_gate(x),)),
+        with_gradient(model.gelu, lambda x, gradient: (gradient * functions._gelu_gate(x),)),
     ),
     "LayerNorm's moments taken for constants": (model, "layer_norm", norm_by_constants),
     "shifted positions": (
@@ -346,7 +346,7 @@ PLANTED = {
         "broadcast_to",
         lambda x, shape, broadcast=jnp.broadcast_to: broadcast(jnp.roll(x, 1, axis=0), shape),
     ),
-    "epsilon 1e-6": (model, "EPSILON", 1e-6),
+    "epsilon 1e-6": (functions, "EPSILON", 1e-6),
 }
 
 

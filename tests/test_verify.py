@@ -15,7 +15,7 @@ from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 import convert_gpt2
-from gptjax import attention, cli, convert, model, verify
+from gptjax import attention, cli, convert, functions, model, verify
 from gptjax.convert import SourceConfig
 from gptjax.errors import DataError
 from gptjax.gpt2_tensors import Source
@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[Callable[..., None], str]] = {
         replace(model, "gelu", lambda x: nn.gelu(x, approximate=False)),
         "activation h.0.mlp",
     ),
-    "epsilon 1e-6": (replace(model, "EPSILON", 1e-6), "activation h.0.ln_1"),
+    "epsilon 1e-6": (replace(functions, "EPSILON", 1e-6), "activation h.0.ln_1"),
     "a square c_proj transposed": (
         change("h/attn/c_proj/kernel", lambda w: w.swapaxes(1, 2)),
         "activation h.0.attn",
