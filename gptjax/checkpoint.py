@@ -7,6 +7,7 @@ one of itself; what does not match is never used. The scripts make paths absolut
 import contextlib
 import errno
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
 
-from gptjax.digests import first_difference, json_sha256, leaf_digests
-from gptjax.errors import CheckpointError
+from gptjax.digests import Leaves, first_difference, json_sha256, leaf_digests, leaf_paths
+from gptjax.errors import CheckpointError, OutputError
 from gptjax.sharding import all_agree
+from gptjax.step_files import plain_path, unmerged_items
 
 Tree = Any
 Meta = dict[str, Any]
@@ -82,11 +84,8 @@ def read_meta(run_dir: Path, step: int) -> Meta:
         if meta["step"] != step:
             raise CheckpointError(f"it is step {meta['step']}")
     except Exception as error:  # JSON's, the file system's, ours
-        kind = CheckpointError
-        if isinstance(error, NotDamaged | PermissionError) or (
-            isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-        ):
-            kind = NotDamaged
+        outside = isinstance(error, NotDamaged) or is_of_the_machine(error)
+        kind = NotDamaged if outside else CheckpointError
         raise kind(f"cannot use step {step} ({folder(run_dir)}): {first_line(error)}") from error
     return meta
 
@@ -158,6 +157,8 @@ def restore_newest(
                 items = restore_items(
                     run_dir, step, meta, {"params": target[0], "extra": target[1]}
                 )
+            except NotDamaged:
+                raise
             except CheckpointError as error:
                 reason = str(error)
             if all_agree(not reason):
@@ -183,26 +184,72 @@ def require_extra(run_dir: Path, meta: Meta) -> None:
 
 
 def restore_items(run_dir: Path, step: int, meta: Meta, targets: dict[str, Tree]) -> Any:
-    """Items of a step by name, each array checked against meta; CheckpointError if one differs."""
+    """Restore items of a step by name, each array checked against meta.
+
+    Raises:
+        NotDamaged: the step was not merged, holds other shapes, or the machine cannot read it now.
+        CheckpointError: it is damaged.
+    """
     found = f"cannot use step {step} ({folder(run_dir)})"
     expected = {
         path: leaf for path, leaf in meta["leaves"].items() if path.split("/")[0] in targets
     }
+    if unmerged_items(folder(run_dir) / str(step)):
+        raise NotDamaged(
+            f"{found}: its arrays were written but never merged, as older versions of gptjax did "
+            f"where the folder's name has a sign of *?[; `gptjax doctor {run_dir} --mend` does it"
+        )
+    if difference := first_shape_difference(targets, expected):
+        raise NotDamaged(f"{found}: {difference}; the settings are not those it was saved with")
     try:
         options = ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(folder(run_dir), options=options) as manager:
+        with ocp.CheckpointManager(plain_path(folder(run_dir)), options=options) as manager:
             args = {name: ocp_args.StandardRestore(target) for name, target in targets.items()}
             items = dict(manager.restore(step, args=ocp_args.Composite(**args)).items())
-    except MemoryError:
+    except (MemoryError, OutputError):
         raise
     except Exception as error:  # orbax raises a dozen types on damaged files
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise CheckpointError(f"{found}: {first_line(error)}") from error
+        kind = NotDamaged if is_of_the_machine(error) else CheckpointError
+        raise kind(
+            f"{found}: {first_line(error)} (its numbers could not be compared: the cause may also "
+            "be the disk, its mount, or the installed packages)"
+        ) from error
     difference = first_difference(leaf_digests(items), expected)
     if difference:
         raise CheckpointError(f"{found}: {difference}")
     return items
+
+
+def first_shape_difference(targets: dict[str, Tree], expected: Leaves) -> str | None:
+    """Return where the wanted arrays differ from the saved ones in path, shape or dtype."""
+    paths, leaves = leaf_paths(targets), jax.tree.leaves(targets)
+    wanted = {
+        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        for path, leaf in zip(paths, leaves, strict=True)
+    }
+    for path in [*expected, *(path for path in wanted if path not in expected)]:
+        if path not in wanted:
+            return f"it holds {path}, which is not wanted"
+        if path not in expected:
+            return f"it does not hold {path}"
+        for what in ("shape", "dtype"):
+            if expected[path][what] != wanted[path][what]:
+                there, here = expected[path][what], wanted[path][what]
+                return f"{path} has {what} {there}, wanted is {here}"
+    return None
+
+
+# What the system says when files cannot be read for a reason that lies outside of them.
+OUTSIDE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN)
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Return whether an error tells of this machine or its mounts, not of the step's files."""
+    if isinstance(error, OSError) and error.errno in OUTSIDE:
+        return True
+    return any(os.strerror(number) in str(error) for number in OUTSIDE)
 
 
 def set_aside(path: Path, word: str) -> str:
@@ -224,7 +271,8 @@ def first_line(error: Exception) -> str:
     """What an error says, for a message of one line."""
     if "No space left on device" in str(error):
         return "no space left on device"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0]
+    return line.partition(" [tensorstore_spec")[0] or type(error).__name__  # which is 2 kB
 
 
 def abstract_tree(shapes: Tree, shardings: Tree) -> Tree:

@@ -1,5 +1,6 @@
 """Steps written in the background, whole or not at all; the newest and the best are kept."""
 
+import collections
 import contextlib
 import math
 import shutil
@@ -31,6 +32,7 @@ from gptjax.checkpoint import (
 from gptjax.digests import json_sha256, leaf_digests
 from gptjax.errors import CheckpointError, DiskError, NonFiniteError
 from gptjax.sharding import all_agree
+from gptjax.step_files import plain_path, stored_arrays
 
 STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
 
@@ -88,8 +90,9 @@ class Saver:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
+        folder(self.run_dir).mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
-            folder(self.run_dir), options=options, item_handlers=self.handlers
+            plain_path(folder(self.run_dir)), options=options, item_handlers=self.handlers
         )
 
     def __enter__(self) -> "Saver":
@@ -161,8 +164,7 @@ class Saver:
         step, val_loss = self.pending
         try:
             self.manager.wait_until_finished()
-            if step not in steps(self.run_dir):
-                raise CheckpointError("it is not there")
+            require_whole(self.run_dir, step)
         except Exception as error:
             self._fail(error)
             return
@@ -182,6 +184,8 @@ class Saver:
             for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.02)
+        if alone and step in steps(self.run_dir):  # there, but it could not be restored
+            set_aside(folder(self.run_dir) / str(step), "quarantine")
         free = shutil.disk_usage(self.run_dir).free
         text = (
             f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)}, "
@@ -200,6 +204,23 @@ class Saver:
             if not self.failures or jax.process_count() == 1:
                 with contextlib.suppress(Exception):
                     self.manager.close()
+
+
+def require_whole(run_dir: Path, step: int) -> None:
+    """See that a step which was written can be restored: all that is not an array's numbers.
+
+    Raises:
+        CheckpointError: it is not there, its meta is damaged, or an array is missing.
+        ValueError, OSError: a manifest is missing or damaged.
+    """
+    if step not in steps(run_dir):
+        raise CheckpointError("it is not there")
+    leaves = read_meta(run_dir, step)["leaves"]
+    counts = collections.Counter(path.partition("/")[0] for path in leaves)
+    for item, count in counts.items():
+        stored = stored_arrays(folder(run_dir) / str(step) / item)
+        if stored != count:
+            raise CheckpointError(f"{stored} of its {count} arrays ({item}) can be found")
 
 
 def check_space(

@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from gptjax.commands.doctor import Finding
 from gptjax.config import TrainConfig, to_json
 
 from .conftest import ROOT
+from .test_checkpoint import save_steps
 
 LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
 VARIABLES = (
@@ -74,9 +76,12 @@ def test_machine_in_order(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in [*ALWAYS, "disk"]]
+    for step in (100, 200):  # nothing that can be restored
+        shutil.rmtree(checkpoint.folder(run_dir) / str(step))
+    save_steps(run_dir, {100: None, 200: None})
     assert doctor.main([str(run_dir), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [line["check"] for line in found] == [*ALWAYS, "folder", "disk", "lock"]
+    assert [line["check"] for line in found] == [*ALWAYS, "folder", "steps", "disk", "lock"]
     assert {(line["status"], line["remedy"]) for line in found} == {("ok", "")}
     by_name = {line["check"]: line["found"] for line in found}
     assert by_name["devices"].startswith("8 x ")
@@ -92,7 +97,7 @@ def test_command_in_a_pipe(tmp_path: Path) -> None:
     assert lines["backend"].startswith("FAIL  backend    JAX_PLATFORMS=no_such: ")
     assert lines["backend"].endswith("; try: unset JAX_PLATFORMS")
     # What needs a backend would only repeat it.
-    assert [*lines] == [*MACHINE, "folder", "disk", "lock"]
+    assert [*lines] == [*MACHINE, "folder", "steps", "disk", "lock"]
 
 
 def test_terminal_gets_wrapped_lines(

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import importlib.util
 import itertools
@@ -16,7 +15,6 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +22,21 @@ import numpy as np
 
 from gptjax import checkpoint, cli
 from gptjax.attention import ATTENTION, choose_attention
-from gptjax.config import TrainConfig, load_config
+from gptjax.config import TrainConfig
 from gptjax.console import printable
 from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError
 from gptjax.files import cache_dir
+from gptjax.run_checks import (
+    Finding,
+    check_disk,
+    check_folder,
+    check_lock,
+    check_steps,
+    folder_bytes,
+    mend,
+    why_not_writable,
+)
 from gptjax.tokenizer import read_gpt2_files
 
 ABOUT = (
@@ -40,7 +48,6 @@ TIKTOKEN_FILES = (  # vocab.bpe and encoder.json in tiktoken's cache: the sha1 o
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
 )
-GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two moments, in float32
 TPU_LOCK = Path("/tmp/libtpu_lockfile")
 
 
@@ -50,16 +57,10 @@ class Config:
 
     json: bool = False
     """print the findings as JSON"""
+    mend: bool = False
+    """merge the steps of RUN that were saved but never merged, before looking"""
     debug: bool = False
     """stop at a check that raises, with its traceback"""
-
-
-class Finding(NamedTuple):
-    """What a check says, with a remedy where it is not ok."""
-
-    status: Literal["ok", "warn", "FAIL"]
-    found: str
-    remedy: str = ""
 
 
 # ---- The machine ---------------------------------------------------------------------------------
@@ -133,9 +134,10 @@ def check_backend() -> Finding:
     why = f"JAX_PLATFORMS={asked}" if asked else "JAX_PLATFORMS unset"
     try:
         backend = jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an AssertionError: cuda without its plugin
         remedy = "unset JAX_PLATFORMS" if asked else "export JAX_PLATFORMS=cpu"
-        return Finding("FAIL", f"{why}: {first_line(error)}", remedy)
+        said = str(error) and checkpoint.first_line(error)
+        return Finding("FAIL", f"{why}: {said or 'its plugin is not installed'}", remedy)
     why += f", plugins: {', '.join(plugins()) or 'none'}"
     if backend == "cpu" and nvidia_is_here():
         remedy = "unset JAX_PLATFORMS" if asked else "nvidia-smi  # does the driver work?"
@@ -180,7 +182,7 @@ def check_cudnn() -> Finding:
         results = [jax.jit(ATTENTION[name])(*qkv) for name in ("cudnn", "xla")]
         fast, reference = (np.asarray(result, np.float32) for result in results)
     except Exception as error:  # cuDNN is missing, too old, or at odds with the driver
-        return Finding("FAIL", f"attention does not run: {first_line(error)}", remedy)
+        return Finding("FAIL", f"attention does not run: {checkpoint.first_line(error)}", remedy)
     difference = np.max(np.abs(fast - reference))
     text = f"attention differs from xla's by {difference:.2g}"
     # bfloat16 is 1/64 apart at the largest values, from 2 to 4
@@ -214,46 +216,6 @@ def check_launcher() -> Finding:
     return Finding("ok", f"train.py runs {processes}, {gpus} GPUs here; no variable says otherwise")
 
 
-# ---- The run folder ------------------------------------------------------------------------------
-
-
-def check_folder(run_dir: Path) -> Finding:
-    """Whether the run folder can be written to, and which steps it holds."""
-    if not run_dir.is_dir():
-        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {run_dir}")
-    if reason := why_not_writable(run_dir):
-        return Finding("FAIL", f"cannot write to {run_dir}: {reason}", f"chmod u+rwx {run_dir}")
-    saved = ", ".join(map(str, checkpoint.steps(run_dir))) or "none yet"
-    return Finding("ok", f"{run_dir} can be written to; steps: {saved}")
-
-
-def check_disk(folder: Path) -> Finding:
-    """Free disk against what a run's checkpoints take, or one of GPT-2 where there is none."""
-    free = shutil.disk_usage(folder).free
-    needed, what = GPT2_CHECKPOINT, "a checkpoint of GPT-2 124M takes"
-    if saved := checkpoint.steps(folder):
-        settings = folder / "config.json"
-        config = load_config(settings) if settings.is_file() else TrainConfig()
-        count = config.keep_checkpoints + 2  # the best one, and the one being written
-        needed = count * folder_bytes(checkpoint.folder(folder) / str(saved[-1]))
-        what = f"{count} checkpoints take"
-    text = f"{free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB"
-    return Finding("ok", text) if free >= needed else Finding("warn", text, f"du -sh {folder}/*")
-
-
-def check_lock(run_dir: Path) -> Finding:
-    """Whether another process is training into the run folder."""
-    path = run_dir / ".lock"
-    if path.exists():
-        with path.open(errors="replace") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = " ".join(file.read(200).split()) or "another process"
-                return Finding("warn", f"{path} is held by {holder}", "wait, or another --out_dir")
-    return Finding("ok", "no process holds it")
-
-
 # ---- What they look with -------------------------------------------------------------------------
 
 
@@ -282,30 +244,6 @@ def tpu_pids(proc: Path = Path("/proc")) -> list[int]:
     return sorted(pids - {os.getpid()})
 
 
-def why_not_writable(folder: Path) -> str:
-    """What the system says to a new file in the folder; empty if it can be made."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below; one that disappears meanwhile does not count."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += (Path(parent) / name).lstat().st_size
-    return total
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says first, or its name if it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 # ---- All of them ---------------------------------------------------------------------------------
 
 Check = Callable[..., Finding]
@@ -313,7 +251,7 @@ Checks = tuple[Check, ...]
 MACHINE: Checks = (check_versions, check_threads, check_tokenizer, check_cache, check_tpu)
 # Of these two, the first check says whether the others make sense.
 JAX: Checks = (check_backend, check_devices, check_matmul, check_cudnn, check_launcher)
-RUN: Checks = (check_folder, check_disk, check_lock)
+RUN: Checks = (check_folder, check_steps, check_disk, check_lock)
 
 
 def attempt(check: Check, *args: Path, debug: bool) -> tuple[str, Finding]:
@@ -324,7 +262,7 @@ def attempt(check: Check, *args: Path, debug: bool) -> tuple[str, Finding]:
     except Exception as error:
         if debug:
             raise
-        text = f"{type(error).__name__}: {first_line(error)}"
+        text = f"{type(error).__name__}: {checkpoint.first_line(error)}"
         return name, Finding("FAIL", text, "gptjax doctor --debug")
 
 
@@ -358,10 +296,15 @@ def main(argv: list[str]) -> int:
     """Look and print; returns the exit code, 1 if a check FAILs."""
     run_dir = None
     if argv and not argv[0].startswith("-"):
-        run_dir, argv = Path(argv[0]), argv[1:]
+        run_dir, argv = Path(argv[0]).expanduser(), argv[1:]
     config = cli.parse(Config, argv, Config(), ABOUT, prog="gptjax doctor [RUN]")
     # A run that goes on meanwhile may have left little memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if config.mend:
+        if run_dir is None:
+            raise UsageError("--mend: name the run folder before the flags")
+        for line in mend(run_dir):
+            print(line, file=sys.stderr)
     findings = []
     for name, finding in examine(run_dir, debug=config.debug):
         findings.append({"check": name, **finding._asdict()})
