@@ -16,7 +16,15 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from gptjax.errors import DataError, UsageError
-from gptjax.files import Progress, cache_dir, download, file_sha256, read_json, replacing
+from gptjax.files import (
+    Progress,
+    cache_dir,
+    download,
+    file_sha256,
+    read_json,
+    replacing,
+    writing_to_cache,
+)
 from gptjax.text import (
     TextFile,
     encode_stream,
@@ -125,12 +133,16 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
     url, sha256 = DATASETS[name]
     path = cache_dir() / f"{name}.txt"
     if url is None or sha256 is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write("\n".join(topics[key] for key in sorted(topics)).encode())
+        text = "\n".join(topics[key] for key in sorted(topics)).encode()
+        if not path.is_file() or path.read_bytes() != text:  # perhaps in a cache for reading only
+            with writing_to_cache():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    temporary.write(text)
     else:
         try:
-            download(url, sha256, path, progress=progress)
+            with writing_to_cache():
+                download(url, sha256, path, progress=progress)
         except DataError as error:
             raise DataError(f"{name} is not to be had ({error})") from error
     return name, path
@@ -189,7 +201,8 @@ def load_text(
             name: encode_stream(encode, part)
             for name, part in zip(("train", "val"), parts, strict=True)
         }
-        write_tokens(folder, splits, tokenizer, lambda: progress(what, text.done, size))
+        with writing_to_cache():
+            write_tokens(folder, splits, tokenizer, lambda: progress(what, text.done, size))
     loaded = load_folder(folder, "auto", "")
     return dataclasses.replace(loaded, name=name)
 

@@ -6,8 +6,8 @@ import hashlib
 import http.client
 import json
 import os
+import secrets
 import socket
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,13 +18,40 @@ from typing import IO, Any
 from gptjax.errors import DataError, OutputError
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
+ELSEWHERE = "set the variable GPTJAX_CACHE to a folder that can be written"
 JSON_LIMIT = 2**24  # bytes; GPT-2's largest JSON, its vocabulary, has a million
 
 
 def cache_dir() -> Path:
-    """$GPTJAX_CACHE, or gptjax in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GPTJAX_CACHE") or Path(base) / "gptjax")
+    """Return $GPTJAX_CACHE, or gptjax in $XDG_CACHE_HOME or in ~/.cache.
+
+    Raises:
+        OutputError: neither variable is set, and this user has no home folder.
+    """
+    if own := os.environ.get("GPTJAX_CACHE"):
+        return Path(own).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "gptjax"
+    try:
+        return Path.home() / ".cache" / "gptjax"
+    except RuntimeError as error:  # a container's user who is in no passwd file
+        raise OutputError(
+            f"this user has no home folder to keep a cache in; {ELSEWHERE}"
+        ) from error
+
+
+@contextlib.contextmanager
+def writing_to_cache() -> Iterator[None]:
+    """Turn a failure to write into OutputError that says how to take another cache folder."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(
+            f"cannot write to the cache ({cache_dir()}): {reason}; {ELSEWHERE}"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:
@@ -33,17 +60,48 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a new name in the same folder, for what shall take the place of `path`.
+
+    What is made there gets the modes that the user's umask says; those of `tempfile` are private.
+    """
+    return path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
 @contextlib.contextmanager
 def replacing(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[IO[bytes]]:
-    """A temporary file that takes the place of `path` when the block ends well and `keep()`."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    """Give a file that takes the place of `path` when the block ends well and `keep()`."""
+    temporary = temporary_beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
         if keep():
-            Path(temporary).replace(path)
+            temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a text as UTF-8 on lines of its own, wherever the last writer was cut short.
+
+    Raises:
+        OSError: it cannot be written; then the file is as it was, if the disk allows.
+    """
+    with path.open("ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        fresh = size == 0
+        if not fresh:
+            file.seek(size - 1)
+            fresh = file.read(1) == b"\n"
+        line = ("" if fresh else "\n") + text + "\n"
+        data = memoryview(line.encode(errors="surrogatepass"))
+        try:
+            while data:  # a disk that fills up takes a part first
+                data = data[file.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.files import replacing
+from gptjax.files import append_line, replacing
 
 # Part of the device's name -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation,
 # from the makers' data sheets. The first match counts, so longer names stand before shorter ones.
@@ -117,9 +118,8 @@ class Recorder:
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Add a line of JSON; None stands for what is not known."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append a line of JSON; None stands for what is not known."""
+    append_line(path, json.dumps(record))
 
 
 def describe(record: dict[str, Any], known_device: bool) -> dict[str, str]:
@@ -133,19 +133,44 @@ def describe(record: dict[str, Any], known_device: bool) -> dict[str, str]:
     }
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that a kill cut short is left out."""
+def read_metrics(
+    path: Path, notify: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Return all records; `notify` is told how many lines had to be skipped, if any.
+
+    A full disk or a crash may leave a blank line, NUL bytes or a part of a record anywhere. The
+    last line, which a kill may have cut short, is not counted.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    lines = path.read_bytes().split(b"\n")
+    records = [parse_record(line) for line in lines]
+    skipped = sum(record is None for record in records[:-1])
+    if skipped:
+        lines_are = "lines are" if skipped > 1 else "line is"
+        notify(f"warning: {skipped} {lines_are} no record and skipped ({path})")
+    return [record for record in records if record is not None]
 
 
-def drop_metrics_from(path: Path, step: int) -> None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line, with a step and numbers for losses; None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    losses = (record.get(name) for name in ("loss", "val_loss"))
+    return record if all(x is None or type(x) in (int, float) for x in losses) else None
+
+
+def drop_metrics_from(
+    path: Path, step: int, notify: Callable[[str], None] = lambda line: None
+) -> None:
     """Forget what was recorded from `step` on, because a resumed run takes these steps again."""
     kept = [
         record
-        for record in read_metrics(path)
+        for record in read_metrics(path, notify)
         if record["step"] < step or (record["step"] == step and "val_loss" in record)
     ]
     with replacing(path) as file:
@@ -173,9 +198,8 @@ def draw_losses(records: list[dict[str, Any]], path: Path, scale: str) -> None:
     axes.grid(alpha=0.3, which="both")
     if train or val:
         axes.legend(frameon=False)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def bin_means(points: np.ndarray, bins: int = 200) -> np.ndarray:

@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.errors import DataError
+from gptjax.files import temporary_beside
 from gptjax.tokenizer import Tokenizer, save_tokenizer
 
 CHUNK = 2**20  # bytes read, and characters encoded, at a time
@@ -116,7 +116,8 @@ def write_tokens(
 ) -> None:
     """Write <split>.bin for each, tokenizer.json and meta.json: the whole folder or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".tmp"))
+    temporary = temporary_beside(folder)
+    temporary.mkdir()
     try:
         counts = dict.fromkeys(splits, 0)
         for split, chunks in splits.items():

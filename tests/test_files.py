@@ -2,17 +2,24 @@
 
 import hashlib
 import http.server
+import os
+import resource
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import jax
+import numpy as np
 import pytest
 
-from gptjax import data
-from gptjax.errors import DataError
-from gptjax.files import download, file_sha256, replacing
+from gptjax import cli, data, metrics
+from gptjax.errors import DataError, OutputError
+from gptjax.files import append_line, cache_dir, download, file_sha256, replacing
+from gptjax.text import write_tokens
+from gptjax.tokenizer import ByteTokenizer
 
 BODY = b"To be, or not to be\n" * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -117,3 +124,104 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- Lines, modes, and where the cache is
+
+
+def test_a_line_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append_line(path, "one")
+    with path.open("a") as file:
+        file.write("cut sho")
+    append_line(path, "two \u00e9\nthree")
+    assert path.read_bytes() == "one\ncut sho\ntwo é\nthree\n".encode()
+
+
+def test_a_line_that_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
+    """A file that may not grow beyond 100 bytes, as on a disk that is full."""
+    path = tmp_path / "lines"
+    append_line(path, "a" * 80)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_line(path, "b" * 80)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    append_line(path, "c")
+    assert path.read_text() == "a" * 80 + "\nc\n"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_and_folders_have_the_modes_of_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "config.json") as file:
+            file.write(b"{}")
+        metrics.append_metrics(tmp_path / "metrics.jsonl", {"step": 1})
+        metrics.drop_metrics_from(tmp_path / "metrics.jsonl", 2)
+        ids = np.zeros(3, np.int32)
+        write_tokens(tmp_path / "tokens", {"train": iter([ids])}, ByteTokenizer(), lambda: None)
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user: no HOME, and in no passwd file."""
+    for name in ("HOME", "XDG_CACHE_HOME", "GPTJAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def test_the_cache_needs_no_home_where_it_is_named(
+    homeless: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputError, match="GPTJAX_CACHE"):
+        cache_dir()
+    monkeypatch.setenv("GPTJAX_CACHE", "/data/cache")
+    assert cache_dir() == Path("/data/cache")
+    monkeypatch.delenv("GPTJAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/data")
+    assert cache_dir() == Path("/data/gptjax")
+
+
+def test_the_cache_may_be_named_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GPTJAX_CACHE", "~/cache")
+    assert cache_dir() == tmp_path / "cache"
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match="Not a directory; set the variable GPTJAX_CACHE"):
+        data.load_dataset("pydocs", block_size=8)
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
+    with pytest.raises(OutputError, match="Not a directory; set the variable GPTJAX_CACHE"):
+        data.load_dataset(str(tmp_path / "text.txt"), block_size=8)
+
+
+def test_a_compile_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="--compile_cache="):
+        cli.use_compile_cache(str(tmp_path / "file" / "xla"))
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "file"))
+    compiled = jax.config.jax_compilation_cache_dir
+    cli.use_compile_cache("auto")  # works without
+    assert jax.config.jax_compilation_cache_dir == compiled
+    said = capsys.readouterr().err
+    assert said.startswith("warning: compiled programs are not kept") and "GPTJAX_CACHE" in said

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,3 +101,56 @@ def test_binned_curve_neither_lags_nor_loses_mass() -> None:
 def test_a_record_is_a_line_of_json(tmp_path: Path) -> None:
     metrics.append_metrics(tmp_path / "m", {"step": 1, "mfu": None})
     assert json.loads((tmp_path / "m").read_text()) == {"step": 1, "mfu": None}
+
+
+BROKEN = {
+    "cut short, then one more": (b'{"step": 2, "lo{"step": 3, "loss": 1.0}\n', 1),
+    "a blank line": (b"\n", 1),
+    "NUL bytes": (b"\0" * 50 + b"\n", 1),
+    "no UTF-8": (b"\xff\xfe\n\xff\n", 2),
+    "other JSON": (b'[1]\n3\nnull\n{"a": 1}\n{"step": "4"}\n{"step": 4, "loss": "x"}\n', 6),
+    "too deep": (b"[" * 100_000 + b"\n", 1),
+    "cut short at the end": (b'{"step": 2, "lo', 0),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_lines_are_skipped_and_counted(name: str, tmp_path: Path) -> None:
+    """What a disk that was full for seconds, or a crash, may leave; then the run goes on."""
+    broken, count = BROKEN[name]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + broken)
+    metrics.append_metrics(path, {"step": 5, "loss": 1.5})
+    said: list[str] = []
+    assert [r["step"] for r in metrics.read_metrics(path, said.append)] == [1, 5]
+    if name == "cut short at the end":  # it is in the middle now
+        count = 1
+    assert [line for line in said if f"warning: {count} line" in line] == said != []
+    metrics.draw_losses(metrics.read_metrics(path), tmp_path / "loss.png", "linear")
+    metrics.drop_metrics_from(path, 5, said.append)
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n' and len(said) == 2
+
+
+def test_a_last_line_that_a_kill_cut_short_is_no_news(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    said: list[str] = []
+    assert len(metrics.read_metrics(path, said.append)) == 1 and said == []
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "loss.png"
+    path.write_bytes(b"older")
+
+    def fill(figure: Figure, file: Any, **kwargs: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fill)
+    with pytest.raises(OSError, match="No space"):
+        metrics.draw_losses([], path, "linear")
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"] and path.read_bytes() == b"older"
