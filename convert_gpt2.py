@@ -186,11 +186,13 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     # As an exception, so that nothing is left behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in set(cli.stop_signals()) - {signal.SIGINT}:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     command, *rest = argv
     if command not in COMMANDS:
         raise UsageError(f"unknown command {command}: there are {', '.join(COMMANDS)}")
     name = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     if not name and command != "verify" and "--help" not in rest:
         raise UsageError(f"{command}: name what to {command}; --help shows how")
     return COMMANDS[command](name, rest)

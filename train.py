@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from gptjax import (
     sharding,
     training,
 )
+from gptjax.adapt import adapt_preset, fit_batch
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
 from gptjax.console import TrainConsole, show_bytes
 from gptjax.data import load_dataset
@@ -48,32 +49,40 @@ from gptjax.errors import (
     PeerError,
     UsageError,
 )
+from gptjax.nanogpt_flags import config_file_problem
 from gptjax.optimizer import make_optimizer, make_schedule
+from gptjax.output import forgiving_output
 from gptjax.presets import PRESETS
 from gptjax.replay import replay
 from gptjax.resume import ONCE, check_record, make_record
 from gptjax.resume_check import resume_check
-from gptjax.start import choose_tokenizer, find_start
+from gptjax.start import choose_tokenizer, find_start, model_of_source
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
 
 
 def parse(argv: list[str]) -> TrainConfig:
     """Flags over the preset; on resume, over the settings that the run was started with."""
+    if problem := config_file_problem(argv):
+        raise UsageError(problem)
     preset = "quickstart"
     if argv and not argv[0].startswith("-"):
         preset, *argv = argv
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset}: there are {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
-    config = PRESETS[preset]
-    settings = Path(cli.peek(argv, "out_dir") or config.out_dir) / "config.json"
-    goes_on = cli.peek(argv, "init_from") in ("resume", "auto") or cli.peek(argv, "replay")
+    config, given = PRESETS[preset], cli.given_flags(argv)
+    settings = Path(given.get("out_dir") or config.out_dir).expanduser() / "config.json"
+    goes_on = given.get("init_from") in ("resume", "auto") or given.get("replay")
     if goes_on and settings.is_file():
         once = {name: getattr(config, name) for name in ONCE}
-        config = dataclasses.replace(load_config(settings), **once)
+        return cli.parse(
+            TrainConfig, argv, dataclasses.replace(load_config(settings), **once), about
+        )
+    config, notes = adapt_preset(config, given)
+    for note in notes:
+        print(note, file=sys.stderr)
     return cli.parse(TrainConfig, argv, config, about)
 
 
@@ -219,14 +228,18 @@ def main(argv: list[str]) -> int:
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(forgiving_output(run_dir / "unprinted.txt"))
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
-        return train(config, run_dir)
+        return train(config, run_dir, cli.given_flags(argv))
 
 
-def train(config: TrainConfig, run_dir: Path) -> int:
-    """Train in a folder that is ours; returns the exit code."""
+def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
+    """Train in a folder that is ours; returns the exit code.
+
+    `given` holds the flags that the user gave: these must be honoured, or refused.
+    """
     # ---- Settings, data, devices -----------------------------------------------------------------
     began = time.monotonic()
     fault = faults.planned_fault()
@@ -238,19 +251,12 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             raise UsageError(f"--{name}={last}: the run is at step {steps[-1]} already")
     mesh = sharding.make_mesh()
     n_devices = mesh.devices.size
-    if config.batch_size % n_devices:
-        fitting = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        raise UsageError(
-            f"--batch_size={config.batch_size}: must be divisible by {n_devices} devices; it is by "
-            f"{', '.join(map(str, fitting))}"
-        )
-    cfg = config.model
-    if source is not None:  # its shape, with this run's dropout; a shorter context is cut
-        shape = {name: getattr(source.config.model, name) for name in SHAPE}
-        shape["block_size"] = min(cfg.block_size, shape["block_size"])
-        cfg = dataclasses.replace(cfg, **shape)
+    config, batch_note = fit_batch(config, n_devices, {"batch_size"} if steps else given)
+    cfg = config.model if source is None else model_of_source(config, source, given)
     primary = jax.process_index() == 0
     console = TrainConsole(config.max_iters, quiet=not primary)
+    if batch_note:
+        console.note(batch_note)
     with show_bytes(console.console) as progress:
         dataset = load_dataset(
             config.dataset,
@@ -264,16 +270,22 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         )
     stop_signals = cli.catch_stop_signals()  # until here there is nothing to save
     tokenizer = dataset.tokenizer
-    given = dataclasses.replace(
+    if "vocab_size" in given and cfg.vocab_size != tokenizer.n_vocab:
+        raise UsageError(
+            f"--vocab_size={cfg.vocab_size}: the tokenizer has {tokenizer.n_vocab} tokens, which "
+            "decides; leave the flag out"
+        )
+    as_given = dataclasses.replace(
         config, model=dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
     )
     if source is not None:  # whose tokenizer counts, also when this run is resumed
-        given = dataclasses.replace(given, tokenizer="auto")
+        as_given = dataclasses.replace(as_given, tokenizer="auto")
     if steps and (run_dir / "config.json").is_file():
         # What it was started from: a replay may have to start there again.
-        given = dataclasses.replace(given, init_from=load_config(run_dir / "config.json").init_from)
-    cfg = model.resolve(given.model)
-    config = dataclasses.replace(given, model=cfg)
+        started = load_config(run_dir / "config.json")
+        as_given = dataclasses.replace(as_given, init_from=started.init_from)
+    cfg = model.resolve(as_given.model)
+    config = dataclasses.replace(as_given, model=cfg)
     record = make_record(config, cfg, [*dataset.train, *dataset.val], tokenizer)
 
     # ---- State: shapes first, then arrays where they belong --------------------------------------
@@ -332,13 +344,13 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         )
     if primary:
         with files.replacing(run_dir / "config.json") as settings:
-            settings.write(to_json(given).encode())
+            settings.write(to_json(as_given).encode())
         save_tokenizer(tokenizer, run_dir)
         if resume_step is None:
             metrics_file.write_text("")
             (run_dir / "samples.txt").write_text("")
         else:
-            metrics.drop_metrics_from(metrics_file, resume_step)
+            metrics.drop_metrics_from(metrics_file, resume_step, console.note)
     if resume_step is not None:
         newer_steps = [step for step in checkpoint.steps(run_dir) if step > resume_step]
         sharding.all_agree(True)  # before one process renames them, all have looked
@@ -482,11 +494,8 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                 text = write_sample(config, cfg, params, tokenizer, stop_signals)
                 text = f"---- sample after {step} steps ----\n{text}\n----"
                 console.note(text)
-                with (
-                    unless_disk_fails(console.note),
-                    (run_dir / "samples.txt").open("a", encoding="utf-8") as file,
-                ):
-                    file.write(text + "\n")
+                with unless_disk_fails(console.note):
+                    files.append_line(run_dir / "samples.txt", text)
             stop = stop or (alone and bool(stop_signals))  # perhaps one came meanwhile
             if step != saved_step and (stop or (step and due(step, config.checkpoint_interval))):
                 meta = {

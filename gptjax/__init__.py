@@ -8,6 +8,8 @@ import sys
 
 __version__ = "0.1.0"
 
+if sys.platform == "win32":  # which has neither fcntl nor fork
+    sys.exit("error: gptjax needs Linux; on Windows run it inside WSL2 (wsl --install)")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
 

@@ -1,9 +1,10 @@
 """The command line: argv into a config, refusals into one line with an exit code."""
 
 import contextlib
+import dataclasses
 import difflib
+import errno
 import io
-import logging
 import os
 import re
 import signal
@@ -11,16 +12,17 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import tyro
 
+from gptjax import nanogpt_flags, output
 from gptjax.config import flatten
 from gptjax.errors import REFUSALS, OutOfMemoryError, OutputError, UsageError
-from gptjax.files import cache_dir
+from gptjax.files import ELSEWHERE, cache_dir
 
 T = TypeVar("T")
 
@@ -38,6 +40,8 @@ def parse(
     for i, token in enumerate(argv):
         name = token.partition("=")[0].lstrip("-").replace("-", "_")
         if token.startswith("--") and name not in known and name not in ("", "help"):
+            if name in nanogpt_flags.FLAGS:
+                raise UsageError(f"{token}: {nanogpt_flags.FLAGS[name]}")
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
             raise UsageError(f"unknown flag --{name}: {hint}")
@@ -47,7 +51,7 @@ def parse(
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(
+            config = tyro.cli(
                 config_class,
                 args=argv,
                 default=default,
@@ -60,16 +64,41 @@ def parse(
         if exit.code:
             raise UsageError(first_paragraph(messages.getvalue())) from None
         raise
+    return expand_paths(config, given_flags(argv))
 
 
-def peek(argv: list[str], flag: str) -> str | None:
-    """What a flag says, before anything is checked; None if it is not there."""
-    value = None
+# Flags that may hold the path of a file or folder.
+PATHS = {"out_dir", "dataset", "init_from", "tokenizer_dir", "compile_cache", "replay"}
+PATHS |= {"val_dataset", "tokenizer", "against", "data"}
+
+
+def expand_paths(config: T, given: Mapping[str, str]) -> T:
+    """Return the config with the user's home folder for `~` in its paths.
+
+    Raises:
+        UsageError: an empty path was given where there must be one.
+    """
+    changes: dict[str, str] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if field.name not in PATHS or not isinstance(value, str):
+            continue
+        if not value and field.name in given and field.default:
+            raise UsageError(f"--{field.name}= is empty: give a value, or leave the flag out")
+        if value.startswith("~"):
+            changes[field.name] = str(Path(value).expanduser())
+    return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
+
+
+def given_flags(argv: list[str]) -> dict[str, str]:
+    """Return what each flag says, the last of a kind, before anything is checked."""
+    found: dict[str, str] = {}
     for i, token in enumerate(argv):
-        name, equals, rest = token.partition("=")
-        if name.startswith("--") and name[2:].replace("-", "_") == flag:
-            value = rest if equals else "".join(argv[i + 1 : i + 2])
-    return value
+        name, equals, value = token.partition("=")
+        if name.startswith("--"):
+            following = "".join(argv[i + 1 : i + 2])
+            found[name[2:].replace("-", "_")] = value if equals else following
+    return found
 
 
 def first_paragraph(box: str) -> str:
@@ -87,36 +116,73 @@ def first_paragraph(box: str) -> str:
 def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a script's main; a refusal becomes `error: ...` on stderr and its exit code."""
     debug = any(token in argv for token in ("--debug", "--debug=True"))
-    if not debug:  # orbax explains itself at length, and its threads what is raised here anyway
-        for name in ("absl", "orbax", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        threading.excepthook = lambda args: None
+    output.prepare_streams()
+    if not debug:
+        output.show_warnings_briefly()
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
     except REFUSALS as error:
         code, text = error.exit_code, str(error)
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.let_go(sys.stdout)
         return 141
     except OSError as error:  # the disk, mostly
         code, text = 74, str(error)
+        output.flush_or_let_go(sys.stdout)  # else Python would fail once more, at its end
     except MemoryError:
         code, text = OutOfMemoryError.exit_code, "out of memory"
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
-    if debug:
-        traceback.print_exc()
-    line = " ".join(text.split())  # which may quote a file: nothing in it commands a terminal
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    except (RuntimeError, AssertionError):
+        problem = backend_problem()
+        if problem is None:
+            raise
+        code, text = UsageError.exit_code, problem
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        if debug:
+            traceback.print_exc()
+        print(f"error: {output.one_line(text)}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():  # the orderly end would wait for the other processes
-        sys.stdout.flush()
+        output.flush_or_let_go(sys.stdout)
         os._exit(code)
     return code
 
 
+# ---- The devices that JAX was told to take ------------------------------------------------------
+
+
+def backend_problem() -> str | None:
+    """Return why JAX has no device to compute on and what to do about it, None if it has one."""
+    try:
+        jax.devices()
+        return None
+    except (RuntimeError, AssertionError) as error:  # an AssertionError: cuda without its plugin
+        said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+    names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+    asked = "".join(f"{name}={os.environ[name]}: " for name in names if os.environ.get(name))
+    first = "unset it, or take cpu" if asked else "set JAX_PLATFORMS=cpu to compute on the CPU"
+    return (
+        f"{asked}JAX finds no such device ({said or 'its plugin is not installed'}); {first}; for "
+        "an NVIDIA GPU pip install 'jax[cuda13]'; gptjax doctor tells more"
+    )
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+# Ctrl-C, and what ends a session or announces a batch system's limit.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a run to end, those left out that are ignored (as by nohup)."""
+    known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def catch_stop_signals() -> list[int]:
-    """From now on SIGINT and SIGTERM only add their number to the list that this returns.
+    """From now on signals that ask to stop only add their number to the list that this returns.
 
     A second SIGINT ends the process at once, with exit code 130, whatever it is doing: Python's own
     handlers would wait until XLA has compiled, so a thread watches for it.
@@ -124,7 +190,7 @@ def catch_stop_signals() -> list[int]:
     received: list[int] = []
     read, write = os.pipe()
     os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)  # gets the number of every signal
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # gets the number of every signal
 
     def watch() -> None:
         interrupts = 0
@@ -132,12 +198,14 @@ def catch_stop_signals() -> list[int]:
             interrupts += numbers.count(signal.SIGINT)
             if interrupts >= 2:
                 show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a bar hides it
-                os.write(2, f"{show_cursor}error: interrupted twice, nothing was saved\n".encode())
+                text = f"{show_cursor}error: interrupted twice, nothing was saved\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, text.encode())
                 os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    for number in stop_signals():
+        signal.signal(number, lambda number, frame: received.append(number))
     return received
 
 
@@ -147,11 +215,29 @@ def signal_name(number: int) -> str:
 
 
 def use_compile_cache(folder: str) -> None:
-    """Keep compiled programs in this folder; "auto" is the user's cache, "off" keeps none."""
+    """Keep compiled programs in this folder; "auto" is the user's cache, "off" keeps none.
+
+    Raises:
+        OutputError: a folder that was named cannot be written to.
+    """
     if folder == "off":
         return
-    path = cache_dir() / "xla" if folder == "auto" else Path(folder)
-    jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
+    try:
+        path = (cache_dir() / "xla" if folder == "auto" else Path(folder)).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = str(error) if isinstance(error, OutputError) else error.strerror
+        if folder != "auto":
+            raise OutputError(f"--compile_cache={folder}: cannot be written: {reason}") from error
+        print(
+            f"warning: compiled programs are not kept ({reason}); {ELSEWHERE}, or pass "
+            "--compile_cache=FOLDER",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

@@ -29,6 +29,15 @@ def printable(text: str) -> str:
     )
 
 
+def bar_signs(encoding: str) -> tuple[str, str]:
+    """Return what a bar is drawn with, done and left, on a terminal of this encoding."""
+    try:
+        "━".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return "=", "-"
+    return "━", "━"
+
+
 @contextlib.contextmanager
 def show_bytes(console: Console) -> Iterator[ReportProgress]:
     """A function (what, done, total) that shows a download or a tokenisation while it goes on."""
@@ -144,8 +153,9 @@ class TrainConsole:
         status = "  ".join(shown)
         room = max(0, min(30, width - len(status) - 1))
         full = room * step // max(1, self.total)
+        done, left = bar_signs(self.console.encoding)
         return Text.assemble(
-            counter, ("━" * full, "green"), ("━" * (room - full), "dim"), " ", status
+            counter, (done * full, "green"), (left * (room - full), "dim"), " ", status
         )
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ def find_cluster(config: TrainConfig, environment: Mapping[str, str]) -> Cluster
     which JAX reads itself.
 
     Raises:
-        UsageError: only a part of it is given.
+        UsageError: only a part of it is given, or torchrun started this process.
     """
     if config.distributed == "off":
         return None
@@ -51,6 +51,11 @@ def find_cluster(config: TrainConfig, environment: Mapping[str, str]) -> Cluster
                 "give all three, HOST:PORT of process 0, their count and this one's number from 0"
             )
         return Cluster(address, int(count), int(index))
+    if environment.get("TORCHELASTIC_RUN_ID"):
+        raise UsageError(
+            "started by torchrun: start `python train.py` once on each host instead, JAX takes all "
+            "GPUs of a host by itself"
+        )
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("OMPI_COMM_WORLD_SIZE", "1")
     return Cluster(None, None, None) if tasks not in ("0", "1") else None
 

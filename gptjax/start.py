@@ -1,10 +1,12 @@
 """Where a run begins: its own newest step, another model's parameters, or nothing."""
 
+import dataclasses
+from collections.abc import Container
 from pathlib import Path
 
 from gptjax import checkpoint
 from gptjax.bad_steps import BadStep
-from gptjax.config import TrainConfig
+from gptjax.config import GPTConfig, TrainConfig
 from gptjax.convert import SourceConfig, load_start
 from gptjax.errors import CheckpointError, UsageError
 from gptjax.run_folder import Run
@@ -45,6 +47,34 @@ def find_source(config: TrainConfig) -> Run | None:
     if config.init_from in ("scratch", "auto"):
         return None
     return load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
+
+
+# What a model is made of: it comes with the parameters, whatever the preset says.
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
+
+
+def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> GPTConfig:
+    """Return the source's model with this run's dropout and machine settings, and a context no
+    longer than asked for.
+
+    Raises:
+        UsageError: a flag that was given asks for another model or tokenizer than the source's.
+    """
+    shape = {name: getattr(source.config.model, name) for name in SHAPE}
+    where = f"the model that --init_from={config.init_from} names"
+    for name, theirs in shape.items():
+        ours = getattr(config.model, name)
+        fits = ours <= theirs if name == "block_size" else ours == theirs
+        if name in given and not fits:
+            most = "at most " if name == "block_size" else ""
+            raise UsageError(f"--{name}={ours}: {where} has {most}{theirs}; leave the flag out")
+    kind = source.tokenizer.kind
+    if "tokenizer" in given and config.tokenizer not in ("auto", kind):
+        raise UsageError(
+            f"--tokenizer={config.tokenizer}: {where} has its own ({kind}); leave the flag out"
+        )
+    shape["block_size"] = min(config.model.block_size, shape["block_size"])
+    return dataclasses.replace(config.model, **shape)
 
 
 def choose_tokenizer(

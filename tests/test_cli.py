@@ -15,6 +15,7 @@ import pytest
 import sample
 import train
 from gptjax import cli
+from gptjax.commands.doctor import plugins
 from gptjax.config import (
     GPTConfig,
     SampleConfig,
@@ -25,6 +26,8 @@ from gptjax.config import (
 )
 from gptjax.errors import REFUSALS, UsageError
 from gptjax.presets import PRESETS
+
+from .conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -283,11 +286,44 @@ def test_json_has_no_nan(run_dir: Path) -> None:
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
 
 
-def test_peek_sees_the_last_of_a_flag_however_it_is_written() -> None:
-    assert cli.peek(["--seed=1"], "out_dir") is None
-    assert cli.peek(["--out-dir", "a", "--seed=1"], "out_dir") == "a"
-    assert cli.peek(["--out_dir=a", "--out-dir=b=c"], "out_dir") == "b=c"
-    assert cli.peek(["--out_dir"], "out_dir") == ""
+def test_given_flags_are_the_last_of_each_however_they_are_written() -> None:
+    assert cli.given_flags(["--seed=1"]) == {"seed": "1"}
+    assert cli.given_flags(["--out-dir", "a", "--seed=1"]) == {"out_dir": "a", "seed": "1"}
+    assert cli.given_flags(["--out_dir=a", "--out-dir=b=c"]) == {"out_dir": "b=c"}
+    assert cli.given_flags(["--out_dir"]) == {"out_dir": ""}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("JAX_PLATFORMS=cuda", "JAX_PLATFORMS=cuda: "),
+        ("JAX_PLATFORMS=no_such", "JAX_PLATFORMS=no_such: "),
+        ("JAX_PLATFORM_NAME=gpu", "JAX_PLATFORM_NAME=gpu: "),
+    ],
+)
+def test_a_platform_that_is_not_here_is_one_line(
+    variables: str, said: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    if jax.devices()[0].platform != "cpu" or plugins():
+        pytest.skip("there is a GPU or TPU; run it on a machine without: pytest -k platform")
+    name, value = variables.split("=")
+    environment = {**environment, "JAX_PLATFORMS": "", name: value}
+    argv = ["--init_from=scratch", "--max_new_tokens=1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {said}JAX finds no such device") and "gptjax doctor" in line
+
+
+def test_windows_is_told_what_to_use() -> None:
+    code = "import sys; sys.platform = 'win32'; import gptjax"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "WSL2" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_second_interrupt_is_at_once_and_the_second_sigterm_is_none() -> None:

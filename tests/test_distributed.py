@@ -52,3 +52,8 @@ def test_who_belongs_together(
 def test_a_part_of_it_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="give all three"):
         find_cluster(TrainConfig(**{**FLAGS, **changes}), {})
+
+
+def test_torchrun_is_told_how_to_start() -> None:
+    with pytest.raises(UsageError, match="started by torchrun"):
+        find_cluster(TrainConfig(), {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4"})

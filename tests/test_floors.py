@@ -12,7 +12,7 @@ from .conftest import ROOT
 FLOORS = [
     {"errors"},
     {"config", "tokenizer", "attention", "kv_cache", "functions", "loss", "sharding", "files"}
-    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults"},
+    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults", "step_files", "nanogpt_flags"},
     {
         "presets",
         "model",
@@ -25,10 +25,10 @@ FLOORS = [
         "checkpoint",
         "metrics",
     }
-    | {"gpt2_tensors"},
+    | {"gpt2_tensors", "output", "adapt"},
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
-    {"cli", "console", "convert", "verify"},
+    {"cli", "console", "convert", "verify", "run_checks"},
     {"start", "replay"},
     {"train", "sample", "convert_gpt2", "commands.doctor", "commands.evaluate"},
     {"__main__"},
@@ -36,7 +36,7 @@ FLOORS = [
 ONLY = {
     "flax": {"model"},
     "optax": {"optimizer", "training"},
-    "orbax": {"checkpoint", "saving"},
+    "orbax": {"checkpoint", "saving", "step_files"},
     "tyro": {"cli"},
     "rich": {"console"},
     "matplotlib": {"metrics"},

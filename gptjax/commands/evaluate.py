@@ -75,7 +75,8 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         config.stride,
         f"{config.task} has no windows; leave it out",
     )
-    return Path(run_dir), config
+    require(bool(config.data), "data", config.data, "name the task's file")
+    return Path(run_dir).expanduser(), config
 
 
 def make_settings(config: Config, block_size: int) -> Settings:

@@ -1,0 +1,216 @@
+"""Defaults make room for what was given; what was given is honoured or refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from gptjax import adapt, cli, start
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.errors import UsageError
+from gptjax.presets import PRESETS
+from gptjax.run_folder import Run
+from gptjax.tokenizer import ByteTokenizer
+
+
+def parse(tmp_path: Path, *argv: str) -> TrainConfig:
+    return train.parse([*argv, f"--out_dir={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("steps", [0, 1, 50])
+def test_a_short_run_of_any_preset(preset: str, steps: int, tmp_path: Path) -> None:
+    config = parse(tmp_path, preset, f"--max_iters={steps}")
+    assert config.max_iters == steps and config.warmup_iters <= steps // 10
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_low_rate_in_any_preset(preset: str, tmp_path: Path) -> None:
+    config = parse(tmp_path, preset, "--learning_rate=1e-5")
+    assert config.learning_rate == 1e-5 and config.min_lr == pytest.approx(1e-6)
+
+
+def test_what_fits_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(tmp_path, "--max_iters=100", "--learning_rate=2e-3", "--n_embd=192")
+    assert (config.warmup_iters, config.min_lr, config.model.n_head) == (100, 1.5e-4, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_heads_and_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(tmp_path, "--n_embd=128", "--lr_decay_iters=40")
+    assert (config.model.n_embd, config.model.n_head) == (128, 2)
+    assert config.warmup_iters == 4
+    said = capsys.readouterr().err
+    assert "n_head is 2" in said and "warmup_iters is 4" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--max_iters=50", "--warmup_iters=60"], "--warmup_iters=60"),
+        (["--warmup_iters=2000"], "--warmup_iters=2000"),
+        (["--learning_rate=1e-4", "--min_lr=2e-4"], "--min_lr=0.0002"),
+        (["--min_lr=1"], "--min_lr=1.0"),
+        (["--n_embd=128", "--n_head=3"], "--n_head=3"),
+        (["--n_head=5"], "--n_head=5"),
+        (["--max_iters=-1"], "--max_iters=-1"),
+        (["--learning_rate=-1"], "--learning_rate=-1"),
+        (["--learning_rate=nan"], "--learning_rate=nan"),
+        (["--max_iters=some"], "--max_iters"),
+        (["--n_embd=0"], "--n_embd=0"),
+    ],
+)
+def test_what_was_given_is_refused(argv: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(tmp_path, *argv)
+
+
+# ---- The batch and the devices
+
+
+def batch(config: TrainConfig, devices: int, *fixed: str) -> tuple[int, int, bool]:
+    config, note = adapt.fit_batch(config, devices, fixed)
+    return config.batch_size, config.gradient_accumulation_steps, note is not None
+
+
+def test_every_preset_starts_on_any_number_of_devices() -> None:
+    finetune = PRESETS["finetune_gpt2"]
+    assert batch(finetune, 1) == (1, 32, False)
+    assert batch(finetune, 2) == (2, 16, True)
+    assert batch(finetune, 8) == (8, 4, True)
+    assert batch(finetune, 3) == (3, 32, True)  # 32 windows a step cannot be shared by 3
+    assert batch(PRESETS["quickstart"], 16) == (16, 1, True)
+    assert batch(finetune, 2, "gradient_accumulation_steps") == (2, 32, True)
+    for preset in PRESETS.values():
+        for devices in (1, 2, 3, 4, 6, 8, 64):
+            size, passes, _ = batch(preset, devices)
+            assert size % devices == 0 and size * passes >= preset.batch_size
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "choices"), [(12, 8, "take 8 or 16"), (3, 8, "take 8"), (17, 4, "16 or 20")]
+)
+def test_a_batch_that_was_given_is_refused_with_its_neighbours(
+    size: int, devices: int, choices: str
+) -> None:
+    config = TrainConfig(batch_size=size)
+    with pytest.raises(UsageError, match=f"{choices}$"):
+        adapt.fit_batch(config, devices, {"batch_size"})
+
+
+# ---- Another model's parameters
+
+
+SOURCE = Run(
+    TrainConfig(model=GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)),
+    ByteTokenizer(),
+    {},
+    0,
+)
+
+
+def combine(*given: str, **changes: Any) -> GPTConfig:
+    tokenizer = changes.pop("tokenizer", "auto")
+    model = dataclasses.replace(GPTConfig(vocab_size=256, dropout=0.1), **changes)
+    config = TrainConfig(model=model, tokenizer=tokenizer, init_from="out/other")
+    return start.model_of_source(config, SOURCE, given or set(changes))
+
+
+def test_a_source_brings_its_model() -> None:
+    expected = dataclasses.replace(SOURCE.config.model, dropout=0.1)
+    assert combine("dropout") == expected
+    assert combine(block_size=8) == dataclasses.replace(expected, block_size=8)
+    assert combine(block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True) == expected
+    assert combine("tokenizer", tokenizer="byte") == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"block_size": 17}, {"n_layer": 3}, {"n_head": 1}, {"n_embd": 36}, {"bias": False}),
+        *({"vocab_size": 257}, {"vocab_multiple": 1}, {"tokenizer": "char"}),
+    ],
+    ids=str,
+)
+def test_a_flag_that_a_source_cannot_honour_is_refused(changes: dict[str, Any]) -> None:
+    (name, value) = next(iter(changes.items()))
+    with pytest.raises(UsageError, match=f"--{name}={value}: .*--init_from=out/other"):
+        combine(name, **changes)
+
+
+def test_a_vocabulary_that_no_tokenizer_has_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--dataset={folder}/corpus.txt", f"--out_dir={tmp_path}/out", "--block_size=8"]
+    assert cli.run(train.main, [*argv, "--vocab_size=99", "--compile_cache=off"]) == 2
+    assert "--vocab_size=99: the tokenizer has" in capsys.readouterr().err
+
+
+# ---- Words of nanoGPT
+
+
+@pytest.mark.parametrize(
+    ("argv", "instead"),
+    [
+        (["--device=cpu"], "JAX_PLATFORMS=cpu"),
+        (["--device", "cuda"], "JAX_PLATFORMS"),
+        (["--compile=False"], "leave the flag out"),
+        (["--eval_only=True"], "--max_iters=0"),
+        (["--decay_lr=False"], "--schedule=constant"),
+        (["--wandb_log=True"], "metrics.jsonl"),
+        (["--wandb-project=x"], "metrics.jsonl"),
+        (["--backend=nccl"], "leave the flag out"),
+        (["--always_save_checkpoint=True"], "--checkpoint_interval"),
+        (["--dtype=float16"], "bfloat16"),
+        (
+            ["config/train_shakespeare_char.py", "--compile=False"],
+            "python train.py shakespeare_char",
+        ),
+        (["--seed=1", "config/train_gpt2.py"], "python train.py gpt2"),
+        (["config/mine.py"], "presets.py"),
+    ],
+)
+def test_what_people_type_who_know_nanogpt(argv: list[str], instead: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(tmp_path, *argv)
+    assert instead in str(error.value)
+
+
+def test_a_text_may_be_a_python_file(tmp_path: Path) -> None:
+    assert parse(tmp_path, "--dataset", "model.py").dataset == "model.py"
+
+
+def test_the_named_commands_exist(tmp_path: Path) -> None:
+    from gptjax.nanogpt_flags import CONFIGS
+
+    for command in CONFIGS.values():
+        python, script, *argv = command.split()
+        assert (python, script) == ("python", "train.py")
+        parse(tmp_path, *argv)
+
+
+# ---- Paths
+
+
+def test_every_path_knows_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps(dataclasses.asdict(TrainConfig(seed=7)))
+    )
+    names = ("out_dir", "dataset", "tokenizer_dir", "init_from", "compile_cache", "replay")
+    config = train.parse([f"--{name}=~/{name}" for name in names])
+    for name in names:
+        assert getattr(config, name) == f"{tmp_path}/{name}"
+    resumed = train.parse(["--out_dir", "~/run", "--init_from=resume"])
+    assert (resumed.seed, resumed.out_dir) == (7, f"{tmp_path}/run")
+
+
+@pytest.mark.parametrize("name", ["out_dir", "dataset", "init_from", "compile_cache"])
+@pytest.mark.parametrize("argv", ["--{}=", "--{} ''"])
+def test_an_empty_path_is_refused(name: str, argv: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}"):
+        train.parse(argv.format(name).replace("''", "").split(" "))
