@@ -361,6 +361,8 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         f"{device}; {dataset.name}: {sum(map(len, dataset.train)):,} + "
         f"{sum(map(len, dataset.val)):,} {tokenizer.kind} tokens; {tokens_per_step:,} per step"
     )
+    if peak is None and jax.default_backend() != "cpu":
+        console.note(f"mfu is left out: the peak of {device} in {cfg.dtype} is not known")
 
     # ---- The loop: step n's metrics are fetched after step n+1 was dispatched --------------------
     last_step = min(config.max_iters, config.stop_step or config.max_iters)
@@ -406,7 +408,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                 rate, norm = float(rates[max(0, step - skipped)]), float(now["grad_norm"])
                 with unless_disk_fails(console.note):
                     written = recorder.write(step, rate, norm, skipped)
-                    fields.update(metrics.describe(written, peak is not None))
+                    fields.update(metrics.describe(written))
             console.update(step + 1, fields, log=log)
             if now["in_a_row"] >= config.max_skips:
                 saver.settle()
