@@ -11,8 +11,8 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.files import replacing
 
-# Device -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation, from the makers' data
-# sheets. The name is a whole one: an RTX 4070 Ti, or a part (MIG) of an A100, is another device.
+# Device -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation, from the makers'
+# data sheets. A name is a whole one: an RTX 4070 Ti, or a part (MIG) of an A100, is another device.
 PEAK_FLOPS = {
     "H100": 989e12,
     "H100 PCIE": 756e12,
