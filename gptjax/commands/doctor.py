@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from gptjax.attention import ATTENTION, choose_attention
 from gptjax.config import TrainConfig, load_config
 from gptjax.console import printable
 from gptjax.distributed import find_cluster
-from gptjax.errors import UsageError
+from gptjax.errors import UsageError, plural
 from gptjax.files import cache_dir
 from gptjax.tokenizer import read_gpt2_files
 
@@ -83,7 +84,7 @@ def check_threads() -> Finding:
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdecimal() and int(asked) > 0):
         return Finding("warn", f"NPROC={asked} is no count of threads", f"export NPROC={cores}")
-    why = f"NPROC; there are {cores} cores" if asked else "NPROC unset"
+    why = f"NPROC, of {cores} {plural(cores, 'core')}" if asked else "NPROC unset"
     return Finding("ok", f"{asked or cores} ({why}); a CPU run's bits depend on it")
 
 
@@ -110,7 +111,8 @@ def check_cache() -> Finding:
     if nearest != folder:
         return Finding("ok", f"{folder} comes with the first program")
     programs = len(list(folder.glob("*-cache")))
-    return Finding("ok", f"{programs} programs, {folder_bytes(folder) / 1e6:.1f} MB in {folder}")
+    text = f"{programs} {plural(programs, 'program')}, {folder_bytes(folder) / 1e6:.1f} MB"
+    return Finding("ok", f"{text} in {folder}")
 
 
 def check_tpu() -> Finding:
@@ -208,10 +210,11 @@ def check_launcher() -> Finding:
     else:
         listed = itertools.takewhile(lambda gpu: gpu not in ("", "-1"), visible.split(","))
         name, value, promised = "CUDA_VISIBLE_DEVICES", visible, len(list(listed))
+    found = f"{gpus} {plural(gpus, 'GPU')}"
     if promised != gpus:
-        return Finding("warn", f"{name}={value}, but JAX has {gpus} GPUs", "nvidia-smi -L")
+        return Finding("warn", f"{name}={value}, but JAX has {found}", "nvidia-smi -L")
     processes = "alone" if cluster is None else "as one of several processes"
-    return Finding("ok", f"train.py runs {processes}, {gpus} GPUs here; no variable says otherwise")
+    return Finding("ok", f"train.py runs {processes}, {found} here; no variable says otherwise")
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -220,9 +223,10 @@ def check_launcher() -> Finding:
 def check_folder(run_dir: Path) -> Finding:
     """Whether the run folder can be written to, and which steps it holds."""
     if not run_dir.is_dir():
-        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {run_dir}")
+        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {quote(str(run_dir))}")
     if reason := why_not_writable(run_dir):
-        return Finding("FAIL", f"cannot write to {run_dir}: {reason}", f"chmod u+rwx {run_dir}")
+        remedy = f"chmod u+rwx {quote(str(run_dir))}"
+        return Finding("FAIL", f"cannot write to {run_dir}: {reason}", remedy)
     saved = ", ".join(map(str, checkpoint.steps(run_dir))) or "none yet"
     return Finding("ok", f"{run_dir} can be written to; steps: {saved}")
 
@@ -238,7 +242,8 @@ def check_disk(folder: Path) -> Finding:
         needed = count * folder_bytes(checkpoint.folder(folder) / str(saved[-1]))
         what = f"{count} checkpoints take"
     text = f"{free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB"
-    return Finding("ok", text) if free >= needed else Finding("warn", text, f"du -sh {folder}/*")
+    remedy = f"du -sh {quote(str(folder))}/*"
+    return Finding("ok", text) if free >= needed else Finding("warn", text, remedy)
 
 
 def check_lock(run_dir: Path) -> Finding:
