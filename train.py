@@ -47,13 +47,14 @@ from gptjax.errors import (
     OutOfMemoryError,
     PeerError,
     UsageError,
+    plural,
 )
 from gptjax.optimizer import make_optimizer, make_schedule
 from gptjax.presets import PRESETS
 from gptjax.replay import replay
 from gptjax.resume import ONCE, check_record, make_record
 from gptjax.resume_check import resume_check
-from gptjax.start import choose_tokenizer, find_start
+from gptjax.start import choose_tokenizer, find_start, name_settings
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
@@ -222,6 +223,7 @@ def main(argv: list[str]) -> int:
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
+        stack.enter_context(name_settings(config, argv))
         return train(config, run_dir)
 
 
@@ -412,8 +414,9 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             console.update(step + 1, fields, log=log)
             if now["in_a_row"] >= config.max_skips:
                 saver.settle()
+                n = int(now["in_a_row"])
                 raise NonFiniteError(
-                    f"the last {now['in_a_row']} steps up to {step} had to be skipped, their loss "
+                    f"the last {n} {plural(n, 'step')} up to {step} had to be skipped, their loss "
                     f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
                     f"look at one by --replay; the last good checkpoint is step {saver.last}"
                 )
@@ -437,7 +440,9 @@ def train(config: TrainConfig, run_dir: Path) -> int:
                 ],
                 windows=read_batches(config, dataset.train, step, 1, whole=True)[0],
             )
-            text += f"; python train.py --out_dir={run_dir} --replay={path} runs it again"
+            allowed = [f"--allow_change={config.allow_change}"] * bool(config.allow_change)
+            flags = [f"--out_dir={run_dir}", f"--replay={path}", *allowed]
+            text += f"; {cli.command('train.py', *flags)} runs it again"
         console.note(text)
 
     def draw() -> None:
@@ -482,7 +487,7 @@ def train(config: TrainConfig, run_dir: Path) -> int:
             if news and due(step, config.sample_interval) and config.sample_tokens and primary:
                 params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
                 text = write_sample(config, cfg, params, tokenizer, stop_signals)
-                text = f"---- sample after {step} steps ----\n{text}\n----"
+                text = f"---- sample after {step} {plural(step, 'step')} ----\n{text}\n----"
                 console.note(text)
                 with (
                     unless_disk_fails(console.note),
@@ -529,10 +534,11 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         console.note(f"saved step {step}, as --stop_step={step} says; --init_from=resume goes on")
         return 0
     console.note(
-        f"val loss {val_loss:.4f} after {step} steps in {time.monotonic() - began:.1f} s\n"
+        f"val loss {val_loss:.4f} after {step} {plural(step, 'step')} in "
+        f"{time.monotonic() - began:.1f} s\n"
         f"state sha256={training.digest(state)}\n"
         f"{run_dir}: checkpoints, metrics.jsonl, loss.png, samples.txt\n"
-        f"next: python sample.py --out_dir={run_dir}"
+        f"next: {cli.command('sample.py', f'--out_dir={run_dir}')}"
     )
     return 0
 

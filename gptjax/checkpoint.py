@@ -9,6 +9,7 @@ import errno
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import jax
@@ -178,7 +179,7 @@ def require_extra(run_dir: Path, meta: Meta) -> None:
     if not any(path.startswith("extra/") for path in meta["leaves"]):
         raise CheckpointError(
             f"step {meta['step']} has no optimizer state to resume with ({folder(run_dir)}): start "
-            f"a run from it with --init_from={run_dir} and another --out_dir"
+            f"a run from it with {quote(f'--init_from={run_dir}')} and another --out_dir"
         )
 
 
