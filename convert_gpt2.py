@@ -97,11 +97,13 @@ def import_command(name: str, argv: list[str]) -> int:
     run, digests = import_run(name, Path(config.out_dir), config)
     for file, digest in digests.items():
         print(f"sha256 {digest} {file}")
+    out_dir = config.out_dir if config.out_dir[0] != "-" else f"./{config.out_dir}"  # no flag
+    against = [f"--against={name}", *cli.flags(config, SourceConfig())]
     print(
         f"{model.count_params(run.config.model):,} parameters, {run.tokenizer.kind} tokenizer, "
         f"in {time.monotonic() - began:.1f} s\n"
-        f"next: python sample.py --out_dir={config.out_dir}\n"
-        f"  or: python convert_gpt2.py verify {config.out_dir} --against={name}"
+        f"next: {cli.command('sample.py', f'--out_dir={config.out_dir}')}\n"
+        f"  or: {cli.command(PROG, 'verify', out_dir, *against)}"
     )
     return 0
 

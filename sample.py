@@ -13,7 +13,7 @@ from gptjax import cli, model, sampling
 from gptjax.config import DType, GPTConfig, SampleConfig, require_range
 from gptjax.console import printable
 from gptjax.convert import load_start
-from gptjax.errors import UsageError
+from gptjax.errors import DataError, UsageError, plural
 from gptjax.presets import PRESETS
 from gptjax.run_folder import load_run
 from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
@@ -32,8 +32,9 @@ class Config:
     """whose model --init_from=scratch makes"""
     checkpoint: str = "best"
     """best (by validation loss), latest, or a step"""
-    start: tuple[str, ...] = ("\n",)
-    """prompts, one or several; FILE:path reads one from a file; "" starts from nothing"""
+    start: tuple[str, ...] = ()
+    """prompts, one or several; FILE:path reads one from a file; "" starts from nothing; when none
+    is given "\\n", or nothing where the vocabulary has no newline"""
     num_samples: int = 1
     """samples per prompt"""
     max_new_tokens: int = 500
@@ -48,7 +49,8 @@ class Config:
     allow_special: bool = False
     """read <|endoftext|> in a prompt as that token, not as text"""
     interactive: bool = False
-    """ask for prompt after prompt; an empty line or Ctrl-D ends"""
+    """ask for prompt after prompt; Ctrl-C stops the text that is being written; an empty line,
+    Ctrl-D or Ctrl-C at the prompt ends"""
     raw: bool = False
     """print control characters as they are, also on a terminal"""
     dtype: DType = "auto"
@@ -93,6 +95,15 @@ def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[
             raise UsageError(f"cannot read the prompt ({path}): {reason}") from error
     ids = tokenizer.encode(start, allow_special=allow_special).tolist()
     return start, ids or [tokenizer.start_id]
+
+
+def default_start(tokenizer: Tokenizer) -> str:
+    """A newline, or nothing where the vocabulary has none."""
+    try:
+        tokenizer.encode("\n")
+    except DataError:
+        return ""
+    return "\n"
 
 
 class Stream:
@@ -142,11 +153,6 @@ def main(argv: list[str]) -> int:
     cli.use_compile_cache(config.compile_cache)
     cfg, params, tokenizer = load_model(config)
     cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
-    if config.sample.top_k > cfg.vocab_size:
-        raise UsageError(
-            f"--top_k={config.sample.top_k}: the vocabulary has {cfg.vocab_size} tokens; take "
-            "--top_k=0 for all of them"
-        )
     params = model.prepare_for_decoding(cfg, params)
     raw = config.raw or not sys.stdout.isatty()
 
@@ -157,6 +163,14 @@ def main(argv: list[str]) -> int:
     def sample(starts: tuple[str, ...]) -> None:
         """Print the samples of these prompts: a single one as it comes, several one by one."""
         prompts = [read_prompt(start, tokenizer, config.allow_special) for start in starts]
+        for _, ids in prompts:
+            left = len(sampling.cut(ids, cfg.block_size))
+            if left < len(ids):
+                print(
+                    f"note: a prompt has {len(ids)} tokens, the context {cfg.block_size}: only its "
+                    f"last {left} {plural(left, 'token')} will be read",
+                    file=sys.stderr,
+                )
         rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
         streams = [Stream(tokenizer, config) for _ in rows]
         texts = [""] * len(rows)
@@ -190,19 +204,22 @@ def main(argv: list[str]) -> int:
                 write(f"---- {printable(prompt)[:40]!r}, sample {i}\n{prompt}{text}\n")
 
     if not config.interactive:
-        sample(config.start)
+        sample(config.start or (default_start(tokenizer),))
         return 0
     while True:
         try:
             start = input("prompt> ")
-        except EOFError:
-            start = ""
+        except (EOFError, KeyboardInterrupt) as end:
+            write("\n")
+            return 130 if isinstance(end, KeyboardInterrupt) else 0
         if not start:
             return 0
         try:
             sample((start,))
-        except UsageError as error:
+        except (DataError, UsageError) as error:
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # while XLA compiles it comes when that is done
+            write("\n")
 
 
 if __name__ == "__main__":

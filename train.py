@@ -48,6 +48,7 @@ from gptjax.errors import (
     OutOfMemoryError,
     PeerError,
     UsageError,
+    plural,
 )
 from gptjax.nanogpt_flags import config_file_problem
 from gptjax.optimizer import make_optimizer, make_schedule
@@ -56,7 +57,7 @@ from gptjax.presets import PRESETS
 from gptjax.replay import replay
 from gptjax.resume import ONCE, check_record, make_record
 from gptjax.resume_check import resume_check
-from gptjax.start import choose_tokenizer, find_start, model_of_source
+from gptjax.start import choose_tokenizer, find_start, model_of_source, name_settings
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
@@ -232,7 +233,9 @@ def main(argv: list[str]) -> int:
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
-        return train(config, run_dir, cli.given_flags(argv))
+        given = cli.given_flags(argv)
+        stack.enter_context(name_settings(config, given))
+        return train(config, run_dir, given)
 
 
 def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
@@ -373,6 +376,8 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         f"{device}; {dataset.name}: {sum(map(len, dataset.train)):,} + "
         f"{sum(map(len, dataset.val)):,} {tokenizer.kind} tokens; {tokens_per_step:,} per step"
     )
+    if peak is None and jax.default_backend() != "cpu":
+        console.note(f"mfu is left out: the peak of {device} in {cfg.dtype} is not known")
 
     # ---- The loop: step n's metrics are fetched after step n+1 was dispatched --------------------
     last_step = min(config.max_iters, config.stop_step or config.max_iters)
@@ -418,12 +423,13 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
                 rate, norm = float(rates[max(0, step - skipped)]), float(now["grad_norm"])
                 with unless_disk_fails(console.note):
                     written = recorder.write(step, rate, norm, skipped)
-                    fields.update(metrics.describe(written, peak is not None))
+                    fields.update(metrics.describe(written))
             console.update(step + 1, fields, log=log)
             if now["in_a_row"] >= config.max_skips:
                 saver.settle()
+                n = int(now["in_a_row"])
                 raise NonFiniteError(
-                    f"the last {now['in_a_row']} steps up to {step} had to be skipped, their loss "
+                    f"the last {n} {plural(n, 'step')} up to {step} had to be skipped, their loss "
                     f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
                     f"look at one by --replay; the last good checkpoint is step {saver.last}"
                 )
@@ -447,7 +453,9 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
                 ],
                 windows=read_batches(config, dataset.train, step, 1, whole=True)[0],
             )
-            text += f"; python train.py --out_dir={run_dir} --replay={path} runs it again"
+            allowed = [f"--allow_change={config.allow_change}"] * bool(config.allow_change)
+            flags = [f"--out_dir={run_dir}", f"--replay={path}", *allowed]
+            text += f"; {cli.command('train.py', *flags)} runs it again"
         console.note(text)
 
     def draw() -> None:
@@ -492,7 +500,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
             if news and due(step, config.sample_interval) and config.sample_tokens and primary:
                 params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
                 text = write_sample(config, cfg, params, tokenizer, stop_signals)
-                text = f"---- sample after {step} steps ----\n{text}\n----"
+                text = f"---- sample after {step} {plural(step, 'step')} ----\n{text}\n----"
                 console.note(text)
                 with unless_disk_fails(console.note):
                     files.append_line(run_dir / "samples.txt", text)
@@ -536,10 +544,11 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         console.note(f"saved step {step}, as --stop_step={step} says; --init_from=resume goes on")
         return 0
     console.note(
-        f"val loss {val_loss:.4f} after {step} steps in {time.monotonic() - began:.1f} s\n"
+        f"val loss {val_loss:.4f} after {step} {plural(step, 'step')} in "
+        f"{time.monotonic() - began:.1f} s\n"
         f"state sha256={training.digest(state)}\n"
         f"{run_dir}: checkpoints, metrics.jsonl, loss.png, samples.txt\n"
-        f"next: python sample.py --out_dir={run_dir}"
+        f"next: {cli.command('sample.py', f'--out_dir={run_dir}')}"
     )
     return 0
 

@@ -8,8 +8,10 @@ import contextlib
 import errno
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import jax
@@ -179,7 +181,7 @@ def require_extra(run_dir: Path, meta: Meta) -> None:
     if not any(path.startswith("extra/") for path in meta["leaves"]):
         raise CheckpointError(
             f"step {meta['step']} has no optimizer state to resume with ({folder(run_dir)}): start "
-            f"a run from it with --init_from={run_dir} and another --out_dir"
+            f"a run from it with {quote(f'--init_from={run_dir}')} and another --out_dir"
         )
 
 
@@ -196,8 +198,8 @@ def restore_items(run_dir: Path, step: int, meta: Meta, targets: dict[str, Tree]
     }
     if unmerged_items(folder(run_dir) / str(step)):
         raise NotDamaged(
-            f"{found}: its arrays were written but never merged, as older versions of gptjax did "
-            f"where the folder's name has a sign of *?[; `gptjax doctor {run_dir} --mend` does it"
+            f"{found}: its arrays were written but never merged, as gptjax 0.1 did in folders with a "
+            f"sign of *?[ in their name; merge them: gptjax doctor {shlex.quote(str(run_dir))} --mend"
         )
     if difference := first_shape_difference(targets, expected):
         raise NotDamaged(f"{found}: {difference}; the settings are not those it was saved with")

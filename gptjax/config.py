@@ -23,9 +23,9 @@ def require_range(
     """Require low <= value <= high (value < high if `below`); NaN and infinity never pass."""
     for setting in settings.split():
         value = getattr(config, setting)
-        ok = math.isfinite(value) and low <= value and (value < high if below else value <= high)
-        top = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-        require(ok, setting, value, f"must be at least {low:g}{top}")
+        ok = abs(value) < math.inf and low <= value and (value < high if below else value <= high)
+        top = "" if high == math.inf else f" and {'below' if below else 'at most'} {high}"
+        require(ok, setting, value, f"must be at least {low}{top}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,12 +271,12 @@ class SampleConfig:
     """divide the logits of tokens already seen by this (multiply where negative); 1 = off"""
 
     def __post_init__(self) -> None:
-        require_range(self, "temperature top_k", 0)
+        require_range(self, "top_k", 0)
         require_range(self, "min_p", 0, 1)
-        for name, top in (("top_p", 1.0), ("repetition_penalty", math.inf)):
-            value = getattr(self, name)
-            rule = "must be above 0" + (f" and at most {top:g}" if top < math.inf else "")
-            require(math.isfinite(value) and 0 < value <= top, name, value, rule)
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        # Far beyond what changes a text; further out float32 cannot tell the logits apart.
+        require_range(self, "temperature", 0, 10**6)
+        require_range(self, "repetition_penalty", 1e-6, 10**6)
 
 
 def flatten(config: Any) -> dict[str, Any]:

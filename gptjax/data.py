@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from gptjax.errors import DataError, UsageError
+from gptjax.errors import DataError, UsageError, plural
 from gptjax.files import (
     Progress,
     cache_dir,
@@ -184,10 +184,12 @@ def load_text(
     what, size = f"tokenising {name}", path.stat().st_size
     text.survey(lambda: progress(f"reading {name}", text.done, size))
     if text.replaced:
-        notify(f"{path}: {text.replaced} bytes that are not UTF-8 were replaced by U+FFFD")
+        were = plural(text.replaced, "byte that is not UTF-8 was", "bytes that are not UTF-8 were")
+        notify(f"{path}: {text.replaced} {were} replaced by U+FFFD")
     n_train = int(text.length * TRAIN_FRACTION)
     if n_train in (0, text.length):
-        raise DataError(f"{text.length} characters ({path}): too few for a train and a val split")
+        characters = plural(text.length, "character")
+        raise DataError(f"{text.length} {characters} ({path}): too few for a train and a val split")
     tokenizer = make_tokenizer(kind, tokenizer_dir, auto="char", chars="".join(text.chars))
     require_uint16(tokenizer.n_vocab)
 
@@ -239,10 +241,13 @@ def open_tokens(path: Path, expected: int | None = None, offset: int = 0) -> np.
     """Memmap a file of uint16; DataError if its size is odd or not the expected token count."""
     size = path.stat().st_size
     if size % 2:
-        raise DataError(f"{path} has {size} bytes: not a multiple of 2 (uint16); copy it again")
+        raise DataError(
+            f"{path} has {size} {plural(size, 'byte')}: not a multiple of 2 (uint16); copy it again"
+        )
     found = (size - offset) // 2
     if expected is not None and found != expected:
-        raise DataError(f"{path}: expected {expected:,} tokens, found {found:,}; copy it again")
+        wanted = f"{expected:,} {plural(expected, 'token')}"
+        raise DataError(f"{path}: expected {wanted}, found {found:,}; copy it again")
     if found <= 0:  # which numpy cannot map
         return np.zeros(0, "<u2")
     return np.memmap(path, "<u2", "r", offset=offset)
@@ -276,8 +281,9 @@ def check_split(loaded: Dataset, split: str, block_size: int) -> None:
     shards = getattr(loaded, split)
     longest = max(len(shard) for shard in shards)
     if longest < block_size + 1:
+        tokens = plural(longest, "token")
         raise DataError(
-            f"{longest} tokens in the {split} split ({loaded.name}): --block_size={block_size} "
+            f"{longest} {tokens} in the {split} split ({loaded.name}): --block_size={block_size} "
             f"needs {block_size + 1}; the longest usable is {max(0, longest - 1)}"
         )
     n_vocab, scanned = loaded.tokenizer.n_vocab, 0

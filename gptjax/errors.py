@@ -59,3 +59,8 @@ REFUSALS = (
     CheckpointError,
     NonFiniteError,
 )
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """What stands behind this number in a message: 1 token, 2 tokens; or `many`, where given."""
+    return one if count == 1 else many or f"{one}s"

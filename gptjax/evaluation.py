@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import GPTConfig
-from gptjax.errors import DataError, NonFiniteError
+from gptjax.errors import DataError, NonFiniteError, plural
 from gptjax.loss import token_losses
 from gptjax.model import Params, head, hidden_states
 from gptjax.tokenizer import Tokenizer, check_ids, decode
@@ -166,7 +166,8 @@ def wikitext2(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings
     ids = tokenizer.encode(text)[: settings.limit or None]
     words = len(decode(tokenizer, ids).split())
     if len(ids) < 2 or not words:
-        raise DataError(f"{len(ids)} tokens, {words} words: too short to evaluate; take more text")
+        found = f"{len(ids)} {plural(len(ids), 'token')}, {words} {plural(words, 'word')}"
+        raise DataError(f"{found}: too short to evaluate; take more text")
     windows = cut_windows(ids, settings.context, settings.stride)
     nats = -sum(float(window.logprobs.sum()) for window in score(windows))
     n_bytes = len(tokenizer.decode_bytes(ids))

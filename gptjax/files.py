@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from gptjax.errors import DataError, OutputError
+from gptjax.errors import DataError, OutputError, plural
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
 ELSEWHERE = "set the variable GPTJAX_CACHE to a folder that can be written"
@@ -160,7 +160,7 @@ def download(
                     done += len(chunk)
                     progress(f"downloading {path.name}", done, total)
                 if done < total:
-                    raise Damaged(f"cut short after {done:,} of {total:,} bytes")
+                    raise Damaged(f"cut short after {done:,} of {total:,} {plural(total, 'byte')}")
                 if digest.hexdigest() != sha256:
                     raise Damaged(f"sha256 {digest.hexdigest()}, expected {sha256}")
             return

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.errors import DataError
+from gptjax.errors import DataError, plural
 from gptjax.tokenizer import Tokenizer
 
 Params = dict[str, Any]
@@ -144,7 +144,7 @@ def tensor_problems(source: Source) -> dict[str, str]:
 def refuse(source: Source, problems: list[str]) -> None:
     """DataError with all of the problems, if there are any."""
     if problems:
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        count = f"{len(problems)} {plural(len(problems), 'problem')}"
         if len(problems) > 30:
             problems = [*problems[:30], f"and {len(problems) - 30} more"]
         raise DataError(

@@ -1,6 +1,7 @@
 """What a run measures: utilisation of the device, metrics.jsonl, the picture of the losses."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,34 +12,57 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.files import append_line, replacing
 
-# Part of the device's name -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation,
-# from the makers' data sheets. The first match counts, so longer names stand before shorter ones.
+# Device -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation, from the makers'
+# data sheets. A name is a whole one: an RTX 4070 Ti, or a part (MIG) of an A100, is another device.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H100 PCIE": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "GH200": 989e12,
+    "H800": 989e12,
+    "H800 PCIE": 756e12,
+    "H20": 148e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
     "A100": 312e12,
-    "L40S": 362e12,
+    "A100 PCIE": 312e12,
+    "A800": 312e12,
+    "A800 PCIE": 312e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
     "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
     "T4": 65e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 ADA GENERATION": 364.2e12,
     "RTX 3070": 40.6e12,
     "RTX 3080": 59.5e12,
     "RTX 3090": 71e12,
+    "RTX 3090 TI": 80e12,
     "RTX 4070": 58.3e12,
+    "RTX 4070 TI": 80.2e12,
     "RTX 4080": 97.5e12,
+    "RTX 4080 SUPER": 104.4e12,
     "RTX 4090": 165.2e12,
+    "RTX 5070": 61.7e12,
+    "RTX 5070 TI": 87.9e12,
     "RTX 5080": 112.6e12,
     "RTX 5090": 209.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    "TPU V4": 275e12,
+    "TPU V5 LITE": 197e12,
+    "TPU V5E": 197e12,
+    "TPU V5": 459e12,
+    "TPU V5P": 459e12,
+    "TPU V6 LITE": 918e12,
+    "TPU V6E": 918e12,
 }
+# Words of a name that do not change what a device of the table computes.
+NO_MATTER = {"NVIDIA", "GEFORCE", "TESLA", "SXM4", "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E"}
+NO_MATTER |= {"40GB", "80GB", "120GB", "141GB", "144G", "480GB"}
 
 
 def flops_per_token(cfg: GPTConfig, n_params: int) -> int:
@@ -55,7 +79,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Peak FLOP/s of one device, None where unknown (the table holds half precision only)."""
     if dtype == "float32":
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    words = re.split(r"[\s-]+", device_kind.upper())
+    return PEAK_FLOPS.get(" ".join(word for word in words if word not in NO_MATTER))
 
 
 class Recorder:
@@ -108,9 +133,10 @@ class Recorder:
             "skipped": skipped,
             "learning_rate": learning_rate,
             "tokens_per_second": None if pace is None else round(pace),
-            "mfu": None if not (pace and self.peak) else pace * self.flops_per_token / self.peak,
             "seconds": round(time.monotonic() - self.began, 2),
         }
+        if self.peak is not None:
+            record["mfu"] = None if pace is None else pace * self.flops_per_token / self.peak
         self.losses, self.timed, self.elapsed = [], 0, 0.0
         if self.path is not None:
             append_metrics(self.path, record)
@@ -122,15 +148,15 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
     append_line(path, json.dumps(record))
 
 
-def describe(record: dict[str, Any], known_device: bool) -> dict[str, str]:
+def describe(record: dict[str, Any]) -> dict[str, str]:
     """A record for people, the important things first."""
-    pace, mfu = record["tokens_per_second"], record["mfu"]
-    return {
+    pace, mfu = record["tokens_per_second"], record.get("mfu")
+    shown = {
         "loss": "-" if record["loss"] is None else f"{record['loss']:.4f}",
         "lr": f"{record['learning_rate']:.2e}",
         "tok/s": "-" if pace is None else f"{pace:,}",
-        "mfu": "unknown device" if not known_device else "-" if mfu is None else f"{mfu:.1%}",
     }
+    return shown | ({"mfu": "-" if mfu is None else f"{mfu:.1%}"} if "mfu" in record else {})
 
 
 def read_metrics(

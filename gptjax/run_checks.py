@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 from gptjax import checkpoint, saving, step_files
@@ -25,9 +26,10 @@ class Finding(NamedTuple):
 def check_folder(run_dir: Path) -> Finding:
     """Whether the run folder can be written to, and which steps it holds."""
     if not run_dir.is_dir():
-        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {run_dir}")
+        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {quote(str(run_dir))}")
     if reason := why_not_writable(run_dir):
-        return Finding("FAIL", f"cannot write to {run_dir}: {reason}", f"chmod u+rwx {run_dir}")
+        remedy = f"chmod u+rwx {quote(str(run_dir))}"
+        return Finding("FAIL", f"cannot write to {run_dir}: {reason}", remedy)
     saved = ", ".join(map(str, checkpoint.steps(run_dir))) or "none yet"
     return Finding("ok", f"{run_dir} can be written to; steps: {saved}")
 
@@ -43,14 +45,15 @@ def check_disk(folder: Path) -> Finding:
         needed = count * folder_bytes(checkpoint.folder(folder) / str(saved[-1]))
         what = f"{count} checkpoints take"
     text = f"{free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB"
-    return Finding("ok", text) if free >= needed else Finding("warn", text, f"du -sh {folder}/*")
+    remedy = f"du -sh {quote(str(folder))}/*"
+    return Finding("ok", text) if free >= needed else Finding("warn", text, remedy)
 
 
 def check_steps(run_dir: Path) -> Finding:
     """Whether every saved step can be restored, as far as can be told without its numbers."""
     if waiting := [path.name for path in unmerged_steps(run_dir)]:
         text = f"never merged, so that nothing can be read: {', '.join(waiting)}"
-        return Finding("FAIL", text, f"gptjax doctor {run_dir} --mend")
+        return Finding("FAIL", text, f"gptjax doctor {quote(str(run_dir))} --mend")
     saved = checkpoint.steps(run_dir)
     for step in saved:
         try:

@@ -8,6 +8,7 @@ does so on its own, so what it says does not depend on its neighbours.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from gptjax.kv_cache import KVCache
 from gptjax.model import Params, head, hidden_states, make_cache
 
 CHUNK = 16  # tokens per call into JAX: few enough to stream, enough to make the call's cost small
+SMALLEST = float(np.finfo(np.float32).tiny)  # what float32 can divide by
 
 
 # ---- Logits filters: logits_BV -> logits_BV, with -inf for what must not be drawn ----------------
@@ -45,14 +47,14 @@ def keep_top_p(logits_BV: Array, p: float) -> Array:
     sorted_BV = -jnp.sort(-logits_BV)
     probability_BV = jax.nn.softmax(sorted_BV)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    last_B1 = jnp.sum(before_BV < p, axis=-1, keepdims=True) - 1
+    last_B1 = jnp.sum(before_BV[:, 1:] < p, axis=-1, keepdims=True)  # p may be 0 in float32
     threshold_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
 def keep_min_p(logits_BV: Array, p: float) -> Array:
     """Tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
-    threshold_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(p)
+    threshold_B1 = logits_BV.max(axis=-1, keepdims=True) + math.log(p)  # of p in float64
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
@@ -62,9 +64,10 @@ def sample_token(
     """One token per row (B,): penalty, temperature, top-k, top-p, min-p, then a draw."""
     if seen_BV is not None:
         logits_BV = penalize_repetition(logits_BV, seen_BV, how.repetition_penalty)
-    if how.temperature == 0:
+    if how.temperature < SMALLEST:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / how.temperature
+    # The likeliest is 0 whatever the temperature: the others may become -inf, it cannot overflow.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / how.temperature
     if how.top_k:
         logits_BV = keep_top_k(logits_BV, how.top_k)
     if how.top_p < 1:

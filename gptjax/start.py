@@ -1,7 +1,8 @@
 """Where a run begins: its own newest step, another model's parameters, or nothing."""
 
+import contextlib
 import dataclasses
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from gptjax import checkpoint
@@ -40,6 +41,23 @@ def find_start(
             "another --out_dir to start anew"
         )
     return [], find_source(config)
+
+
+@contextlib.contextmanager
+def name_settings(config: TrainConfig, given: Container[str]) -> Iterator[None]:
+    """Where a run goes on, say of a refused setting that no flag gave that config.json has it."""
+    settings = Path(config.out_dir) / "config.json"
+    goes_on = settings.is_file() and (config.init_from in ("resume", "auto") or config.replay)
+    try:
+        yield
+    except UsageError as error:
+        flag = str(error).partition("=")[0]
+        if not goes_on or not flag.startswith("--") or flag[2:] in given:
+            raise
+        raise UsageError(
+            f"{error} ({flag} comes from {settings}; if it is a path, it counts from where the run "
+            f"was started: go there, or pass {flag} again)"
+        ) from error
 
 
 def find_source(config: TrainConfig) -> Run | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.errors import DataError
+from gptjax.errors import DataError, plural
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER, TRAILER = 48, 5  # bytes: the table's end; a block's compression type and checksum
@@ -131,7 +131,8 @@ def read_block(table: bytes, start: int, size: int) -> list[tuple[bytes, bytes]]
     n_restarts = int.from_bytes(block[-4:], "little")
     end = size - 4 - 4 * n_restarts
     if end < 0 or not n_restarts:
-        raise Damaged(f"the block at byte {start} has {n_restarts} restarts in {size} bytes")
+        counts = f"{n_restarts} {plural(n_restarts, 'restart')} in {size} {plural(size, 'byte')}"
+        raise Damaged(f"the block at byte {start} has {counts}")
     restarts = np.frombuffer(block[end:-4], "<u4").tolist()
     entries, at = block[:end], 0
     key, pairs, whole = b"", [], {0}
@@ -141,7 +142,9 @@ def read_block(table: bytes, start: int, size: int) -> list[tuple[bytes, bytes]]
         n_new, at = read_varint(entries, at)
         n_value, at = read_varint(entries, at)
         if n_shared > len(key):
-            raise Damaged(f"a key shares {n_shared} bytes with one of {len(key)}")
+            raise Damaged(
+                f"a key shares {n_shared} {plural(n_shared, 'byte')} with one of {len(key)}"
+            )
         if not n_shared:
             whole.add(begin)
         new, at = read_bytes(entries, at, n_new)
@@ -167,7 +170,8 @@ def read_entry(message: bytes, prefix: Path, n_shards: int) -> TensorEntry:
     if len(shape) > MAX_DIMS or not all(0 < dim < 2**63 for dim in shape):
         raise Damaged(f"its shape is {shape}")
     if math.prod(shape) * dtype.itemsize != size:
-        raise Damaged(f"{size} bytes are not what {dtype} of shape {shape} takes")
+        are = plural(size, "byte is", "bytes are")
+        raise Damaged(f"{size} {are} not what {dtype} of shape {shape} takes")
     if shard >= n_shards:
         raise Damaged(f"it is in shard {shard} of {n_shards}")
     path = Path(f"{prefix}.data-{shard:05d}-of-{n_shards:05d}")
@@ -220,7 +224,8 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 def read_bytes(data: bytes, at: int, size: int) -> tuple[bytes, int]:
     """The next `size` bytes, then where they end."""
     if at + size > len(data):
-        raise Damaged(f"{size} bytes are said to follow, but only {max(0, len(data) - at)} do")
+        are, left = plural(size, "byte is", "bytes are"), max(0, len(data) - at)
+        raise Damaged(f"{size} {are} said to follow, but only {left} {plural(left, 'does', 'do')}")
     return data[at : at + size], at + size
 
 

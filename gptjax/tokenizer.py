@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import tiktoken
 
-from gptjax.errors import DataError, UsageError
+from gptjax.errors import DataError, UsageError, plural
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = ("encoder.json", "vocab.json", "tokenizer.json")  # OpenAI's, Hugging Face's
@@ -55,7 +55,8 @@ def check_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
     ids = [int(i) for i in ids]
     for position, i in enumerate(ids):
         if not 0 <= i < n_vocab:
-            raise DataError(f"id {i} at {position} is not in the vocabulary ({n_vocab} tokens)")
+            size = f"{n_vocab} {plural(n_vocab, 'token')}"
+            raise DataError(f"id {i} at {position} is not in the vocabulary ({size})")
     return ids
 
 
@@ -93,9 +94,10 @@ class CharTokenizer:
         unknown = np.flatnonzero(self.codes[ids] != codes)
         if unknown.size:
             at = int(unknown[0])
+            size = f"{self.n_vocab} {plural(self.n_vocab, 'char')}"
             raise DataError(
                 f"character {text[at]!r} (U+{ord(text[at]):04X}) at {at} is not in the vocabulary "
-                f"({self.n_vocab} chars); leave it out, or train with --tokenizer=byte or gpt2"
+                f"({size}); leave it out, or train with --tokenizer=byte or gpt2"
             )
         return ids.astype(np.int32)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import gptjax  # noqa: F401
@@ -18,7 +20,7 @@ import gptjax  # noqa: F401
 import jax
 import pytest
 
-from gptjax import model
+from gptjax import cli, model
 from gptjax.config import GPTConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -47,6 +49,18 @@ def own_caches(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJAX_CACHE", str(cache / "gptjax"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache / "tiktoken"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there: no network
+
+
+@pytest.fixture
+def restore_process() -> Iterator[None]:
+    """The scripts set signal handlers and jax's cache for their own process."""
+    handlers = {number: signal.getsignal(number) for number in cli.stop_signals()}
+    compiled = jax.config.jax_compilation_cache_dir
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    jax.config.update("jax_compilation_cache_dir", compiled)
 
 
 def tiny(**changes: object) -> GPTConfig:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import sample
@@ -29,17 +30,7 @@ from gptjax.presets import PRESETS
 
 from .conftest import ROOT
 
-
-@pytest.fixture(autouse=True)
-def restore_process() -> Iterator[None]:
-    """The scripts set signal handlers and jax's cache for their own process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    compiled = jax.config.jax_compilation_cache_dir
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    jax.config.update("jax_compilation_cache_dir", compiled)
+pytestmark = pytest.mark.usefixtures("restore_process")
 
 
 def refuse(script: object, argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -80,6 +71,7 @@ TRAIN_MISTAKES = [
     (["--dataset=nowhere.txt"], 2, "no such name, file, folder or glob"),
     (["--dataset=tinyshakespeare"], 65, "tinyshakespeare is not to be had"),
     (["--dataset={tmp}/empty.txt"], 65, "0 characters"),
+    (["--dataset={tmp}/one.txt"], 65, "1 character ("),
     (["--dataset={tmp}/latin.txt"], 65, "latin.txt is not UTF-8 at byte 3 (0xe9)"),
     (["--dataset={tmp}/short.txt"], 65, "the longest usable is"),
     (["--dataset={tmp}/odd", "--tokenizer=byte"], 65, "train.bin has 5 bytes"),
@@ -96,6 +88,7 @@ def test_train_refuses(
     argv: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("a")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 99)
     (tmp_path / "short.txt").write_text("to be or not to be")
     (tmp_path / "odd").mkdir()
@@ -133,7 +126,6 @@ SAMPLE_MISTAKES = [
     (["--temperature=nan"], 2, "--temperature=nan"),
     (["--temperature=inf"], 2, "--temperature=inf"),
     (["--top_k=-1"], 2, "--top_k=-1: must be at least 0"),
-    (["--top_k=1000"], 2, "--top_k=1000: the vocabulary has"),
     (["--top_p=0"], 2, "--top_p=0.0: must be above 0 and at most 1"),
     (["--top_p=1.5"], 2, "--top_p=1.5: must be above 0 and at most 1"),
     (["--min_p=2"], 2, "--min_p=2.0"),
@@ -207,16 +199,76 @@ def test_scratch_speaks_gibberish(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(say(["--init_from=scratch", "--max_new_tokens=9"], capsys)) > 3
 
 
+def talk(prompts: list[object], run_dir: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """The exit code of an interactive session; an exception among the prompts is raised."""
+    said = iter(prompts)
+
+    def answer(_: str) -> object:
+        prompt = next(said)
+        if isinstance(prompt, BaseException):
+            raise prompt
+        return prompt
+
+    monkeypatch.setattr("builtins.input", answer)
+    argv = (f"--out_dir={run_dir}", "--interactive", "--max_new_tokens=3", *argv)
+    code = cli.run(sample.main, list(argv))
+    assert next(said, None) is None
+    return code
+
+
 def test_interactive_answers_prompt_after_prompt(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = iter(["to", "or not", "to\u00e9", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(prompts))
-    cli.run(sample.main, [f"--out_dir={run_dir}", "--interactive", "--max_new_tokens=3"])
+    assert talk(["to", "to\u00e9", "or not", ""], run_dir, monkeypatch) == 0
     out, err = capsys.readouterr()
     assert next(line[:6] for line in out.splitlines()).startswith("to")
     assert "or not" in out
     assert err.startswith("error: character 'é'")
+
+
+def test_ctrl_c_stops_the_text_and_at_the_prompt_the_session(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(*args: object, **kwargs: object) -> Iterator[np.ndarray]:
+        yield np.full((1, 1), 5)
+        signal.raise_signal(signal.SIGINT)  # as a terminal sends it
+        yield np.full((1, 1), 5)
+
+    generate = sample.sampling.generate
+    kinds = iter([interrupted, generate, interrupted, generate])
+    monkeypatch.setattr(sample.sampling, "generate", lambda *args, **kw: next(kinds)(*args, **kw))
+    assert talk(["to", "or not", "be", "that", EOFError()], run_dir, monkeypatch) == 0
+    written = capsys.readouterr().out.split("\n")
+    assert [len(line) for line in written[:2]] == [len("to") + 1, len("or not") + 3]
+    assert any(line.startswith("that") for line in written)
+    assert talk([KeyboardInterrupt()], run_dir, monkeypatch) == 130
+    assert capsys.readouterr() == ("\n", "")
+
+
+def test_a_long_prompt_says_that_it_is_cut(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--out_dir={run_dir}", "--max_new_tokens=1", "--start"]
+    for starts, said in (
+        (["question"], []),  # as long as the context
+        (["question" * 3, "to", "is the question"], [24, 15]),
+    ):
+        assert cli.run(sample.main, [*argv, *starts]) == 0
+        expected = [
+            f"note: a prompt has {n} tokens, the context 8: only its last 4 tokens will be read"
+            for n in said
+        ]
+        assert capsys.readouterr().err.splitlines() == expected
+
+
+def test_top_k_above_the_vocabulary_keeps_all(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--out_dir={run_dir}", "--max_new_tokens=9", "--start=to"]
+    texts = {say([*common, f"--top_k={k}"], capsys) for k in (0, 2**40)}
+    assert len(texts) == 1
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

@@ -398,7 +398,7 @@ MISTAKES = [
     ("evaluate bytes --task=wikitext2 --data=latin.txt", 65, "latin.txt is not UTF-8 at byte 3"),
     ("evaluate bytes --task=wikitext2 --data=empty.txt", 65, "empty.txt: 0 tokens, 0 words: too"),
     ("evaluate bytes --task=wikitext2 --data=blank.txt", 65, "4 tokens, 0 words: too short"),
-    ("evaluate bytes --task=wikitext2 --data=wiki.txt --limit=1", 65, "1 tokens, 1 words: too"),
+    ("evaluate bytes --task=wikitext2 --data=wiki.txt --limit=1", 65, "1 token, 1 word: too"),
     ("evaluate bytes --task=lambada --data=empty.txt", 65, "no rows: one JSON object per line"),
     ("evaluate bytes --task=lambada --data=broken.jsonl", 65, "broken.jsonl: line 3 is not JSON"),
     ("evaluate bytes --task=lambada --data=deep.jsonl", 65, "line 1 is not JSON"),

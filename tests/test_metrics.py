@@ -23,22 +23,68 @@ def test_flops_of_gpt2_small() -> None:
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H800", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GH200 480GB", 989e12),
         ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("A100-SXM4-40GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L400", None),
         ("Tesla T4", 65e12),
+        ("NVIDIA T400", None),
+        ("NVIDIA T400 4GB", None),
+        ("Quadro T400", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("Quadro RTX 6000", None),
+        ("NVIDIA GeForce RTX 3080", 59.5e12),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3080 with Max-Q Design", None),
+        ("NVIDIA GeForce RTX 4070", 58.3e12),
+        ("NVIDIA GeForce RTX 4070 Ti", 80.2e12),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.4e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA A100-SXM-64GB", None),  # one supercomputer's, with more multiprocessors
+        ("GRID A100-10C", None),
         ("TPU v4", 275e12),
+        ("TPU v4 lite", None),
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
         ("cpu", None),
+        ("", None),
         ("NVIDIA Z900", None),
     ],
 )
 def test_peaks(kind: str, peak: float | None) -> None:
+    """Whole words count: a variant has a peak of its own, or none that is known."""
     assert metrics.peak_flops(kind, "bfloat16") == peak
     assert metrics.peak_flops(kind, "float32") is None
+
+
+def test_mfu_is_shown_where_the_peak_is_known() -> None:
+    shown = []
+    for peak in (None, 56.0):
+        recorder = metrics.Recorder(None, tokens_per_step=7, flops_per_token=2.0, peak=peak)
+        recorder.add(1.0)
+        record = recorder.write(0, 0.1, 1.0)
+        shown.append(("mfu" in record, metrics.describe(record).get("mfu")))
+        shown.append(("mfu" in record, metrics.describe(record | {"mfu": 0.414}).get("mfu")))
+    assert shown == [(False, None), (False, "41.4%"), (True, "-"), (True, "41.4%")]
 
 
 def test_pace_of_steps_that_arrive_together(monkeypatch: pytest.MonkeyPatch) -> None:

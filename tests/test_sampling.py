@@ -9,7 +9,7 @@ import pytest
 
 from gptjax import model, sampling
 from gptjax.config import GPTConfig, SampleConfig
-from gptjax.errors import NonFiniteError
+from gptjax.errors import NonFiniteError, UsageError
 
 from .conftest import scaled_params, tiny
 
@@ -125,6 +125,9 @@ def support(logits_BV: jax.Array) -> list[set[int]]:
         (sampling.keep_top_k(LOGITS, 3), {1, 2, 3}),
         (sampling.keep_top_k(LOGITS, 99), {0, 1, 2, 3, 4}),
         (sampling.keep_top_p(LOGITS, 1e-6), {1}),
+        (sampling.keep_top_p(LOGITS, 1e-45), {1}),
+        (sampling.keep_top_p(LOGITS, 5e-324), {1}),
+        (sampling.keep_top_p(LOGITS, 1 - 1e-12), {0, 1, 2, 3, 4}),
         (sampling.keep_top_p(LOGITS, 0.39), {1}),
         (sampling.keep_top_p(LOGITS, 0.41), {1, 2}),
         (sampling.keep_top_p(LOGITS, 0.86), {1, 2, 3, 4}),
@@ -140,6 +143,7 @@ def test_support(filtered: jax.Array, left: set[int]) -> None:
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     logits = jnp.array([[2.0, -2.0, 2.0]])
+    assert support(sampling.keep_min_p(SPREAD * 9, 1e-300)) == [{1, 2, 3}, {0, 1, 2, 3}]
     seen = jnp.array([[True, True, False]])
     assert sampling.penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0]]
     how = SampleConfig(temperature=0, repetition_penalty=1e6)
@@ -155,3 +159,49 @@ def test_draws_have_the_models_probabilities() -> None:
     assert ok
     cold = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=0.1)))
     assert (cold == 1).mean() > 0.98
+
+
+SPREAD = jnp.array([[-90.0, 99.0, 99.00001, 40.0, -jnp.inf], [3e-5, 2e-5, 1e-5, 0.0, -jnp.inf]])
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 1e-45}])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 1e-38, 1.2e-38, 1e-37, 1e-30, 1e-8])
+def test_the_coldest_is_greedy(temperature: float, filters: dict[str, float]) -> None:
+    """Also where the temperature is 0 in float32, or logits divided by it are infinite."""
+    how = SampleConfig(temperature=temperature, **filters)  # type: ignore[arg-type]
+    draw = jax.jit(sampling.sample_token, static_argnums=3)
+    drawn = [draw(SPREAD, jax.random.split(jax.random.key(i)), None, how) for i in range(3)]
+    assert np.array(drawn).tolist() == [[2, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "worst"),
+    [
+        *[("temperature", value) for value in (1e7, 1e30, 1e38, 1e39, 1e308)],
+        *[("repetition_penalty", value) for value in (5e-324, 1e-45, 1e-38, 1e-7, 1e7, 1e39)],
+        *[("top_p", value) for value in (0.0, -1e-45, float("nan"), 1 + 1e-12)],
+        *[("min_p", value) for value in (-5e-324, float("nan"), 1 + 1e-12)],
+    ],
+)
+def test_what_float32_cannot_compute_is_refused(setting: str, worst: float) -> None:
+    with pytest.raises(UsageError, match=f"--{setting}=.*: must be "):
+        SampleConfig(**{setting: worst})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_hottest_is_uniform_and_penalties_keep_their_order(penalty: float) -> None:
+    """At the ends of what is allowed."""
+    keys = jax.random.split(jax.random.key(0), 4000)
+    logits = jnp.broadcast_to(SPREAD[0], (4000, 5))
+    hot = SampleConfig(temperature=1e6)
+    drawn = np.bincount(np.asarray(sampling.sample_token(logits, keys, None, hot)), minlength=5)
+    assert drawn[4] == 0 and drawn[:4].min() > 900
+    for filters, only in (({"top_k": 1}, 2), ({"min_p": 1.0}, 2), ({"top_p": 1e-45}, 2)):
+        how = dataclasses.replace(hot, **filters)  # type: ignore[arg-type]
+        assert set(sampling.sample_token(logits[:99], keys[:99], None, how).tolist()) == {only}
+    assert support(sampling.keep_min_p(SPREAD * 9, 1e-300)) == [{1, 2, 3}, {0, 1, 2, 3}]
+    seen = jnp.array([[True, True, False, False, True]])
+    greedy = SampleConfig(temperature=0, repetition_penalty=penalty)
+    assert sampling.sample_token(SPREAD[:1], keys[:1], seen, greedy).tolist() == [
+        1 if penalty < 1 else 2
+    ]

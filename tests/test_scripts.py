@@ -32,7 +32,7 @@ def test_a_run_leaves_what_it_promises(folder: Path, whole: str) -> None:
     assert (out / "samples.txt").read_text().count("---- sample after") == 3
     assert f"val loss {val[40]:.4f} after 40 steps" in whole
     assert f"python sample.py --out_dir={out}" in whole
-    assert "mfu unknown device" in whole
+    assert "mfu" not in whole and not any("mfu" in r for r in records)  # a CPU has no known peak
 
 
 def test_stopped_and_resumed_is_undisturbed(

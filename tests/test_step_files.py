@@ -89,7 +89,7 @@ def test_doctor_mends_it(unmerged: Path, name: str, capsys: pytest.CaptureFixtur
     folder = checkpoint.folder(unmerged)
     (folder / "10").rename(folder / name)
     finding = run_checks.check_steps(unmerged)
-    assert finding.status == "FAIL" and finding.remedy == f"gptjax doctor {unmerged} --mend"
+    assert finding.status == "FAIL" and finding.remedy == f"gptjax doctor '{unmerged}' --mend"
     assert cli.run(doctor.main, ["--mend"]) == 2
     cli.run(doctor.main, [str(unmerged), "--mend", "--json"])
     assert run_checks.check_steps(unmerged).status == "ok"

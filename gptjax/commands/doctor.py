@@ -25,7 +25,7 @@ from gptjax.attention import ATTENTION, choose_attention
 from gptjax.config import TrainConfig
 from gptjax.console import printable
 from gptjax.distributed import find_cluster
-from gptjax.errors import UsageError
+from gptjax.errors import UsageError, plural
 from gptjax.files import cache_dir
 from gptjax.run_checks import (
     Finding,
@@ -84,7 +84,7 @@ def check_threads() -> Finding:
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdecimal() and int(asked) > 0):
         return Finding("warn", f"NPROC={asked} is no count of threads", f"export NPROC={cores}")
-    why = f"NPROC; there are {cores} cores" if asked else "NPROC unset"
+    why = f"NPROC, of {cores} {plural(cores, 'core')}" if asked else "NPROC unset"
     return Finding("ok", f"{asked or cores} ({why}); a CPU run's bits depend on it")
 
 
@@ -111,7 +111,8 @@ def check_cache() -> Finding:
     if nearest != folder:
         return Finding("ok", f"{folder} comes with the first program")
     programs = len(list(folder.glob("*-cache")))
-    return Finding("ok", f"{programs} programs, {folder_bytes(folder) / 1e6:.1f} MB in {folder}")
+    text = f"{programs} {plural(programs, 'program')}, {folder_bytes(folder) / 1e6:.1f} MB"
+    return Finding("ok", f"{text} in {folder}")
 
 
 def check_tpu() -> Finding:
@@ -210,10 +211,11 @@ def check_launcher() -> Finding:
     else:
         listed = itertools.takewhile(lambda gpu: gpu not in ("", "-1"), visible.split(","))
         name, value, promised = "CUDA_VISIBLE_DEVICES", visible, len(list(listed))
+    found = f"{gpus} {plural(gpus, 'GPU')}"
     if promised != gpus:
-        return Finding("warn", f"{name}={value}, but JAX has {gpus} GPUs", "nvidia-smi -L")
+        return Finding("warn", f"{name}={value}, but JAX has {found}", "nvidia-smi -L")
     processes = "alone" if cluster is None else "as one of several processes"
-    return Finding("ok", f"train.py runs {processes}, {gpus} GPUs here; no variable says otherwise")
+    return Finding("ok", f"train.py runs {processes}, {found} here; no variable says otherwise")
 
 
 # ---- What they look with -------------------------------------------------------------------------
