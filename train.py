@@ -56,7 +56,10 @@ from gptjax.resume_check import resume_check
 from gptjax.start import choose_tokenizer, find_start
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
+SHAPE = (
+    *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
+    "activation",
+)
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
 
 
