@@ -24,15 +24,9 @@ from gptjax.convert import (
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_tensors import read_params
 from gptjax.presets import PRESETS
+from gptjax.reference import load_reference, write_random_model
 from gptjax.run_folder import load_run
-from gptjax.verify import (
-    Check,
-    check_sizes,
-    first_difference,
-    load_reference,
-    verify,
-    write_random_model,
-)
+from gptjax.verify import Check, check_sizes, first_difference, verify
 
 PROG = "convert_gpt2.py"
 USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN
@@ -94,14 +88,15 @@ def import_command(name: str, argv: list[str]) -> int:
     )
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to make")
     began = time.monotonic()
-    run, digests = import_run(name, Path(config.out_dir), config)
+    run, digests = import_run(name, Path(config.out_dir), config, print)
     for file, digest in digests.items():
         print(f"sha256 {digest} {file}")
+    activation = f" --activation={config.activation}" if config.activation != "auto" else ""
     print(
         f"{model.count_params(run.config.model):,} parameters, {run.tokenizer.kind} tokenizer, "
         f"in {time.monotonic() - began:.1f} s\n"
         f"next: python sample.py --out_dir={config.out_dir}\n"
-        f"  or: python convert_gpt2.py verify {config.out_dir} --against={name}"
+        f"  or: python convert_gpt2.py verify {config.out_dir} --against={name}{activation}"
     )
     return 0
 
@@ -128,6 +123,8 @@ def verify_command(name: str, argv: list[str]) -> int:
         size = config.size.replace("-", "_")  # as Hugging Face writes them
         require(size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
         cfg = dataclasses.replace(sizes[size], bias=True)
+        if config.activation != "auto":
+            cfg = dataclasses.replace(cfg, activation=config.activation)
         with tempfile.TemporaryDirectory() as folder:
             write_random_model(cfg, Path(folder))
             source, _ = open_weights(folder, config)
