@@ -252,7 +252,33 @@ def test_the_self_test_passes(flag: str, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr()
     assert said.err == ""
     assert "75 of 75 comparisons hold" in said.out
-    assert max(map(len, said.out.splitlines())) <= 100
+    assert len(said.out.splitlines()) == 8  # a header, a line for each group, and the sum
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_the_report_is_short_and_fits_80_columns(
+    verbose: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 XL's longest names, with one failure among them."""
+    xl = dataclasses.replace(CFG, n_layer=48)
+    checks = [Check("activation", "h.47.attn", (2, 64, 1600), 1.2e-13, 1e-5)]
+    checks += [
+        Check(group, name, (1600, 4800), 1.2e-13, 1e-5, path)
+        for group in ("tensor", "gradient")
+        for name, path in verify.our_paths(xl).items()
+    ]
+    checks += [Check("tokens", "greedy continuation", (20,), 0, 0)]
+    wrong = "h.47.attn.c_attn.weight", "h/attn/c_attn/kernel[47]"
+    checks += [Check("gradient", wrong[0], (1600, 4800), math.nan, 1.2e-13, wrong[1])]
+    convert_gpt2.show(checks, verbose)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split()[:4] == ["tensors", "580", "of", "580"]
+    assert [line.split() for line in lines if line.endswith("NO")] == [
+        [*wrong, "nan", "1.2e-13", "NO"]
+    ]
+    assert len(lines) == (len(checks) + 15 if verbose else 10)
+    assert lines[-1] == f"{len(checks) - 1} of {len(checks)} comparisons hold"
 
 
 @pytest.mark.slow
