@@ -98,8 +98,8 @@ def with_activation(source: Source, activation: Literal["auto", Activation]) -> 
         not source.is_hf or activation == source.cfg.activation,
         "activation",
         activation,
-        f"config.json ({source.where}) says {source.cfg.activation}; leave the flag away, or "
-        "correct activation_function there",
+        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag away, or "
+        "set activation_function there",
     )
     cfg = dataclasses.replace(source.cfg, activation=activation)
     return source._replace(cfg=cfg, assumed="")

@@ -157,7 +157,7 @@ def test_nanogpts_activation_is_said_and_kept(
     assert "take --to=hf" in capsys.readouterr().err
     assert not (tmp_path / "llmc").exists()
     assert convert.load_source(f"{tmp_path}/hf").config.model.activation == "gelu"
-    with pytest.raises(UsageError, match=r"--activation=gelu_tanh: config\.json .* says gelu;"):
+    with pytest.raises(UsageError, match=r"--activation=gelu_tanh: config\.json .* means gelu;"):
         convert.load_source(f"{tmp_path}/hf", SourceConfig(activation="gelu_tanh"))
     llmc = SourceConfig(tokenizer="byte", activation="gelu")
     convert.export_run(tmp_path / "old", "llmc", tmp_path / "llmc")
