@@ -24,15 +24,9 @@ from gptjax.convert import (
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_tensors import read_params
 from gptjax.presets import PRESETS
+from gptjax.reference import load_reference, write_random_model
 from gptjax.run_folder import load_run
-from gptjax.verify import (
-    Check,
-    check_sizes,
-    first_difference,
-    load_reference,
-    verify,
-    write_random_model,
-)
+from gptjax.verify import Check, check_sizes, first_difference, verify
 
 PROG = "convert_gpt2.py"
 USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN
@@ -81,8 +75,10 @@ class VerifyConfig(SourceConfig):
     """compare on random weights, which needs neither a run nor the network"""
     size: str = "gpt2"
     """of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl"""
+    verbose: bool = False
+    """every comparison, not only those that fail"""
     json: bool = False
-    """the report as JSON"""
+    """the report as JSON, with every comparison"""
     debug: bool = False
     """show a traceback where an error would be one line"""
 
@@ -94,7 +90,7 @@ def import_command(name: str, argv: list[str]) -> int:
     )
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to make")
     began = time.monotonic()
-    run, digests = import_run(name, Path(config.out_dir), config)
+    run, digests = import_run(name, Path(config.out_dir), config, print)
     for file, digest in digests.items():
         print(f"sha256 {digest} {file}")
     out_dir = config.out_dir if config.out_dir[0] != "-" else f"./{config.out_dir}"  # no flag
@@ -130,6 +126,8 @@ def verify_command(name: str, argv: list[str]) -> int:
         size = config.size.replace("-", "_")  # as Hugging Face writes them
         require(size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
         cfg = dataclasses.replace(sizes[size], bias=True)
+        if config.activation != "auto":
+            cfg = dataclasses.replace(cfg, activation=config.activation)
         with tempfile.TemporaryDirectory() as folder:
             write_random_model(cfg, Path(folder))
             source, _ = open_weights(folder, config)
@@ -151,7 +149,7 @@ def verify_command(name: str, argv: list[str]) -> int:
         where = None if first is None else f"{first.group} {first.name}"
         print(json.dumps({"ok": first is None, "first_difference": where, "checks": report}))
     else:
-        show(checks)
+        show(checks, config.verbose)
     if first is not None:
         raise DataError(
             f"{name} is not the model it is compared with: they part at {first.group} "
@@ -160,23 +158,35 @@ def verify_command(name: str, argv: list[str]) -> int:
     return 0
 
 
-def show(checks: list[Check]) -> None:
-    """Print the report for people."""
-    rows = [
-        [
-            c.group,
-            f"{c.name} = {c.ours}" if c.ours else c.name,
-            str(c.shape),
-            f"{c.difference:.2g}",
-            f"{c.allowed:.2g}",
-            "ok" if c.ok else "NO",
+def show(checks: list[Check], verbose: bool) -> None:
+    """Print the report for people: a line for each group, then what fails, or everything.
+
+    A group's numbers are those of its first failure, or of what comes nearest to being one.
+    """
+    groups: dict[str, list[Check]] = {}
+    for check in checks:
+        groups.setdefault(check.group.removesuffix("s") + "s", []).append(check)
+    rows = []
+    for group, members in groups.items():
+        at = first_difference(members) or max(
+            members, key=lambda c: c.difference / (c.allowed or 1)
+        )
+        count = f"{sum(check.ok for check in members)} of {len(members)}"
+        rows.append([group, count, f"{at.difference:.2g}", f"{at.allowed:.2g}", at.name])
+    failed = [first_difference(members) is not None for members in groups.values()]
+    print_table(["what", "hold", "difference", "allowed", "at"], rows, failed)
+    for group, members in groups.items():
+        shown = [check for check in members if verbose or not check.ok]
+        rows = [
+            [c.name, c.ours, f"{c.difference:.2g}", f"{c.allowed:.2g}", "ok" if c.ok else "NO"]
+            for c in shown
         ]
-        for c in checks
-    ]
-    header = ["what", "name", "shape", "difference", "allowed", ""]
-    print_table(header, rows, [not check.ok for check in checks])
-    good = sum(check.ok for check in checks)
-    print(f"{good} of {len(checks)} comparisons hold")
+        if rows:
+            print()
+            header = [group, "in gptjax" if any(c.ours for c in shown) else ""]
+            failed = [not check.ok for check in shown]
+            print_table([*header, "difference", "allowed", ""], rows, failed)
+    print(f"\n{sum(check.ok for check in checks)} of {len(checks)} comparisons hold")
 
 
 COMMANDS = {"import": import_command, "export": export_command, "verify": verify_command}

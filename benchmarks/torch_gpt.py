@@ -18,6 +18,7 @@ class Block(nn.Module):
         super().__init__()
         D = cfg.n_embd
         self.n_head = cfg.n_head
+        self.approximate = "tanh" if cfg.activation == "gelu_tanh" else "none"
         self.ln_1 = nn.LayerNorm(D, bias=cfg.bias)
         self.c_attn = nn.Linear(D, 3 * D, bias=cfg.bias)
         self.attn_proj = nn.Linear(D, D, bias=cfg.bias)
@@ -32,7 +33,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, D))
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+        x_F = F.gelu(self.c_fc(self.ln_2(x)), approximate=self.approximate)
+        return x + self.mlp_proj(x_F)
 
 
 class TorchGPT(nn.Module):

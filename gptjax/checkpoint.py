@@ -198,8 +198,8 @@ def restore_items(run_dir: Path, step: int, meta: Meta, targets: dict[str, Tree]
     }
     if unmerged_items(folder(run_dir) / str(step)):
         raise NotDamaged(
-            f"{found}: its arrays were never merged, as gptjax 0.1 left them in a folder with a sign "
-            f"of *?[ in its name; merge them: gptjax doctor {shlex.quote(str(run_dir))} --mend"
+            f"{found}: its arrays were never merged, as gptjax 0.1 left them in a folder with *?[ "
+            f"in its name; merge them: gptjax doctor {shlex.quote(str(run_dir))} --mend"
         )
     if difference := first_shape_difference(targets, expected):
         raise NotDamaged(f"{found}: {difference}; the settings are not those it was saved with")

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from gptjax.errors import UsageError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Activation = Literal["gelu_tanh", "gelu"]
 
 
 def require(ok: bool, setting: str, value: object, rule: str) -> None:
@@ -46,6 +47,8 @@ class GPTConfig:
     """the embedding gets rows up to a multiple of this, which matrix units like; 1 = none"""
     bias: bool = True
     """biases in linear layers and LayerNorms"""
+    activation: Activation = "gelu_tanh"
+    """of the MLP: gelu_tanh = GPT-2's approximation; gelu = the exact one, by erf, as in nanoGPT"""
     dropout: float = 0.0
     """probability to drop an activation in training"""
     dtype: DType = "auto"

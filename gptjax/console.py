@@ -84,7 +84,7 @@ def print_table(header: list[str], rows: list[list[str]], failed: list[bool]) ->
     for row, bad in zip(rows, failed, strict=True):
         table.add_row(*row, style="red" if bad else None)
     console = Console(highlight=False)
-    console.print(table, width=None if console.is_terminal else 100)
+    console.print(table, width=None if console.is_terminal else 80)
 
 
 class TrainConsole:

@@ -7,17 +7,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 
 from gptjax import saving
-from gptjax.config import TrainConfig, to_json
+from gptjax.config import Activation, TrainConfig, to_json
 from gptjax.errors import REFUSALS, DataError, OutputError, UsageError
 from gptjax.files import file_sha256
 from gptjax.formats import gguf, hub, huggingface, llmc, nanogpt, openai
-from gptjax.gpt2_tensors import Source, read_params
+from gptjax.gpt2_tensors import Source, read_params, with_activation
 from gptjax.run_folder import Run, load_run
 from gptjax.tokenizer import (
     GPT2_FILES,
@@ -50,6 +51,9 @@ class SourceConfig:
     vocabulary of its size"""
     tokenizer_dir: str = ""
     """folder with vocab.bpe + encoder.json (or merges.txt + vocab.json), for gpt2 offline"""
+    activation: Literal["auto", Activation] = "auto"
+    """of the MLP, where the file does not say it: nanoGPT computes gelu (exact) since June 2023 and
+    gelu_tanh before; auto = gelu for nanoGPT without GPT-2's weights, else gelu_tanh"""
     sha256: str = ""
     """what the weight file must have: a flipped bit is a valid number"""
 
@@ -66,7 +70,7 @@ def open_weights(name: str, config: SourceConfig) -> tuple[Source, Path]:
     """
     path = Path(name)
     if path.is_file():
-        return open_model_file(path, config), path.parent
+        return with_activation(open_model_file(path, config), config.activation), path.parent
     if path.is_dir():
         folder = path
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -74,7 +78,7 @@ def open_weights(name: str, config: SourceConfig) -> tuple[Source, Path]:
         folder = hub.download(name, weights, config.revision or None)
     else:
         raise UsageError(f"no file or folder {name}")
-    return open_model_folder(folder, config), folder
+    return with_activation(open_model_folder(folder, config), config.activation), folder
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
@@ -188,8 +192,13 @@ def load_start(name: str, config: SourceConfig | None = None) -> Run:
     return load_source(name, config)
 
 
-def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dict[str, str]]:
-    """Make a run folder of a model of any format: all of it, or nothing.
+def import_run(
+    name: str,
+    out_dir: Path,
+    config: SourceConfig,
+    notify: Callable[[str], None] = lambda said: None,
+) -> tuple[Run, dict[str, str]]:
+    """Make a run folder of a model of any format: all of it, or nothing; tells what it assumed.
 
     Returns:
         The model, and the sha256 of each file that its weights came from.
@@ -202,6 +211,8 @@ def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dic
     """
     refuse_existing(out_dir)
     source = open_source(name, config)
+    if source.assumed:
+        notify(source.assumed)
     run = read_source(source, name)
     digests = {path.name: file_sha256(path) for path in source.files}
     del source  # with the pages of its files, before the writing takes its own memory

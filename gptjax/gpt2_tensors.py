@@ -8,11 +8,11 @@ own file.
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gptjax.config import GPTConfig
+from gptjax.config import Activation, GPTConfig, require
 from gptjax.errors import DataError, plural
 from gptjax.tokenizer import Tokenizer
 
@@ -58,6 +58,7 @@ class Source(NamedTuple):
     where: str  # the file or folder, for error messages
     files: tuple[Path, ...] = ()  # that hold the weights
     is_hf: bool = False  # whether transformers reads that folder by itself
+    assumed: str = ""  # what the file does not say, and what was taken for it: a sentence
 
 
 class Slot(NamedTuple):
@@ -87,6 +88,21 @@ def make_config(sizes: dict[str, Any], where: object, **settings: Any) -> GPTCon
     if problems:
         raise DataError(f"cannot use this model ({where}): {'; '.join(problems)}")
     return GPTConfig(**sizes, **settings)
+
+
+def with_activation(source: Source, activation: Literal["auto", Activation]) -> Source:
+    """The source with the activation that was asked for; UsageError if its file says another."""
+    if activation == "auto":
+        return source
+    require(
+        not source.is_hf or activation == source.cfg.activation,
+        "activation",
+        activation,
+        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag away, or "
+        "set activation_function there",
+    )
+    cfg = dataclasses.replace(source.cfg, activation=activation)
+    return source._replace(cfg=cfg, assumed="")
 
 
 def is_linear(name: str) -> bool:

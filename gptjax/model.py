@@ -29,7 +29,7 @@ from jax import Array
 
 from gptjax.attention import ATTENTION, choose_attention
 from gptjax.config import GPTConfig
-from gptjax.functions import gelu, layer_norm
+from gptjax.functions import ACTIVATIONS, layer_norm
 from gptjax.kv_cache import KVCache, init_cache, write
 
 Params = dict[str, Any]
@@ -104,7 +104,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each token thinks by itself: widen to 4D, GELU (tanh form, GPT-2's), narrow again."""
+    """Each token thinks by itself: widen to 4D, GELU, narrow again."""
 
     cfg: GPTConfig
     train: bool
@@ -112,7 +112,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_ND: Array) -> Array:
         cfg = self.cfg
-        x_NF = gelu(linear(cfg, 4 * cfg.n_embd, "c_fc")(x_ND))
+        x_NF = ACTIVATIONS[cfg.activation](linear(cfg, 4 * cfg.n_embd, "c_fc")(x_ND))
         x_ND = linear(cfg, cfg.n_embd, "c_proj", INIT_STD / math.sqrt(2 * cfg.n_layer))(x_NF)
         return nn.Dropout(cfg.dropout, deterministic=not self.train)(x_ND)
 

@@ -20,8 +20,9 @@ Record = dict[str, Any]
 # What decides the shapes of the state, or what is computed with the same shapes.
 FIXED = {
     *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
-    "optimizer",
+    *("activation", "optimizer"),
 }
+LATER = {"activation": "gelu_tanh"}  # settings that records of older runs lack: what they computed
 # What makes it another experiment.
 GUARDED = {"seed", "batch_size", "gradient_accumulation_steps", "dtype", "dropout"}
 GUARDED |= {"data", "tokenizer"}
@@ -92,7 +93,7 @@ def check_record(
         UsageError: shapes differ, or what makes it another experiment and is not allowed to.
     """
     before, now = (
-        {**record["settings"], "data": record["data"], "tokenizer": record["tokenizer"]}
+        {**LATER, **record["settings"], "data": record["data"], "tokenizer": record["tokenizer"]}
         for record in (old, new)
     )
     changed = [name for name in now if before.get(name) != now[name]]

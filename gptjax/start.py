@@ -68,7 +68,10 @@ def find_source(config: TrainConfig) -> Run | None:
 
 
 # What a model is made of: it comes with the parameters, whatever the preset says.
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "vocab_multiple")
+SHAPE = (
+    *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
+    "activation",
+)
 
 
 def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> GPTConfig:

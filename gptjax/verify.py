@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,14 @@ import numpy as np
 
 from gptjax import model, sampling, training
 from gptjax.config import GPTConfig, SampleConfig
-from gptjax.errors import DataError, NonFiniteError, UsageError
-from gptjax.gpt2_tensors import HEAD, LIMITS, Source, check_tensors, find, named_tensors, slots
+from gptjax.errors import DataError, NonFiniteError
+from gptjax.gpt2_tensors import HEAD, LIMITS, Source, find, named_tensors, slots
+from gptjax.reference import (
+    reference_activations,
+    reference_gradients,
+    reference_greedy,
+    reference_half,
+)
 
 PROBE = (2, 64)  # rows and tokens of the probe, shorter where the context is
 GREEDY = 20  # tokens continued
@@ -60,104 +65,6 @@ def compare(
     largest = float(np.max(np.abs(b)))
     allowed = tolerance * (largest if group == "gradient" else max(1.0, largest))
     return Check(group, name, a.shape, float(np.max(np.abs(a - b))), allowed, path)
-
-
-# ---- Their side ----------------------------------------------------------------------------------
-
-
-def load_reference(source: Source) -> Any:
-    """transformers' GPT2LMHeadModel with the source's weights, float32, eager attention.
-
-    It reads a folder of its own format by itself. Other formats it cannot read: then it is given
-    our reader's tensors, and what is compared is the computation, not the reading.
-
-    Raises:
-        UsageError: transformers or PyTorch is not installed.
-        DataError: the source has other tensors than it should (see `check_tensors`), at which
-            transformers would shrug.
-    """
-    torch, transformers = import_reference()
-    check_tensors(source)
-    how: Any = {"attn_implementation": "eager", "dtype": torch.float32}
-    if source.is_hf:
-        reference = transformers.GPT2LMHeadModel.from_pretrained(source.where, **how)
-    else:
-        reference = transformers.GPT2LMHeadModel(reference_config(source.cfg))
-        state = {
-            f"transformer.{name}": torch.from_numpy(np.array(source.read(name), np.float32))
-            for name in source.tensors
-            if name != "lm_head.weight"
-        }
-        missing, unexpected = reference.load_state_dict(state, strict=False)
-        assert set(missing) <= {HEAD} and not unexpected, (missing, unexpected)
-        reference.tie_weights()
-    return reference.eval()
-
-
-def import_reference() -> tuple[Any, Any]:
-    """torch and transformers, without progress bars and advice; UsageError if they are missing."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UsageError("verify needs transformers; pip install 'gptjax[verify]'") from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch, transformers
-
-
-def reference_config(cfg: GPTConfig) -> Any:
-    """transformers' config of the same model."""
-    from transformers import GPT2Config
-
-    fields: Any = {"attn_implementation": "eager"}
-    return GPT2Config(
-        vocab_size=cfg.vocab_size,
-        n_positions=cfg.block_size,
-        n_embd=cfg.n_embd,
-        n_layer=cfg.n_layer,
-        n_head=cfg.n_head,
-        bos_token_id=None,
-        eos_token_id=None,
-        **fields,
-    )
-
-
-def reference_activations(reference: Any, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
-    """What every part of the model puts out, by name, and the logits (still a torch tensor)."""
-    import torch
-
-    gpt2 = reference.transformer
-    parts = {"embeddings": gpt2.drop}
-    for i, block in enumerate(gpt2.h):
-        parts |= {f"h.{i}.{name}": getattr(block, name) for name in ("ln_1", "attn", "ln_2", "mlp")}
-        parts[f"h.{i}"] = block
-    parts["ln_f"] = gpt2.ln_f
-    found: dict[str, np.ndarray] = {}
-
-    def keep(name: str, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        found[name] = output.detach().float().numpy().copy()
-
-    hooks = [
-        part.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-        for name, part in parts.items()
-    ]
-    logits = reference(torch.from_numpy(tokens)).logits
-    for hook in hooks:
-        hook.remove()
-    return found, logits
-
-
-def reference_greedy(reference: Any, tokens: np.ndarray, count: int) -> list[int]:
-    """The likeliest continuation, every token from the whole context."""
-    import torch
-
-    ids = torch.from_numpy(tokens)[None]
-    with torch.no_grad():
-        for _ in range(count):
-            ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0, len(tokens) :].tolist()
 
 
 # ---- Our side ------------------------------------------------------------------------------------
@@ -217,12 +124,15 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Any) -> list[Check]:
 
 
 def check_sizes(cfg: GPTConfig, source: Source) -> None:
-    """DataError if our model has not the source's sizes: then there is nothing to compare."""
-    sizes = [(name, getattr(cfg, name), getattr(source.cfg, name)) for name in LIMITS]
+    """DataError if our model has not the source's sizes and activation: nothing to compare then."""
+    names = (*LIMITS, "activation")
+    settings = [(name, getattr(cfg, name), getattr(source.cfg, name)) for name in names]
     differing = [
-        f"{name} {ours} is {theirs} there" for name, ours, theirs in sizes if ours != theirs
+        f"{name} {ours} is {theirs} there" for name, ours, theirs in settings if ours != theirs
     ]
     if differing:
+        if source.assumed and cfg.activation != source.cfg.activation:
+            differing[-1] += f"; {source.assumed}"
         raise DataError(f"not the same model as {source.where}: {', '.join(differing)}")
 
 
@@ -231,16 +141,16 @@ def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Any) -> Ite
     state, path = reference.state_dict(), our_paths(cfg)
     for name, ours in named_tensors(cfg, params):
         theirs = state[f"transformer.{name}"]
-        yield compare("tensor", name, ours, theirs, 0.0, path[name])
+        yield compare("tensor", name, ours, theirs, 0.0, path.get(name, ""))
         if name == "wte.weight":
             yield compare("tensor", HEAD, ours, state[HEAD], 0.0, path[name])
 
 
 def our_paths(cfg: GPTConfig) -> dict[str, str]:
-    """Where each published tensor is kept: h.0.ln_1.weight -> h/ln_1/scale[0]."""
+    """Where each tensor that we have is kept: h.0.ln_1.weight -> h/ln_1/scale[0]."""
     return {
         slot.name: slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
-        for slot in slots(dataclasses.replace(cfg, bias=True))
+        for slot in slots(cfg)
     }
 
 
@@ -279,19 +189,13 @@ def compare_gradients(
     cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
 ) -> Iterator[Check]:
     """The gradient of the mean cross-entropy, tensor by tensor."""
-    import torch
-
-    logits = reference(torch.from_numpy(tokens[:, :-1])).logits
-    targets = torch.from_numpy(tokens[:, 1:]).flatten()
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets).backward()
-    theirs = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
+    theirs = reference_gradients(reference, tokens)
     ours = jax.jit(jax.grad(training.loss_fn, argnums=1), static_argnums=0)(cfg, params, tokens)
     path = our_paths(cfg)
     for slot in slots(cfg):
         grad = find(ours, slot.path)
         grad = (grad if slot.layer is None else grad[slot.layer])[: slot.shape[0]]
-        expected = theirs[f"transformer.{slot.name}"]
-        yield compare("gradient", slot.name, grad, expected, TOLERANCE, path[slot.name])
+        yield compare("gradient", slot.name, grad, theirs[slot.name], TOLERANCE, path[slot.name])
 
 
 def compare_greedy(
@@ -317,33 +221,7 @@ def compare_greedy(
 
 def compare_half(cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray) -> Check:
     """Our logits' error in bfloat16, against PyTorch's error in bfloat16."""
-    import torch
-
-    with torch.no_grad():
-        exact = reference(torch.from_numpy(tokens)).logits.numpy()
-        theirs = reference.to(torch.bfloat16)(torch.from_numpy(tokens)).logits.float().numpy()
+    exact, theirs = reference_half(reference, tokens)
     ours = forward(dataclasses.replace(cfg, dtype="bfloat16"), params, tokens)
     error, their_error = (float(np.max(np.abs(half - exact))) for half in (ours, theirs))
     return Check("logits", "in bfloat16", exact.shape, error, HALF_TOLERANCE * their_error)
-
-
-# ---- Without any weights at hand -----------------------------------------------------------------
-
-
-def write_random_model(cfg: GPTConfig, folder: Path, seed: int = 0) -> None:
-    """A random model that transformers itself writes, in which small mistakes show.
-
-    At GPT-2's initialisation an erf-GELU moves the logits by 2.5e-6, so weights are scaled up and
-    biases and LayerNorms are noisy.
-    """
-    torch, transformers = import_reference()
-    torch.manual_seed(seed)
-    random = transformers.GPT2LMHeadModel(reference_config(cfg))
-    scale = 8 if cfg.n_layer <= 4 else 3 if cfg.n_layer <= 12 else 2
-    with torch.no_grad():
-        for parameter in random.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(scale)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    random.save_pretrained(folder)

@@ -132,6 +132,7 @@ def test_a_source_brings_its_model() -> None:
     [
         *({"block_size": 17}, {"n_layer": 3}, {"n_head": 1}, {"n_embd": 36}, {"bias": False}),
         *({"vocab_size": 257}, {"vocab_multiple": 1}, {"tokenizer": "char"}),
+        {"activation": "gelu"},
     ],
     ids=str,
 )

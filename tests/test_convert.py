@@ -16,7 +16,7 @@ import pytest
 import convert_gpt2
 from benchmarks import importing
 from gptjax import checkpoint, cli, convert, model, saving
-from gptjax.config import GPTConfig, TrainConfig, to_json
+from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
 from gptjax.convert import SourceConfig
 from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError
 from gptjax.files import file_sha256
@@ -129,6 +129,40 @@ def test_openais_and_nanogpts_folders_are_recognised(tmp_path: Path) -> None:
     allowed = SourceConfig(tokenizer="byte", allow_pickle=True)
     loaded = convert.load_source(str(tmp_path / "nano"), allowed).params
     assert np.array_equal(loaded["wte"]["embedding"][:256], params["wte"]["embedding"])
+
+
+def test_nanogpts_activation_is_said_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the import to every export, and the printed command verifies what was imported."""
+    cfg = tiny(vocab_size=256, bias=False)
+    save_nanogpt(tmp_path / "ckpt.pt", cfg, jax.device_get(scaled_params(cfg, jax.random.key(1))))
+
+    def command(*argv: str) -> int:
+        return cli.run(convert_gpt2.main, list(argv))
+
+    allow = "--allow_pickle", "--tokenizer=byte"
+    for out, flags in (("new", []), ("old", ["--activation=gelu_tanh"])):
+        argv = f"{tmp_path}/ckpt.pt", f"--out_dir={tmp_path / out}", *flags
+        assert command("import", *argv, *allow) == 0
+        said = capsys.readouterr().out
+        assert ("gelu is assumed, nanoGPT's since June 2023" in said) == (not flags)
+        verify = said.partition("convert_gpt2.py verify ")[2].split()
+        assert command("verify", *verify, *allow) == 0
+    capsys.readouterr()
+    assert command("verify", f"{tmp_path}/old", f"--against={tmp_path}/ckpt.pt", *allow) == 65
+    assert "activation gelu_tanh is gelu there; the file does not" in capsys.readouterr().err
+    assert command("export", f"{tmp_path}/new", f"--out_dir={tmp_path}/hf") == 0
+    assert command("export", f"{tmp_path}/new", "--to=llmc", f"--out_dir={tmp_path}/llmc") == 2
+    assert "take --to=hf" in capsys.readouterr().err
+    assert not (tmp_path / "llmc").exists()
+    assert convert.load_source(f"{tmp_path}/hf").config.model.activation == "gelu"
+    with pytest.raises(UsageError, match=r"--activation=gelu_tanh: config\.json .* means gelu;"):
+        convert.load_source(f"{tmp_path}/hf", SourceConfig(activation="gelu_tanh"))
+    llmc = SourceConfig(tokenizer="byte", activation="gelu")
+    convert.export_run(tmp_path / "old", "llmc", tmp_path / "llmc")
+    source, _ = convert.open_weights(f"{tmp_path}/llmc/model.bin", llmc)
+    assert source.cfg.activation == "gelu" and not source.assumed
 
 
 def test_nanogpts_padded_vocabulary_is_gpt2s(tmp_path: Path) -> None:
@@ -292,6 +326,7 @@ def test_an_imported_run_has_nothing_to_resume(hf: Path, tmp_path: Path) -> None
 
 def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """import, sample, train from the import and from the source, export, as a user types them."""
+    edit_json(hf / "config.json", activation_function="gelu")  # which everything keeps
     out, tuned = f"--out_dir={tmp_path}/run", f"{tmp_path}/tuned"
     done = run(environment, "convert_gpt2.py", "import", str(hf), out, "--tokenizer=byte")
     assert "34,176 parameters" in done.stdout, done.stdout
@@ -303,6 +338,7 @@ def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> N
     data = [f"--dataset={text}", "--batch_size=8", "--block_size=16"]
     start = f"--init_from={tmp_path}/run"
     run(environment, "train.py", start, f"--out_dir={tuned}", *flags, *data)
+    assert load_config(tmp_path / "tuned" / "config.json").model.activation == "gelu"
     run(environment, "convert_gpt2.py", "export", tuned, "--to=hf", f"--out_dir={tuned}/hf")
     # The tokenizer travels with the export, so the name of the folder is enough.
     start = f"--init_from={tuned}/hf"

@@ -27,6 +27,7 @@ FLOORS = [
     }
     | {"gpt2_tensors", "output", "adapt"},
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
+    | {"reference"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
     {"cli", "console", "convert", "verify", "run_checks"},
     {"start", "replay"},
@@ -41,8 +42,8 @@ ONLY = {
     "rich": {"console"},
     "matplotlib": {"metrics"},
     "tiktoken": {"tokenizer"},
-    "torch": {"torch_file", "verify"},
-    "transformers": {"verify"},
+    "torch": {"torch_file", "reference"},
+    "transformers": {"reference"},
     "huggingface_hub": {"formats.hub"},
     "safetensors": {"formats.huggingface"},
     "gguf": {"formats.gguf"},

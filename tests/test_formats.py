@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax import model, tokenizer
 from gptjax.errors import DataError, UsageError
 from gptjax.formats import gguf, huggingface, llmc, nanogpt, openai
+from gptjax.functions import ACTIVATIONS
 from gptjax.gpt2_tensors import HEAD, Source, named_tensors, read_params
 
 from .conftest import ROOT, scaled_params, tiny
@@ -155,7 +156,8 @@ def test_the_index_must_say_the_truth(folder: Path) -> None:
 
 
 CONFIGS = {
-    "erf GELU": ({"activation_function": "gelu"}, "activation_function='gelu'"),
+    "clipped GELU": ({"activation_function": "gelu_10"}, "activation_function='gelu_10'"),
+    "no activation": ({"activation_function": None}, "activation_function=None"),
     "another epsilon": ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
     "scaled by layer": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
     "unscaled": ({"scale_attn_weights": False}, "scale_attn_weights"),
@@ -190,6 +192,36 @@ def test_a_config_is_honoured_or_refused(folder: Path, case: str) -> None:
     with pytest.raises(DataError) as error:
         read_params(huggingface.open_folder(folder))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_the_activation_goes_out_and_comes_back(
+    tmp_path: Path, params: model.Params, activation: Any
+) -> None:
+    cfg = dataclasses.replace(CFG, activation=activation)
+    huggingface.write_folder(tmp_path, cfg, params, None)
+    assert_same(huggingface.open_folder(tmp_path), params, cfg)
+    said = json.loads((tmp_path / "config.json").read_text())["activation_function"]
+    assert said == {"gelu_tanh": "gelu_new", "gelu": "gelu"}[activation]
+
+
+def test_an_activation_of_transformers_is_ours_or_refused(folder: Path) -> None:
+    """Whatever is the same function is taken for it, under any name; nothing else is."""
+    known = pytest.importorskip("transformers.activations")
+    x = torch.cat([torch.linspace(-14, 14, 2801), torch.tensor([-100.0, 100.0])])
+    for name in known.ACT2CLS:
+        edit_json(folder / "config.json", activation_function=name)
+        same = []
+        if name not in ("prelu", "xielu"):  # which have parameters
+            theirs = known.ACT2FN[name](x).numpy()
+            for setting, function in ACTIVATIONS.items():
+                if np.allclose(function(x.numpy()), theirs, rtol=0, atol=4e-6):
+                    same.append(setting)
+        if same:
+            assert [huggingface.open_folder(folder).cfg.activation] == same, name
+        else:
+            with pytest.raises(DataError, match=f"activation_function='{name}'"):
+                huggingface.open_folder(folder)
 
 
 def test_all_problems_of_a_config_are_listed(folder: Path) -> None:
@@ -399,12 +431,33 @@ def save_nanogpt(path: Path, cfg: Any, params: model.Params, **changes: Any) -> 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt(tmp_path: Path, bias: bool) -> None:
-    cfg = dataclasses.replace(CFG, bias=bias)
+    cfg = dataclasses.replace(CFG, bias=bias, activation="gelu")
     params = jax.device_get(scaled_params(cfg, jax.random.key(3)))
     save_nanogpt(tmp_path / "ckpt.pt", cfg, params)
     assert_same(nanogpt.open_file(tmp_path / "ckpt.pt", True), params, cfg)
     with pytest.raises(UsageError, match="--allow_pickle"):
         nanogpt.open_file(tmp_path / "ckpt.pt", False)
+
+
+@pytest.mark.parametrize(
+    ("config", "vocab_size", "activation"),
+    [
+        ({}, 65, "gelu"),
+        (None, 50257, "gelu"),
+        ({"init_from": "scratch"}, 50304, "gelu"),
+        ({"init_from": "gpt2-xl"}, 50257, "gelu_tanh"),
+        ({"init_from": "resume"}, 50257, "gelu_tanh"),
+        ({"init_from": "resume"}, 50304, "gelu"),
+        ({"init_from": ["gpt2"]}, 65, "gelu"),
+    ],
+)
+def test_nanogpts_activation_is_assumed_and_said(
+    config: Any, vocab_size: int, activation: str
+) -> None:
+    taken, said = nanogpt.choose_activation({"vocab_size": vocab_size}, config)
+    assert taken == activation
+    assert f" {activation} is assumed" in said
+    assert f"--activation={'gelu' if taken == 'gelu_tanh' else 'gelu_tanh'}" in said
 
 
 @pytest.mark.parametrize(
@@ -445,6 +498,15 @@ def test_llmcs_bfloat16(tmp_path: Path, params: model.Params) -> None:
     path.write_bytes(header.tobytes() + weights.tobytes())
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     assert_same(llmc.open_file(path), rounded)
+
+
+def test_llmc_has_no_exact_gelu(tmp_path: Path, params: model.Params) -> None:
+    erf = dataclasses.replace(CFG, activation="gelu")
+    with pytest.raises(UsageError, match=r"^--to=llmc: llm\.c computes GELU by tanh"):
+        llmc.write_file(tmp_path / "model.bin", erf, params)
+    with pytest.raises(UsageError, match=r"^--to=gguf: llama\.cpp computes GELU by tanh"):
+        gguf.write_file(tmp_path / "model.gguf", erf, params, tokenizer.ByteTokenizer())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_llmcs_layout(tmp_path: Path, params: model.Params) -> None:

@@ -13,6 +13,7 @@ from flax import linen as nn
 from gptjax import attention, functions, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
+from gptjax.functions import ACTIVATIONS
 
 from .conftest import init_params, scaled_params, tiny
 
@@ -316,9 +317,9 @@ def test_cudnn_attention_is_attention() -> None:
         assert ok, (name, error, allowed)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_logits_and_gradients_are_pytorchs(bias: bool) -> None:
-    check_against_torch(tiny(bias=bias))
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"activation": "gelu"}], ids=str)
+def test_logits_and_gradients_are_pytorchs(changes: dict[str, Any]) -> None:
+    check_against_torch(tiny(**changes))
 
 
 def with_gradient(function: Any, backward: Any) -> Any:
@@ -334,11 +335,19 @@ def norm_by_constants(x_ND: jax.Array, scale_D: jax.Array) -> jax.Array:
 
 
 PLANTED = {
-    "erf GELU": (model, "gelu", lambda x: nn.gelu(x, approximate=False)),
+    "erf GELU": (ACTIVATIONS, "gelu_tanh", lambda x: nn.gelu(x, approximate=False)),
+    "tanh GELU": (ACTIVATIONS, "gelu", lambda x: nn.gelu(x, approximate=True)),
     "GELU's gradient without the gate's slope": (
-        model,
+        ACTIVATIONS,
+        "gelu_tanh",
+        with_gradient(
+            functions.gelu_tanh, lambda x, gradient: (gradient * functions._tanh_gate(x),)
+        ),
+    ),
+    "exact GELU's gradient without the gate's slope": (
+        ACTIVATIONS,
         "gelu",
-        with_gradient(model.gelu, lambda x, gradient: (gradient * functions._gelu_gate(x),)),
+        with_gradient(functions.gelu_erf, lambda x, gradient: (gradient * functions._erf_gate(x),)),
     ),
     "LayerNorm's moments taken for constants": (model, "layer_norm", norm_by_constants),
     "shifted positions": (
@@ -355,6 +364,9 @@ def test_pytorch_gate_turns_red(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     owner, attribute, mistake = PLANTED[name]
     jax.clear_caches()
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(owner, attribute, mistake)
-        check_against_torch(tiny())
+        if isinstance(owner, dict):
+            patch.setitem(owner, attribute, mistake)
+        else:
+            patch.setattr(owner, attribute, mistake)
+        check_against_torch(tiny(activation=attribute) if owner is ACTIVATIONS else tiny())
     jax.clear_caches()

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import convert, evaluation, model, sampling, training, verify
+from gptjax import convert, evaluation, model, reference, sampling, training, verify
 from gptjax.config import SampleConfig
 from gptjax.convert import SourceConfig
 from gptjax.run_folder import Run
@@ -55,8 +55,8 @@ def test_it_is_gpt2(run: Run) -> None:
 
 
 def test_verify(run: Run) -> None:
-    reference = verify.load_reference(convert.open_source(WEIGHTS, SourceConfig()))
-    first = verify.first_difference(verify.verify(run.config.model, run.params, reference))
+    theirs = reference.load_reference(convert.open_source(WEIGHTS, SourceConfig()))
+    first = verify.first_difference(verify.verify(run.config.model, run.params, theirs))
     assert first is None, first
 
 

@@ -40,12 +40,21 @@ def test_nothing_changed() -> None:
     ("name", "value"),
     [
         *(("n_layer", 3), ("n_head", 4), ("n_embd", 64), ("block_size", 8), ("bias", False)),
-        *(("vocab_size", 60), ("vocab_multiple", 4), ("optimizer", "muon")),
+        *(("vocab_size", 60), ("vocab_multiple", 4), ("optimizer", "muon"), ("activation", "gelu")),
     ],
 )
 def test_other_shapes_are_refused_whatever_is_allowed(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"the checkpoint has {name}=.*, you asked for {value}"):
         check(record(**{name: value}), tuple(resume.GUARDED))
+
+
+def test_a_record_from_before_a_setting_has_what_was_computed_then() -> None:
+    old, said = record(), list[str]()
+    del old["settings"]["activation"]
+    resume.check_record(old, record(), [], said.append)
+    assert said == []
+    with pytest.raises(UsageError, match="has activation=gelu_tanh, you asked for gelu;"):
+        resume.check_record(old, record(activation="gelu"), [], said.append)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """verify says yes to GPT-2 and no to every mistake a converter makes."""
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,15 +16,18 @@ from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 import convert_gpt2
-from gptjax import attention, cli, convert, functions, model, verify
+from gptjax import attention, cli, convert, functions, verify
 from gptjax.convert import SourceConfig
 from gptjax.errors import DataError
+from gptjax.formats import huggingface
+from gptjax.functions import ACTIVATIONS
 from gptjax.gpt2_tensors import Source
+from gptjax.reference import load_reference, write_random_model
 from gptjax.run_folder import Run
 from gptjax.verify import Check
 
-from .conftest import tiny
-from .test_formats import TF_GPT2
+from .conftest import scaled_params, tiny
+from .test_formats import TF_GPT2, save_nanogpt
 
 CFG = tiny(vocab_size=256, vocab_multiple=128, block_size=64)
 BYTE = SourceConfig(tokenizer="byte")
@@ -33,7 +37,7 @@ BYTE = SourceConfig(tokenizer="byte")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that transformers wrote."""
     path = tmp_path_factory.mktemp("random")
-    verify.write_random_model(CFG, path)
+    write_random_model(CFG, path)
     return path
 
 
@@ -44,7 +48,7 @@ def source(folder: Path) -> Source:
 
 @pytest.fixture(scope="module")
 def loaded_reference(source: Source) -> Any:
-    return verify.load_reference(source)
+    return load_reference(source)
 
 
 @pytest.fixture
@@ -129,7 +133,7 @@ def untie(patch: pytest.MonkeyPatch, params: Any, reference: Any) -> None:
 MISTAKES: dict[str, tuple[Callable[..., None], str]] = {
     # mistake -> how it is planted, the first activation or logit where the models part
     "erf GELU": (
-        replace(model, "gelu", lambda x: nn.gelu(x, approximate=False)),
+        replace(ACTIVATIONS, "gelu_tanh", lambda x: nn.gelu(x, approximate=False)),
         "activation h.0.mlp",
     ),
     "epsilon 1e-6": (replace(functions, "EPSILON", 1e-6), "activation h.0.ln_1"),
@@ -203,12 +207,36 @@ def test_another_formats_reference(tmp_path: Path) -> None:
     config = SourceConfig(tokenizer=str(tmp_path))
     source = convert.open_source(str(TF_GPT2), config)
     run = convert.load_source(str(TF_GPT2), config)
-    checks = verify.verify(run.config.model, run.params, verify.load_reference(source))
+    checks = verify.verify(run.config.model, run.params, load_reference(source))
     assert not failing(checks), verify.first_difference(checks)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"bias": False, "activation": "gelu"}])
+def test_nanogpts_and_our_own_exports(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Absent biases are zeros in the reference; its activation is the source's."""
+    cfg = dataclasses.replace(CFG, **{"activation": "gelu_tanh", **changes})
+    params = jax.device_get(scaled_params(cfg, jax.random.key(0)))
+    (tmp_path / "hf").mkdir()
+    huggingface.write_folder(tmp_path / "hf", cfg, params, None)
+    save_nanogpt(tmp_path / "ckpt.pt", cfg, params)
+    nanogpt = SourceConfig(allow_pickle=True, activation=cfg.activation)
+    for name, config in (("ckpt.pt", nanogpt), ("hf", SourceConfig())):
+        source, _ = convert.open_weights(str(tmp_path / name), config)
+        checks = verify.verify(source.cfg, params, load_reference(source))
+        assert not failing(checks), verify.first_difference(checks)
+        assert any(c.name == "ln_f.bias" and c.group == "gradient" for c in checks) == cfg.bias
+        if cfg.activation == "gelu":  # and another one would be seen
+            wrong = dataclasses.replace(source.cfg, activation="gelu_tanh")
+            source, _ = convert.open_weights(str(tmp_path / name), config)
+            first = verify.first_difference(verify.verify(wrong, params, load_reference(source)))
+            assert first is not None and (first.group, first.name) == ("activation", "h.0.mlp")
 
 
 def test_another_size_is_named(run: Run, source: Source) -> None:
     verify.check_sizes(run.config.model, source)
+    erf = source._replace(cfg=dataclasses.replace(source.cfg, activation="gelu"), assumed="Why so")
+    with pytest.raises(DataError, match=r"activation gelu_tanh is gelu there; Why so$"):
+        verify.check_sizes(run.config.model, erf)
     other = source._replace(cfg=tiny(vocab_size=256, n_layer=3, block_size=64))
     with pytest.raises(DataError, match="n_layer 2 is 3 there"):
         verify.check_sizes(run.config.model, other)
@@ -217,12 +245,40 @@ def test_another_size_is_named(run: Run, source: Source) -> None:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(convert_gpt2.main, ["verify", "--self_test", "--size=tiny"]) == 0
+@pytest.mark.parametrize("flag", ["", "--activation=gelu"])
+def test_the_self_test_passes(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["verify", "--self_test", "--size=tiny", *filter(None, [flag])]
+    assert cli.run(convert_gpt2.main, argv) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert "75 of 75 comparisons hold" in said.out
-    assert max(map(len, said.out.splitlines())) <= 100
+    assert len(said.out.splitlines()) == 8  # a header, a line for each group, and the sum
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_the_report_is_short_and_fits_80_columns(
+    verbose: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 XL's longest names, with one failure among them."""
+    xl = dataclasses.replace(CFG, n_layer=48)
+    checks = [Check("activation", "h.47.attn", (2, 64, 1600), 1.2e-13, 1e-5)]
+    checks += [
+        Check(group, name, (1600, 4800), 1.2e-13, 1e-5, path)
+        for group in ("tensor", "gradient")
+        for name, path in verify.our_paths(xl).items()
+    ]
+    checks += [Check("tokens", "greedy continuation", (20,), 0, 0)]
+    wrong = "h.47.attn.c_attn.weight", "h/attn/c_attn/kernel[47]"
+    checks += [Check("gradient", wrong[0], (1600, 4800), math.nan, 1.2e-13, wrong[1])]
+    convert_gpt2.show(checks, verbose)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split()[:4] == ["tensors", "580", "of", "580"]
+    assert [line.split() for line in lines if line.endswith("NO")] == [
+        [*wrong, "nan", "1.2e-13", "NO"]
+    ]
+    assert len(lines) == (len(checks) + 15 if verbose else 10)
+    assert lines[-1] == f"{len(checks) - 1} of {len(checks)} comparisons hold"
 
 
 @pytest.mark.slow
@@ -257,7 +313,7 @@ def test_a_run_against_its_source_and_against_another(
     said = capsys.readouterr()
     assert json.loads(said.out)["first_difference"] == "tensor lm_head.weight", said.err
     (tmp_path / "other").mkdir()
-    verify.write_random_model(CFG, tmp_path / "other", seed=1)
+    write_random_model(CFG, tmp_path / "other", seed=1)
     assert command(str(tmp_path / "run"), f"--against={tmp_path / 'other'}", *flags) == 65
     said = capsys.readouterr()
     assert "they part at tensor wte.weight" in said.err

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import GPTConfig
+from gptjax.config import GPTConfig, require
 from gptjax.errors import UsageError
 from gptjax.gpt2_tensors import Params, is_linear, named_tensors
 from gptjax.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_merges, gpt2_spelling
@@ -37,8 +37,10 @@ def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer)
     The head is tied, so there is no output.weight; llama.cpp reads such a GPT-2 since March 2025.
 
     Raises:
-        UsageError: the gguf library is missing, or the tokenizer is not GPT-2's.
+        UsageError: the gguf library is missing, or the tokenizer or activation is not GPT-2's.
     """
+    ok = cfg.activation == "gelu_tanh"
+    require(ok, "to", "gguf", "llama.cpp computes GELU by tanh, this model by erf; take --to=hf")
     try:
         import gguf
     except ImportError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gptjax.config import GPTConfig
+from gptjax.config import Activation, GPTConfig
 from gptjax.errors import DataError, DiskError
 from gptjax.files import read_json
 from gptjax.gpt2_tensors import (
@@ -33,10 +33,16 @@ BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which i
 
 # ---- config.json ---------------------------------------------------------------------------------
 
+# transformers' name of an activation -> ours; names of one function beside each other.
+ACTIVATIONS: dict[str, Activation] = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+}
 # What a field may say for the model to be the one that gptjax computes.
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": tuple(ACTIVATIONS),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -81,7 +87,8 @@ def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
     ours = fields.get("gptjax") or {}
     for name, allowed in MUST_BE.items():
         if name in fields and fields[name] not in allowed:
-            problems.append(f"{name}={fields[name]!r}, gptjax computes {allowed[0]!r}")
+            computed = " or ".join(map(repr, allowed))
+            problems.append(f"{name}={fields[name]!r}, gptjax computes {computed}")
     if (
         not isinstance(ours, dict)
         or not set(ours) <= {"bias", "vocab_multiple"}
@@ -99,7 +106,13 @@ def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
     problems += [f"{name}={fields[name]!r} is unknown" for name in fields if name not in known]
     if problems:
         raise DataError(f"cannot use this model ({where}): {'; '.join(problems)[:2000]}")
-    return make_config(sizes, where, vocab_multiple=multiple, bias=ours.get("bias", True))
+    return make_config(
+        sizes,
+        where,
+        vocab_multiple=multiple,
+        bias=ours.get("bias", True),
+        activation=ACTIVATIONS[fields.get("activation_function", "gelu_new")],
+    )
 
 
 def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
@@ -112,7 +125,7 @@ def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
         "n_embd": cfg.n_embd,
         "n_positions": cfg.block_size,
         "vocab_size": cfg.vocab_size,
-        "activation_function": "gelu_new",
+        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[cfg.activation],
         "layer_norm_epsilon": 1e-5,
         "attn_pdrop": cfg.dropout,
         "embd_pdrop": cfg.dropout,

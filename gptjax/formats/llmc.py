@@ -13,7 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gptjax.config import GPTConfig
+from gptjax.config import GPTConfig, require
 from gptjax.errors import DataError
 from gptjax.gpt2_tensors import Params, Source, is_linear, make_config, named_tensors, slots
 
@@ -82,7 +82,13 @@ def open_file(path: Path) -> Source:
 
 
 def write_file(path: Path, cfg: GPTConfig, params: Params) -> None:
-    """Write the model in float32, zeros for biases it has not, its vocabulary padded to 128s."""
+    """Write the model in float32, zeros for biases it has not, its vocabulary padded to 128s.
+
+    Raises:
+        UsageError: its activation is not llm.c's.
+    """
+    ok = cfg.activation == "gelu_tanh"
+    require(ok, "to", "llmc", "llm.c computes GELU by tanh, this model by erf; take --to=hf")
     cfg = dataclasses.replace(cfg, vocab_multiple=128)
     version, dtype = 3, DTYPES[3]
     header = np.zeros(256, np.int32)

@@ -13,6 +13,24 @@ ARGS = {*SIZES, "bias", "dropout"}
 PADDED, GPT2_VOCAB = 50304, 50257  # nanoGPT's default vocabulary, and the tokens in it
 
 
+def choose_activation(args: dict[str, Any], config: Any) -> tuple[str, str]:
+    """Which GELU to take, since the file does not say it, and a sentence about it.
+
+    nanoGPT computes the exact form since June 2023, and computed the tanh form before. Weights that
+    it started from are GPT-2's, which were trained with tanh.
+    """
+    start = str(config.get("init_from")) if isinstance(config, dict) else ""
+    # A resumed run does not say where it began; only GPT-2's own vocabulary is not padded.
+    if start.startswith("gpt2") or (start == "resume" and args.get("vocab_size") == GPT2_VOCAB):
+        taken, other, reason = "gelu_tanh", "gelu", "that of GPT-2, whose weights it started from"
+    else:
+        taken, other, reason = "gelu", "gelu_tanh", "nanoGPT's since June 2023"
+    return taken, (
+        f"the file does not say its activation: {taken} is assumed, {reason}; "
+        f"for the other one take --activation={other}"
+    )
+
+
 def open_file(path: Path, allow_pickle: bool) -> Source:
     """The model of a nanoGPT checkpoint.
 
@@ -36,7 +54,8 @@ def open_file(path: Path, allow_pickle: bool) -> Source:
     sizes = {name: args.get(name) for name in SIZES}
     if sizes["vocab_size"] == PADDED:
         sizes["vocab_size"] = GPT2_VOCAB
-    cfg = make_config(sizes, path, bias=args["bias"])
+    activation, assumed = choose_activation(args, saved.get("config"))
+    cfg = make_config(sizes, path, bias=args["bias"], activation=activation)
     state = {}
     for name, tensor in model.items():
         name = str(name).removeprefix("_orig_mod.").removeprefix("transformer.")
@@ -53,4 +72,4 @@ def open_file(path: Path, allow_pickle: bool) -> Source:
     def read(name: str) -> Any:
         return to_numpy(state.pop(name))
 
-    return Source(cfg, tensor_table(state, path), read, None, str(path), (path,))
+    return Source(cfg, tensor_table(state, path), read, None, str(path), (path,), assumed=assumed)

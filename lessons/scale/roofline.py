@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from gptjax import model
+from gptjax import functions, model
 from gptjax.config import TrainConfig
 from gptjax.metrics import PEAK_FLOPS
 from gptjax.optimizer import make_optimizer
@@ -86,7 +86,7 @@ def measure(quick: bool) -> Measured:
             scores, (q_HTK, k_HSK), 2 * heads * T * T * K, heads * (2 * T * K + T * T)
         ),
         "softmax": Operation(jax.nn.softmax, (scores_NT,), 5 * weights, 2 * weights),
-        "GELU": Operation(model.gelu, (x_NF,), 9 * x_NF.size, 2 * x_NF.size),
+        "GELU": Operation(functions.gelu_tanh, (x_NF,), 9 * x_NF.size, 2 * x_NF.size),
         "LayerNorm": Operation(normalize, (x_ND,), 5 * size, 2 * size),
         "residual add": Operation(jnp.add, (x_ND, y_ND), size, 3 * size),
         "embedding": Operation(embed, (wte_VD, tokens_N, y_ND), size, 3 * size + many),

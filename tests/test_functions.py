@@ -1,0 +1,104 @@
+"""Both forms of GELU: values and gradients against float64, JAX's and PyTorch's."""
+
+import math
+from collections.abc import Callable
+from typing import get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import functions
+from gptjax.config import GPTConfig
+from gptjax.functions import ACTIVATIONS
+
+X = np.concatenate([np.linspace(-13, 8, 2101), [-1e20, 1e20, -1e-30, 0]]).astype(np.float32)
+
+
+def values(function: Callable[[jax.Array], jax.Array], x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """y and dy/dx as float64."""
+    found = jax.jit(jax.vmap(jax.value_and_grad(function)))(x)
+    return tuple(np.asarray(array, np.float64) for array in found)
+
+
+def exact(x: float) -> tuple[float, float]:
+    """GELU by erf and its derivative, in float64: x P(x), and P(x) + x p(x)."""
+    gate, density = math.erfc(-x / math.sqrt(2)) / 2, math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    return x * gate, gate + x * density
+
+
+def check_exact() -> None:
+    """`gelu_erf` is right to 7 digits; where it vanishes, on the left, still to 4."""
+    expected = np.array([exact(float(x)) for x in X]).T
+    for found, wanted in zip(values(functions.gelu_erf, X), expected, strict=True):
+        ok = np.abs(found - wanted) <= 2e-7 * np.maximum(1, np.abs(wanted))
+        assert ok.all(), X[~ok]
+    y, wanted = values(functions.gelu_erf, X)[0], expected[0]
+    vanishing = (X < -1) & (X > -12)
+    ok = np.abs(y - wanted)[vanishing] <= 1e-4 * np.abs(wanted)[vanishing]
+    assert ok.all()
+
+
+def test_the_settings_are_the_functions() -> None:
+    assert get_args(get_type_hints(GPTConfig)["activation"]) == tuple(ACTIVATIONS)
+
+
+def test_exact_gelu_against_float64() -> None:
+    check_exact()
+
+
+PLANTED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "the tanh form": functions._tanh_gate,
+    "(1 + erf) / 2": lambda x: 0.5 * (1 + jax.lax.erf(math.sqrt(0.5) * x)),
+    "a variance of 1/2": lambda x: 0.5 * jax.lax.erfc(-x),
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_planted_mistake_in_the_gate_turns_red(
+    mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functions, "_erf_gate", PLANTED[mistake])
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check_exact()
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gelu_tanh", 1e-5), ("gelu", 1e-6)])
+def test_the_gradient_is_jaxs(name: str, tolerance: float) -> None:
+    """JAX's of the tanh form has lost digits where tanh is nearly 1."""
+    theirs = values(lambda x: jax.nn.gelu(x, approximate=name == "gelu_tanh"), X[:-4])
+    for ours, other in zip(values(ACTIVATIONS[name], X[:-4]), theirs, strict=True):
+        ok = np.abs(ours - other) <= tolerance * np.maximum(1, np.abs(other))
+        assert ok.all(), X[:-4][~ok]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_bfloat16_is_float32_rounded(name: str) -> None:
+    x = X[:-4].astype(jnp.bfloat16)
+    for half, full in zip(
+        values(ACTIVATIONS[name], x), values(ACTIVATIONS[name], x.astype(np.float32)), strict=True
+    ):
+        ok = np.abs(half - full) <= np.maximum(2**-8 * np.abs(full), 1e-37)
+        assert ok.all(), x[~ok]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_and_gradients_are_pytorchs(name: str) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[dev]'")
+    x = torch.tensor(X[:-4], requires_grad=True)
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    y = torch.nn.functional.gelu(x, approximate=approximate)
+    y.sum().backward()
+    ours, slope = values(ACTIVATIONS[name], X[:-4])
+    for found, theirs in ((ours, y.detach().numpy()), (slope, x.grad.numpy())):
+        ok = np.abs(found - theirs) <= 4e-6 * np.maximum(1, np.abs(theirs))
+        assert ok.all(), X[:-4][~ok]
+
+
+def test_the_two_forms_are_not_the_same() -> None:
+    """By 5e-4 at most, as the docstring says: more than a tolerance, less than a look shows."""
+    tanh, erf = (values(ACTIVATIONS[name], X)[0] for name in ("gelu_tanh", "gelu"))
+    assert 4e-4 < np.abs(tanh - erf).max() < 5e-4
