@@ -19,7 +19,7 @@ from gptjax.errors import DataError, UsageError
 from gptjax.files import Progress, cache_dir, download, file_sha256, read_json, replacing
 from gptjax.text import (
     TextFile,
-    encode_stream,
+    encode_text,
     is_complete,
     require_uint16,
     take,
@@ -183,10 +183,9 @@ def load_text(
     identity = repr((1, TRAIN_FRACTION, *made_from))  # 1: the format's version
     folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not is_complete(folder):
-        encode = functools.partial(tokenizer.encode, allow_special=allow_special)
         parts = (take(text, 0, n_train), take(text, n_train, text.length))
         splits = {
-            name: encode_stream(encode, part)
+            name: encode_text(tokenizer, part, allow_special=allow_special)
             for name, part in zip(("train", "val"), parts, strict=True)
         }
         write_tokens(folder, splits, tokenizer, lambda: progress(what, text.done, size))

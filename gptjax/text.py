@@ -1,10 +1,10 @@
 """A text into token files: read as a stream, checked to be UTF-8, encoded piece by piece."""
 
 import codecs
+import functools
 import gzip
 import json
 import re
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +16,7 @@ from gptjax.errors import DataError
 from gptjax.tokenizer import Tokenizer, save_tokenizer
 
 CHUNK = 2**20  # bytes read, and characters encoded, at a time
+CUT_ANYWHERE = ("char", "byte")  # tokenizers that encode each character on its own
 
 
 class TextFile:
@@ -81,19 +82,38 @@ def require_uint16(n_vocab: int) -> None:
 def encode_stream(
     encode: Callable[[str], np.ndarray], pieces: Iterable[str], chunk: int = CHUNK
 ) -> Iterator[np.ndarray]:
-    """Encode piecewise what would be encoded at once, at most about `chunk` characters at a time.
+    """Encode piecewise what would be encoded at once, about `chunk` characters at a time.
 
     A chunk ends behind the last character that is no white space and has a space or newline after
-    it. There GPT-2's pattern always ends a word, and neither side depends on the other.
+    it. There GPT-2's pattern always ends a word, and neither side depends on the other. Each piece
+    is searched once and copied twice, however long the text goes on without such a place.
     """
-    rest = ""
+    ready: list[str] = []  # up to the last place where the text may be cut
+    rest: list[str] = []  # behind it
+    length, before = 0, ""  # characters in both, and the last of them
     for piece in pieces:
-        rest += piece
-        cut = re.match(r"(?s:.*)\S(?=[ \n])", rest) if len(rest) >= chunk else None
-        if cut is not None:
-            yield encode(rest[: cut.end()])
-            rest = rest[cut.end() :]
-    yield encode(rest)
+        place = re.match(r"(?s:.*)\S(?=[ \n])", before + piece)
+        if place is None:
+            rest.append(piece)
+        else:
+            cut = place.end() - len(before)
+            ready += [*rest, piece[:cut]]
+            rest = [piece[cut:]]
+        length, before = length + len(piece), (piece or before)[-1:]
+        if length >= chunk and ready:
+            yield encode("".join(ready))
+            ready, length = [], sum(map(len, rest))
+    yield encode("".join([*ready, *rest]))
+
+
+def encode_text(
+    tokenizer: Tokenizer, pieces: Iterable[str], *, allow_special: bool = False
+) -> Iterator[np.ndarray]:
+    """Encode a text in pieces, one by one where each character is encoded on its own."""
+    encode = functools.partial(tokenizer.encode, allow_special=allow_special)
+    if tokenizer.kind in CUT_ANYWHERE:
+        return map(encode, pieces)
+    return encode_stream(encode, pieces)
 
 
 def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
@@ -114,11 +134,14 @@ def write_tokens(
     tokenizer: Tokenizer,
     progress: Callable[[], None],
 ) -> None:
-    """Write <split>.bin for each, tokenizer.json and meta.json: the whole folder or nothing."""
+    """Write <split>.bin for each, tokenizer.json and meta.json, which makes the folder complete.
+
+    Others may do the same meanwhile. All write the same bytes, so a file may take the place of
+    another's; none is ever removed, and a complete folder is left as it is.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".tmp"))
-    try:
-        counts = dict.fromkeys(splits, 0)
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as name:
+        temporary, counts = Path(name), dict.fromkeys(splits, 0)
         for split, chunks in splits.items():
             with (temporary / f"{split}.bin").open("wb") as file:
                 for ids in chunks:
@@ -127,16 +150,18 @@ def write_tokens(
                     progress()
         save_tokenizer(tokenizer, temporary)
         (temporary / "meta.json").write_text(json.dumps({"tokens": counts}))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not is_complete(folder):
+            folder.mkdir(exist_ok=True)
+            for file_name in (*(f"{split}.bin" for split in splits), "tokenizer.json", "meta.json"):
+                (temporary / file_name).replace(folder / file_name)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds the tokens that its meta.json promises."""
     try:
         counts = json.loads((folder / "meta.json").read_text())["tokens"]
-        return all((folder / f"{s}.bin").stat().st_size == 2 * n for s, n in counts.items())
+        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in counts}
+        (folder / "tokenizer.json").stat()
+        return all(sizes[split] == 2 * n for split, n in counts.items())
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return False
