@@ -255,6 +255,8 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         dataset = load_dataset(
             config.dataset,
             block_size=cfg.block_size,
+            val_dataset=config.val_dataset,
+            val_fraction=config.val_fraction,
             tokenizer=choose_tokenizer(config, steps, source, run_dir),
             tokenizer_dir=config.tokenizer_dir,
             decode_errors=config.decode_errors,
@@ -274,7 +276,8 @@ def train(config: TrainConfig, run_dir: Path) -> int:
         given = dataclasses.replace(given, init_from=load_config(run_dir / "config.json").init_from)
     cfg = model.resolve(given.model)
     config = dataclasses.replace(given, model=cfg)
-    record = make_record(config, cfg, [*dataset.train, *dataset.val], tokenizer)
+    shards = [*dataset.train, *dataset.val]
+    record = make_record(config, cfg, shards, tokenizer, len(dataset.train))
 
     # ---- State: shapes first, then arrays where they belong --------------------------------------
     optimizer = make_optimizer(config)

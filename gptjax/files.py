@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,16 @@ def file_sha256(path: Path) -> str:
     """Of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
+    """Their names, or the first and the last; with folders where a name among all occurs twice."""
+    every = {*paths, *among}
+    unique = len({path.name for path in every}) == len(every)
+    names = [path.name if unique else str(path) for path in paths]
+    return (
+        ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} files)"
+    )
 
 
 @contextlib.contextmanager

@@ -2,49 +2,128 @@
 
 import codecs
 import functools
-import gzip
+import hashlib
 import json
+import lzma
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gptjax.errors import DataError
-from gptjax.tokenizer import Tokenizer, save_tokenizer
+from gptjax.file_kinds import HEAD, OPENERS, advise, check_text, kind_of, read_head
+from gptjax.files import Progress, cache_dir, file_sha256, show_paths
+from gptjax.tokenizer import Tokenizer, fingerprint, save_tokenizer
 
 CHUNK = 2**20  # bytes read, and characters encoded, at a time
+# Texts with marks that a model will learn as well.
+MARKED = re.compile(r"\.(jsonl?|csv|tsv|html?|xml)(\.\w+)?$", re.IGNORECASE)
 CUT_ANYWHERE = ("char", "byte")  # tokenizers that encode each character on its own
 
 
+def tokenise(
+    name: str,
+    files: dict[str, list[Path]],
+    hold_back: float,
+    make: Callable[..., Tokenizer],
+    *,
+    decode_errors: str,
+    allow_special: bool,
+    notify: Callable[[str], None],
+    progress: Progress,
+) -> tuple[Tokenizer, dict[str, list[np.ndarray]]]:
+    """Tokenise the texts of each split into the cache, or find them there.
+
+    Args:
+        name: of the dataset, for the progress.
+        files: the texts of each split; several are documents, one behind the other.
+        hold_back: the last part of the training texts that becomes the validation split, unless 0.
+        make: gives the tokenizer, from `chars` where its vocabulary is the characters.
+        decode_errors: "strict" or "replace".
+        allow_special: whether <|endoftext|> is the token.
+        notify: told what a person should know.
+        progress: told what is done, and how many bytes of how many.
+
+    Returns:
+        The tokenizer, and the memmapped tokens of each split.
+
+    Raises:
+        DataError: a text cannot be read, or is too short for its split.
+    """
+    texts = {split: [TextFile(p, decode_errors) for p in paths] for split, paths in files.items()}
+    every = [text for split in texts.values() for text in split]
+    chars: set[str] = set()
+    size = sum(text.path.stat().st_size for text in every)
+
+    def show(what: str) -> None:
+        progress(f"{what} {name}", sum(text.done for text in every), size)
+
+    for text in every:
+        text.survey(chars, lambda: show("reading"))
+        if text.replaced:
+            notify(f"{text.path}: {text.replaced} bytes that are not UTF-8 were replaced by U+FFFD")
+        if MARKED.search(text.path.name):
+            notify(f"{text.path.name} is read as the plain text that it is, with all its marks")
+    spans = {split: (texts[split], 0, sum(t.length for t in texts[split])) for split in texts}
+    if hold_back:
+        those, _, length = spans["train"]
+        n_train = int(length * (1 - hold_back))
+        spans = {"train": (those, 0, n_train), "val": (those, n_train, length)}
+    for those, start, end in spans.values():
+        if start == end:
+            total, few = sum(text.length for text in those), "a train and a val split"
+            where = show_paths([text.path for text in those]) if len(those) > 1 else those[0].path
+            raise DataError(
+                f"{total} characters ({where}): too few for {few if hold_back else 'a split'}"
+            )
+    tokenizer = make(chars="".join(chars))
+    require_uint16(tokenizer.n_vocab)
+
+    hashes = {split: [file_sha256(path) for path in paths] for split, paths in files.items()}
+    made_from = (hashes, hold_back, fingerprint(tokenizer), decode_errors, allow_special)
+    identity = repr((2, *made_from))  # 2: the format's version
+    folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if not is_complete(folder):
+        for text in every:
+            text.done = 0
+        splits = {
+            split: encode_texts(tokenizer, cut_texts(*span), allow_special)
+            for split, span in spans.items()
+        }
+        write_tokens(folder, splits, tokenizer, lambda: show("tokenising"))
+    return tokenizer, {split: [np.memmap(folder / f"{split}.bin", "<u2", "r")] for split in spans}
+
+
 class TextFile:
-    """Reads a .txt or .gz as pieces of text, every character kept as it is (CRLF, NUL, BOM too)."""
+    """Reads a text, packed or not, in pieces, every character kept (CRLF, NUL, BOM too)."""
 
     def __init__(self, path: Path, errors: str) -> None:
         self.path, self.errors = path, errors
+        kind = kind_of(read_head(path))
+        self.packed = kind if kind in OPENERS else ""
         self.replaced = 0  # byte sequences that were not UTF-8, in the last pass
         self.length = 0  # characters
-        self.chars: set[str] = set()
         self.done = 0  # bytes read in this pass
 
-    def survey(self, progress: Callable[[], None]) -> None:
+    def survey(self, chars: set[str], progress: Callable[[], None]) -> None:
         """Read it once for its length and its characters; DataError if it is not UTF-8."""
         for piece in self:
             self.length += len(piece)
-            self.chars.update(piece)
+            chars.update(piece)
             progress()
 
     def __iter__(self) -> Iterator[str]:
         self.replaced = self.done = 0
         position, kept = 0, b""
         try:
-            with (
-                gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file
-            ):
+            with OPENERS.get(self.packed, Path.open)(self.path, "rb") as file:
                 while True:
                     chunk = file.read(CHUNK)
+                    if self.done == 0:
+                        check_text(self.path, chunk[:HEAD], self.packed)
                     piece = kept + chunk
                     text, used = self._decode(piece, position, final=not chunk)
                     position, kept = position + used, piece[used:]
@@ -53,7 +132,7 @@ class TextFile:
                         yield text
                     if not chunk:
                         return
-        except (EOFError, zlib.error, OSError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             raise DataError(f"cannot read the text ({self.path}): {error}") from error
 
     def _decode(self, piece: bytes, position: int, *, final: bool) -> tuple[str, int]:
@@ -64,7 +143,7 @@ class TextFile:
                 at = position + error.start
                 raise DataError(
                     f"{self.path.name} is not UTF-8 at byte {at} (0x{piece[error.start]:02x}); "
-                    "convert it, or pass --decode_errors=replace"
+                    f"{advise(self.path, piece)}"
                 ) from error
         text, used = codecs.utf_8_decode(piece, "replace", final)
         self.replaced += text.count("\ufffd") - piece[:used].count("\ufffd".encode())
@@ -106,16 +185,6 @@ def encode_stream(
     yield encode("".join([*ready, *rest]))
 
 
-def encode_text(
-    tokenizer: Tokenizer, pieces: Iterable[str], *, allow_special: bool = False
-) -> Iterator[np.ndarray]:
-    """Encode a text in pieces, one by one where each character is encoded on its own."""
-    encode = functools.partial(tokenizer.encode, allow_special=allow_special)
-    if tokenizer.kind in CUT_ANYWHERE:
-        return map(encode, pieces)
-    return encode_stream(encode, pieces)
-
-
 def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
     """The characters start...end of a text in pieces."""
     position = 0
@@ -126,6 +195,31 @@ def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
             yield part
         if position >= end:
             return
+
+
+def cut_texts(texts: Sequence[TextFile], start: int, end: int) -> list[Iterator[str]]:
+    """The texts between two characters of all that are laid end to end; empty ones left out."""
+    parts, position = [], 0
+    for text in texts:
+        first, last = max(0, start - position), min(text.length, end - position)
+        if first < last:
+            parts.append(take(text, first, last))
+        position += text.length
+    return parts
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Iterable[Iterable[str]], allow_special: bool
+) -> Iterator[np.ndarray]:
+    """Encode texts in pieces, the tokenizer's end of text between them where it has one."""
+    encode = functools.partial(tokenizer.encode, allow_special=allow_special)
+    for i, pieces in enumerate(texts):
+        if i and tokenizer.eot is not None:
+            yield np.array([tokenizer.eot])
+        if tokenizer.kind in CUT_ANYWHERE:
+            yield from map(encode, pieces)
+        else:
+            yield from encode_stream(encode, pieces)
 
 
 def write_tokens(

@@ -12,7 +12,7 @@ from .conftest import ROOT
 FLOORS = [
     {"errors"},
     {"config", "tokenizer", "attention", "kv_cache", "functions", "loss", "sharding", "files"}
-    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults"},
+    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults", "file_kinds"},
     {
         "presets",
         "model",
@@ -21,6 +21,8 @@ FLOORS = [
         "bad_steps",
         "distributed",
         "text",
+        "token_files",
+        "dataset_files",
         "optimizer",
         "checkpoint",
         "metrics",
