@@ -264,6 +264,8 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         dataset = load_dataset(
             config.dataset,
             block_size=cfg.block_size,
+            val_dataset=config.val_dataset,
+            val_fraction=config.val_fraction,
             tokenizer=choose_tokenizer(config, steps, source, run_dir),
             tokenizer_dir=config.tokenizer_dir,
             decode_errors=config.decode_errors,
@@ -289,7 +291,8 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         as_given = dataclasses.replace(as_given, init_from=started.init_from)
     cfg = model.resolve(as_given.model)
     config = dataclasses.replace(as_given, model=cfg)
-    record = make_record(config, cfg, [*dataset.train, *dataset.val], tokenizer)
+    shards = [*dataset.train, *dataset.val]
+    record = make_record(config, cfg, shards, tokenizer, len(dataset.train))
 
     # ---- State: shapes first, then arrays where they belong --------------------------------------
     optimizer = make_optimizer(config)

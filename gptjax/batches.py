@@ -103,8 +103,8 @@ def read_windows(
 ) -> np.ndarray:
     """(N, block_size + 1) int32 windows, ids checked."""
     windows = np.stack([shards[i][start : start + block_size + 1] for i, start in starts])
-    if windows.max() >= n_vocab:
-        row, column = np.argwhere(windows >= n_vocab)[0]
+    if windows.min() < 0 or windows.max() >= n_vocab:
+        row, column = np.argwhere((windows < 0) | (windows >= n_vocab))[0]
         raise DataError(
             f"id {windows[row, column]} at position {starts[row][1] + column} >= vocab_size "
             f"{n_vocab}; the tokens were made with another tokenizer"

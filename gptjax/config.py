@@ -99,8 +99,14 @@ class TrainConfig:
 
     # Data
     dataset: str = "auto"
-    """tinyshakespeare, pydocs, a .txt or .gz file, a folder with train.bin and val.bin, or a
-    glob of llm.c shards; auto = tinyshakespeare, or pydocs where it cannot be downloaded"""
+    """tinyshakespeare, pydocs, a text (also packed by gzip, xz or bzip2), a file of token ids, a
+    folder or a glob of either, such as one with train.bin and val.bin or llm.c's shards, or the
+    name of a folder in data/; auto = tinyshakespeare, or pydocs where it cannot be downloaded"""
+    val_dataset: str = ""
+    """the validation split's own text or token files, named in the same way; "" = those of the
+    dataset's files with the word val in their name, or a part of the dataset"""
+    val_fraction: float = 0.1
+    """the last part of a dataset without such files that is held back for validation"""
     tokenizer: Literal["auto", "char", "byte", "gpt2"] = "auto"
     """auto = char for text, the folder's tokenizer.json or gpt2 for .bin files"""
     tokenizer_dir: str = ""
@@ -226,6 +232,8 @@ class TrainConfig:
         require_range(self, "max_iters eval_interval eval_iters sample_interval", 0)
         require_range(self, "sample_tokens checkpoint_interval steps_per_dispatch", 0)
         require_range(self, "seed", 0, 2**32 - 1)
+        ok = 0 < self.val_fraction < 1
+        require(ok, "val_fraction", self.val_fraction, "must be above 0 and below 1")
         require_range(self, "resume_step process_id", -1)
         require_range(self, "stop_step num_processes skip_spikes", 0)
         require_range(self, "max_skips heartbeat_timeout", 1)

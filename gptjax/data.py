@@ -1,38 +1,32 @@
 """Where tokens come from: named texts, files, nanoGPT's .bin folders, llm.c's shards.
 
-A text is tokenised once, streaming, into uint16 files in the cache; everything else is memmapped
-where it lies. `notify(line)` receives what a person should know, `progress(what, done, total)` the
+A text is tokenised once, streaming, into uint16 files in the cache; token files are memmapped where
+they lie. `notify(line)` receives what a person should know, `progress(what, done, total)` the
 bytes of a download or tokenisation.
 """
 
 import dataclasses
 import difflib
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 
+from gptjax.config import TrainConfig
+from gptjax.dataset_files import choose_splits, find_files, hold_tokens
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.files import (
     Progress,
     cache_dir,
     download,
-    file_sha256,
-    read_json,
     replacing,
+    show_paths,
     writing_to_cache,
 )
-from gptjax.text import (
-    TextFile,
-    encode_stream,
-    is_complete,
-    require_uint16,
-    take,
-    write_tokens,
-)
+from gptjax.text import tokenise
+from gptjax.token_files import open_tokens
 from gptjax.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -52,14 +46,15 @@ DATASETS: dict[str, tuple[str | None, str | None]] = {
     ),
     "pydocs": (None, None),  # CPython's language reference, as pydoc shows it
 }
-TRAIN_FRACTION = 0.9  # of the characters of a text; the rest is the validation split
 SCANNED = 200_000_000  # tokens checked at the start, in 0.1 s; every batch is checked again
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # llm.c's header, in int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Token arrays (uint16, memmapped), train and validation, with the tokenizer that made them."""
+    """Token arrays (memmapped), train and validation, with the tokenizer that made them.
+
+    They are uint16, little endian, unless a file of the user's holds wider integers or others.
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -71,6 +66,8 @@ def load_dataset(
     dataset: str,
     *,
     block_size: int,
+    val_dataset: str = "",
+    val_fraction: float = TrainConfig.val_fraction,
     tokenizer: str | Tokenizer = "auto",
     tokenizer_dir: str = "",
     decode_errors: str = "strict",
@@ -84,42 +81,74 @@ def load_dataset(
         UsageError: there is no such dataset, or the tokenizer does not go with it.
         DataError: what is there is damaged, too short, or not to be had.
     """
-    try:
-        path = Path(dataset).expanduser()
-        is_dir, is_file = path.is_dir(), path.is_file()
-        found = [] if is_dir or is_file else sorted(path.parent.glob(path.name))
-    except (OSError, ValueError, RuntimeError) as error:  # too long; no pattern; nobody's home
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--dataset={dataset}: no path or glob: {reason}") from error
-    shards = [file for file in found if file.is_file()]
-    read_text = functools.partial(
-        load_text,
-        kind=tokenizer,
-        tokenizer_dir=tokenizer_dir,
-        decode_errors=decode_errors,
-        allow_special=allow_special,
-        notify=notify,
-        progress=progress,
-    )
-    if dataset == "auto" or dataset in DATASETS:
-        loaded = read_text(*fetch(dataset, notify, progress))
-    elif is_dir:
-        loaded = load_folder(path, tokenizer, tokenizer_dir)
-    elif is_file:
-        loaded = read_text(path.name, path)
-    elif shards:
-        made = make_tokenizer(tokenizer, tokenizer_dir, auto="gpt2")
-        loaded = load_shards(dataset, shards, made)
-    else:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(DATASETS)}"
-        raise UsageError(f"--dataset={dataset}: no such name, file, folder or glob; {hint}")
-    for split in ("train", "val"):
+    name, found = find(dataset, "dataset", not val_dataset, notify, progress)
+    given = find(val_dataset, "val_dataset", False, notify, progress)[1] if val_dataset else []
+    train, val = choose_splits(name, found, given, alone=found == [Path(dataset).expanduser()])
+    show = functools.partial(show_paths, among=[*found, *given])
+    if val and val_fraction != TrainConfig.val_fraction:
+        raise UsageError(
+            f"--val_fraction={val_fraction}: the validation split is made of whole files "
+            f"({show(val)}); leave it out, or pass a single file as --dataset"
+        )
+    if len(found) > 1 or given:
+        rest = show(val) if val else f"the last {100 * val_fraction:g} % of it"
+        left = [path for path in found if path not in (*train, *val)]
+        notify(f"train: {show(train)}; val: {rest}" + (f"; not used: {show(left)}" if left else ""))
+
+    arrays: dict[str, list[np.ndarray]] = {}
+    made, texts = tokenizer, {"train": train, "val": val}
+    if hold_tokens(train):
+        made = tokenizer_beside(train[0].parent, tokenizer, tokenizer_dir)
+        opened = open_tokens([*train, *([] if given else val)], made, notify)
+        arrays = {"train": opened[: len(train)], "val": opened[len(train) :]}
+        del texts["train"]
+    if not val or hold_tokens(val):
+        del texts["val"]
+    if texts:
+        made, encoded = tokenise(
+            name,
+            texts,
+            0 if val else val_fraction,
+            functools.partial(make_tokenizer, made, tokenizer_dir, auto="char"),
+            decode_errors=decode_errors,
+            allow_special=allow_special,
+            notify=notify,
+            progress=progress,
+        )
+        arrays |= encoded
+    assert not isinstance(made, str)
+    if given and "val" not in texts:
+        require_same(val[0].parent, made)
+        arrays["val"] = open_tokens(val, made, notify)
+    if not val and "train" not in texts:
+        (whole,) = arrays["train"]
+        cut = int(len(whole) * (1 - val_fraction))
+        arrays = {"train": [whole[:cut]], "val": [whole[cut:]]}
+        notify(f"{name}: its last {100 * val_fraction:g} % are the validation split")
+    loaded = Dataset(name, made, **arrays)
+    for split in arrays:
         check_split(loaded, split, block_size)
     return loaded
 
 
-# ---- Named texts, and any text
+def find(
+    dataset: str, flag: str, both: bool, notify: Notify, progress: Progress
+) -> tuple[str, list[Path]]:
+    """The name and the files of what a flag says; `both` as for `find_files`."""
+    if dataset == "auto" or dataset in DATASETS:
+        name, path = fetch(dataset, notify, progress)
+        return name, [path]
+    files = find_files(dataset, flag, both, notify)
+    if files:
+        return (files[0].name if files == [Path(dataset).expanduser()] else dataset), files
+    near = difflib.get_close_matches(
+        dataset, [*DATASETS, *(p.name for p in Path("data").glob("*"))], n=1
+    )
+    hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(DATASETS)}"
+    raise UsageError(f"--{flag}={dataset}: no such name, file, folder or glob; {hint}")
+
+
+# ---- Named texts ---------------------------------------------------------------------------------
 
 
 def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
@@ -148,6 +177,9 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
     return name, path
 
 
+# ---- Tokenizers ----------------------------------------------------------------------------------
+
+
 def make_tokenizer(
     kind: str | Tokenizer, tokenizer_dir: str = "", *, auto: str, chars: str = ""
 ) -> Tokenizer:
@@ -168,112 +200,31 @@ def make_tokenizer(
     return makers[kind]()
 
 
-def load_text(
-    name: str,
-    path: Path,
-    *,
-    kind: str | Tokenizer,
-    tokenizer_dir: str,
-    decode_errors: str,
-    allow_special: bool,
-    notify: Notify,
-    progress: Progress,
-) -> Dataset:
-    """Tokenise a text into the cache, or find it there."""
-    text = TextFile(path, decode_errors)
-    what, size = f"tokenising {name}", path.stat().st_size
-    text.survey(lambda: progress(f"reading {name}", text.done, size))
-    if text.replaced:
-        were = plural(text.replaced, "byte that is not UTF-8 was", "bytes that are not UTF-8 were")
-        notify(f"{path}: {text.replaced} {were} replaced by U+FFFD")
-    n_train = int(text.length * TRAIN_FRACTION)
-    if n_train in (0, text.length):
-        characters = plural(text.length, "character")
-        raise DataError(f"{text.length} {characters} ({path}): too few for a train and a val split")
-    tokenizer = make_tokenizer(kind, tokenizer_dir, auto="char", chars="".join(text.chars))
-    require_uint16(tokenizer.n_vocab)
-
-    made_from = (file_sha256(path), fingerprint(tokenizer), decode_errors, allow_special)
-    identity = repr((1, TRAIN_FRACTION, *made_from))  # 1: the format's version
-    folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if not is_complete(folder):
-        encode = functools.partial(tokenizer.encode, allow_special=allow_special)
-        parts = (take(text, 0, n_train), take(text, n_train, text.length))
-        splits = {
-            name: encode_stream(encode, part)
-            for name, part in zip(("train", "val"), parts, strict=True)
-        }
-        with writing_to_cache():
-            write_tokens(folder, splits, tokenizer, lambda: progress(what, text.done, size))
-    loaded = load_folder(folder, "auto", "")
-    return dataclasses.replace(loaded, name=name)
-
-
-# ---- Token files ---------------------------------------------------------------------------------
-
-
-def load_folder(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Dataset:
-    """Open train.bin and val.bin (nanoGPT's layout: uint16, little endian)."""
-    missing = [f"{s}.bin" for s in ("train", "val") if not (folder / f"{s}.bin").is_file()]
-    if missing:
-        raise UsageError(f"--dataset={folder}: has no {' and no '.join(missing)}")
+def tokenizer_beside(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Tokenizer:
+    """The tokenizer that is asked for, or the one in the folder of token files, or else GPT-2's."""
     if kind == "auto" and (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(folder)
-    elif kind == "auto" and (folder / "meta.pkl").is_file():
+        return load_tokenizer(folder)
+    if kind == "auto" and (folder / "meta.pkl").is_file():
         raise DataError(
             f"{folder / 'meta.pkl'} is a pickle, which may run any code, so it is never read; pass "
             "the text itself as --dataset, or --tokenizer=gpt2 if that made the tokens"
         )
-    else:
-        tokenizer = make_tokenizer(kind, tokenizer_dir, auto="gpt2")
-    counts = {}
-    if (folder / "meta.json").is_file():
-        counts = read_json(folder / "meta.json").get("tokens", {})
-        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
-            raise DataError(
-                f"tokens={counts!r} ({folder / 'meta.json'}): expected a count by split"
-            )
-    splits = {s: [open_tokens(folder / f"{s}.bin", counts.get(s))] for s in ("train", "val")}
-    return Dataset(str(folder), tokenizer, **splits)
+    return make_tokenizer(kind, tokenizer_dir, auto="gpt2")
 
 
-def open_tokens(path: Path, expected: int | None = None, offset: int = 0) -> np.ndarray:
-    """Memmap a file of uint16; DataError if its size is odd or not the expected token count."""
-    size = path.stat().st_size
-    if size % 2:
-        raise DataError(
-            f"{path} has {size} {plural(size, 'byte')}: not a multiple of 2 (uint16); copy it again"
+def require_same(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse the validation tokens in a folder where another tokenizer has made them."""
+    beside = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if beside is None and tokenizer.kind == "char":
+        raise UsageError(
+            f"--val_dataset: no tokenizer.json says what made the tokens in {folder}, and the "
+            "training data's are characters; pass the text itself"
         )
-    found = (size - offset) // 2
-    if expected is not None and found != expected:
-        wanted = f"{expected:,} {plural(expected, 'token')}"
-        raise DataError(f"{path}: expected {wanted}, found {found:,}; copy it again")
-    if found <= 0:  # which numpy cannot map
-        return np.zeros(0, "<u2")
-    return np.memmap(path, "<u2", "r", offset=offset)
-
-
-def load_shards(name: str, paths: list[Path], tokenizer: Tokenizer) -> Dataset:
-    """Open llm.c shards: those with `val` in their name are validation, or else the last one."""
-    val = [path for path in paths if "val" in path.name] or paths[-1:]
-    train = [path for path in paths if path not in val]
-    if not train:
+    if beside is not None and fingerprint(beside) != fingerprint(tokenizer):
         raise DataError(
-            f"no shard is left to train on ({name}): {len(paths)} found, all validation"
+            f"--val_dataset: the tokens in {folder} were made with another tokenizer "
+            f"({beside.kind}) than the training data's ({tokenizer.kind}); pass the text itself"
         )
-    return Dataset(name, tokenizer, [open_shard(p) for p in train], [open_shard(p) for p in val])
-
-
-def open_shard(path: Path) -> np.ndarray:
-    """Memmap the tokens behind a shard's header."""
-    with path.open("rb") as file:
-        header = np.frombuffer(file.read(4 * SHARD_HEADER).ljust(4 * SHARD_HEADER, b"\0"), "<i4")
-    if tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(
-            f"{path}: not a shard of llm.c (magic {SHARD_MAGIC}, version {SHARD_VERSION}); "
-            "for nanoGPT's train.bin and val.bin pass their folder"
-        )
-    return open_tokens(path, int(header[2]), offset=4 * SHARD_HEADER)
 
 
 def check_split(loaded: Dataset, split: str, block_size: int) -> None:
@@ -290,8 +241,8 @@ def check_split(loaded: Dataset, split: str, block_size: int) -> None:
     for shard in shards:
         for start in range(0, min(len(shard), SCANNED - scanned), 2**20):
             chunk = shard[start : start + 2**20]
-            if chunk.max() >= n_vocab:
-                at = start + int(np.argmax(chunk >= n_vocab))
+            if chunk.min() < 0 or chunk.max() >= n_vocab:
+                at = start + int(np.argmax((chunk < 0) | (chunk >= n_vocab)))
                 raise DataError(
                     f"id {shard[at]} at position {at} >= vocab_size {n_vocab} ({split} split of "
                     f"{loaded.name}); the tokens were made with another tokenizer"

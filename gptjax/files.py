@@ -11,7 +11,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,6 +66,16 @@ def temporary_beside(path: Path) -> Path:
     What is made there gets the modes that the user's umask says; those of `tempfile` are private.
     """
     return path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
+    """Their names, or the first and the last; with folders where a name among all occurs twice."""
+    every = {*paths, *among}
+    unique = len({path.name for path in every}) == len(every)
+    names = [path.name if unique else str(path) for path in paths]
+    return (
+        ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} files)"
+    )
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ ONCE |= {"coordinator_address", "num_processes", "process_id", "distributed"}
 # What says where and how a run is started, not what it computes.
 IGNORED = ONCE | {"out_dir", "init_from", "compile_cache", "heartbeat_timeout"}
 IGNORED |= {"wait_for_checkpoints"}
-IGNORED |= {"dataset", "tokenizer", "tokenizer_dir"}  # the tokens themselves are compared
+# The tokens themselves are compared.
+IGNORED |= {"dataset", "val_dataset", "val_fraction", "tokenizer", "tokenizer_dir"}
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLED = 256  # blocks of a token file that its fingerprint reads
@@ -59,7 +60,11 @@ def available_cpus() -> int:
 
 
 def make_record(
-    config: TrainConfig, cfg: GPTConfig, shards: Sequence[np.ndarray], tokenizer: Tokenizer
+    config: TrainConfig,
+    cfg: GPTConfig,
+    shards: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    n_train: int | None = None,
 ) -> Record:
     """What belongs to every checkpoint of this run, as JSON.
 
@@ -68,11 +73,13 @@ def make_record(
         cfg: the model as it is computed, without any "auto".
         shards: the token arrays of both splits.
         tokenizer: the one they were made with.
+        n_train: how many of the shards, the first ones, are trained on.
     """
     settings = flatten(dataclasses.replace(config, model=cfg))
     return {
         "settings": {name: value for name, value in settings.items() if name not in IGNORED},
         "data": [token_fingerprint(tokens) for tokens in shards],
+        "n_train": n_train,
         "tokenizer": fingerprint(tokenizer),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -92,8 +99,14 @@ def check_record(
     Raises:
         UsageError: shapes differ, or what makes it another experiment and is not allowed to.
     """
+    split = old.get("n_train") is not None  # older runs did not record it
     before, now = (
-        {**LATER, **record["settings"], "data": record["data"], "tokenizer": record["tokenizer"]}
+        {
+            **LATER,
+            **record["settings"],
+            "data": [*record["data"], record.get("n_train") if split else None],
+            "tokenizer": record["tokenizer"],
+        }
         for record in (old, new)
     )
     changed = [name for name in now if before.get(name) != now[name]]

@@ -70,6 +70,8 @@ TRAIN_MISTAKES = [
     (["--dataset=tinyshakespear"], 2, "did you mean tinyshakespeare?"),
     (["--dataset=nowhere.txt"], 2, "no such name, file, folder or glob"),
     (["--dataset=tinyshakespeare"], 65, "tinyshakespeare is not to be had"),
+    (["--val_dataset=nowhere"], 2, "--val_dataset=nowhere: no such name"),
+    (["--val_fraction=1"], 2, "--val_fraction=1.0: must be above 0 and below 1"),
     (["--dataset={tmp}/empty.txt"], 65, "0 characters"),
     (["--dataset={tmp}/one.txt"], 65, "1 character ("),
     (["--dataset={tmp}/latin.txt"], 65, "latin.txt is not UTF-8 at byte 3 (0xe9)"),

@@ -1,8 +1,12 @@
 """Texts and token files: read whole or refused with the place of the damage."""
 
+import functools
 import gzip
 import json
+import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,14 @@ from hypothesis import strategies as st
 
 from gptjax import data, text
 from gptjax.errors import DataError, UsageError
-from gptjax.tokenizer import ByteTokenizer, GPT2Tokenizer, decode, read_gpt2_files
+from gptjax.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    decode,
+    read_gpt2_files,
+)
 
 from .conftest import ROOT
 
@@ -97,6 +108,38 @@ def test_piecewise_encoding_is_encoding(content: str, piece: int, chunk: int) ->
     assert np.concatenate(parts).tolist() == gpt2.encode(content).tolist()
 
 
+@pytest.mark.parametrize("kind", [CharTokenizer, ByteTokenizer])
+def test_a_text_in_one_line_is_encoded_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Tokenizer]
+) -> None:
+    lengths, encode = [], kind.encode
+
+    def counted(self: Tokenizer, text: str, **options: bool) -> np.ndarray:
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(text, "CHUNK", 100)
+    monkeypatch.setattr(kind, "encode", counted)
+    (tmp_path / "a.txt").write_text("xyz" * 3000)
+    data.load_dataset(str(tmp_path / "a.txt"), block_size=4, tokenizer=kind.kind)
+    assert sum(lengths) == 9000 and max(lengths) <= 100
+
+
+def test_each_piece_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched, match = 0, re.match
+
+    def counted(pattern: str, string: str) -> re.Match[str] | None:
+        nonlocal searched
+        searched += len(string)
+        return match(pattern, string)
+
+    monkeypatch.setattr(re, "match", counted)
+    pieces = ["abcdefghij"] * 500
+    (ids,) = text.encode_stream(ByteTokenizer().encode, pieces, 20)
+    assert bytes(ids.astype(np.uint8)) == "".join(pieces).encode()
+    assert searched <= 11 * len(pieces)
+
+
 def test_naive_cuts_would_change_the_tokens() -> None:
     gpt2 = gpt2_tokenizer()
     content = "Hello  world"
@@ -144,6 +187,48 @@ def test_tokens_are_cached_and_a_torn_cache_is_made_again(tmp_path: Path, cache:
         opened.truncate(10)
     again = data.load_dataset(str(path), block_size=4)
     assert np.array_equal(again.train[0], first)
+    assert not list((cache / "gptjax" / "tokens").glob("*.tmp"))
+
+
+def test_a_complete_cache_is_used_and_never_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process tokenises the same text while this one does, and is first."""
+    path, save, loaded = tmp_path / "a.txt", text.save_tokenizer, []
+    path.write_text("another process was first\n" * 50)
+
+    def save_late(tokenizer: Tokenizer, folder: Path) -> None:
+        save(tokenizer, folder)
+        if not loaded:
+            monkeypatch.setattr(text, "save_tokenizer", save)
+            loaded.append(data.load_dataset(str(path), block_size=4))
+            file = Path(loaded[0].train[0].filename)
+            loaded.append((file, file.stat().st_ino, file.parent.stat().st_ino))
+
+    monkeypatch.setattr(text, "save_tokenizer", save_late)
+    mine = data.load_dataset(str(path), block_size=4)
+    other, (file, *inodes) = loaded
+    assert inodes == [file.stat().st_ino, file.parent.stat().st_ino]
+    assert np.array_equal(mine.train[0], other.train[0])
+
+
+def test_eight_at_once_share_one_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    together, save = threading.Barrier(8), text.save_tokenizer
+
+    def save_together(tokenizer: Tokenizer, folder: Path) -> None:
+        save(tokenizer, folder)
+        together.wait(60)
+
+    monkeypatch.setattr(text, "save_tokenizer", save_together)
+    for i in range(10):
+        path = tmp_path / f"{i}.txt"
+        path.write_text(f"round {i} of ten\n" * 50)
+        load = functools.partial(data.load_dataset, str(path), block_size=4)
+        with ThreadPoolExecutor(8) as pool:
+            loaded = [future.result() for future in [pool.submit(load) for _ in range(8)]]
+        assert len({each.train[0].tobytes() for each in loaded}) == 1
     assert not list((cache / "gptjax" / "tokens").glob("*.tmp"))
 
 

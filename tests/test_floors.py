@@ -12,7 +12,8 @@ from .conftest import ROOT
 FLOORS = [
     {"errors"},
     {"config", "tokenizer", "attention", "kv_cache", "functions", "loss", "sharding", "files"}
-    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults", "step_files", "nanogpt_flags"},
+    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults", "step_files", "nanogpt_flags"}
+    | {"file_kinds"},
     {
         "presets",
         "model",
@@ -21,6 +22,8 @@ FLOORS = [
         "bad_steps",
         "distributed",
         "text",
+        "token_files",
+        "dataset_files",
         "optimizer",
         "checkpoint",
         "metrics",
