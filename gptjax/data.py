@@ -87,8 +87,8 @@ def load_dataset(
     show = functools.partial(show_paths, among=[*found, *given])
     if val and val_fraction != TrainConfig.val_fraction:
         raise UsageError(
-            f"--val_fraction={val_fraction}: the validation split is made of whole files "
-            f"({show(val)}); leave it out, or pass a single file as --dataset"
+            f"--val_fraction={val_fraction}: whole files are the validation split ({show(val)}); "
+            f"leave it at {TrainConfig.val_fraction}"
         )
     if len(found) > 1 or given:
         rest = show(val) if val else f"the last {100 * val_fraction:g} % of it"
