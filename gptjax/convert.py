@@ -1,13 +1,11 @@
 """From any format of GPT-2 to a run folder, or back."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +16,7 @@ from gptjax.errors import REFUSALS, DataError, OutputError, UsageError
 from gptjax.files import file_sha256
 from gptjax.formats import gguf, hub, huggingface, llmc, nanogpt, openai
 from gptjax.gpt2_tensors import Source, read_params
+from gptjax.new_folder import new_folder, refuse_existing
 from gptjax.run_folder import Run, load_run
 from gptjax.tokenizer import (
     GPT2_FILES,
@@ -211,7 +210,7 @@ def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dic
         (temporary / "config.json").write_text(to_json(settings))
         save_tokenizer(run.tokenizer, temporary)
         try:
-            saving.check_space(temporary, run.params, out_dir=out_dir)
+            saving.check_space(temporary, run.params)
             # All at once would take as much memory again; one after another takes no longer.
             largest = max(leaf.nbytes for leaf in jax.tree.leaves(run.params))
             with saving.Saver(temporary, strikes=1, largest=largest) as saver:
@@ -222,34 +221,6 @@ def import_run(name: str, out_dir: Path, config: SourceConfig) -> tuple[Run, dic
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise OutputError(f"cannot write the weights ({out_dir}): {reason}") from error
     return run, digests
-
-
-def refuse_existing(path: Path) -> None:
-    """OutputError if there is anything at `path`, but for an empty folder."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputError(f"--out_dir={path}: is there already; take another, or remove it")
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        OutputError: `path` holds something already, or cannot be written.
-    """
-    refuse_existing(path)
-    path = path.absolute()
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write to --out_dir={path}: {error.strerror}") from error
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- Out -----------------------------------------------------------------------------------------
@@ -291,5 +262,5 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
     refuse_existing(out_dir)
     run = load_run(run_dir, which)
     with new_folder(out_dir) as temporary:
-        saving.check_space(temporary, run.params, out_dir=out_dir)
+        saving.check_space(temporary, run.params)
         EXPORTS[to](temporary, run)

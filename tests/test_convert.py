@@ -1,5 +1,6 @@
 """In from any format and out again: the same bits, a usable run, and nothing left of a failure."""
 
+import errno
 import json
 import os
 import shutil
@@ -179,6 +180,41 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     with pytest.raises(OutputError, match=r"cannot write the weights .*: the disk is full$"):
         convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_no_message_names_the_temporary_folder(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails while it is written: orbax, the disk, the exports' own files."""
+
+    def full(path: object) -> OSError:
+        return OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def fail_in_orbax(manager: Any, *args: Any, **kwargs: Any) -> None:
+        raise full(manager.directory)
+
+    def fail_in_json(tokenizer: Any, folder: Path) -> None:
+        raise full(folder / "tokenizer.json")
+
+    def fail_in_safetensors(tensors: Any, path: Path, **kwargs: Any) -> None:
+        raise huggingface.SafetensorError(f"I/O error: {path}")
+
+    make_run(tmp_path / "run", ByteTokenizer())
+    new = tmp_path / "runs" / "new"
+    for owner, name, failing in (
+        (saving.ocp.CheckpointManager, "save", fail_in_orbax),
+        (convert, "save_tokenizer", fail_in_json),
+        (huggingface, "save_file", fail_in_safetensors),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.raises(DiskError) as error:
+                if owner is huggingface:
+                    convert.export_run(tmp_path / "run", "hf", new)
+                else:
+                    convert.import_run(str(hf), new, BYTE)
+        assert str(new) in str(error.value) and ".tmp" not in str(error.value)
+        assert list(new.parent.iterdir()) == []
 
 
 def test_sigterm_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

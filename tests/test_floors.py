@@ -25,7 +25,7 @@ FLOORS = [
         "checkpoint",
         "metrics",
     }
-    | {"gpt2_tensors"},
+    | {"gpt2_tensors", "new_folder"},
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
     {"cli", "console", "convert", "verify"},
