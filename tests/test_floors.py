@@ -12,7 +12,7 @@ from .conftest import ROOT
 FLOORS = [
     {"errors"},
     {"config", "tokenizer", "attention", "kv_cache", "functions", "loss", "sharding", "files"}
-    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults"},
+    | {"tf_checkpoint", "digests", "guard", "faults", "fields", "memory", "signatures"},
     {
         "presets",
         "model",
@@ -25,8 +25,9 @@ FLOORS = [
         "checkpoint",
         "metrics",
     }
-    | {"gpt2_tensors", "new_folder"},
+    | {"gpt2_tensors", "torch_file", "new_folder"},
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
+    | {"source_tokenizer"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
     {"cli", "console", "convert", "verify"},
     {"start", "replay"},

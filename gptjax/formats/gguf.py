@@ -39,12 +39,12 @@ def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer)
     Raises:
         UsageError: the gguf library is missing, or the tokenizer is not GPT-2's.
     """
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        raise UsageError(f"--to=gguf: has no tokenizer like this model's ({tokenizer.kind})")
     try:
         import gguf
     except ImportError as error:
         raise UsageError("--to=gguf: needs the gguf library; pip install 'gptjax[gguf]'") from error
-    if not isinstance(tokenizer, GPT2Tokenizer):
-        raise UsageError(f"--to=gguf: has no tokenizer like this model's ({tokenizer.kind})")
     writer = gguf.GGUFWriter(str(path), "gpt2")
     writer.add_name("gptjax")
     writer.add_block_count(cfg.n_layer)
