@@ -22,9 +22,11 @@ from gptjax.gpt2_tensors import Source
 from gptjax.run_folder import Run
 from gptjax.verify import Check
 
-from .conftest import tiny
+from .conftest import need, tiny
 from .test_formats import TF_GPT2
 
+need("torch")
+need("transformers")
 CFG = tiny(vocab_size=256, vocab_multiple=128, block_size=64)
 BYTE = SourceConfig(tokenizer="byte")
 
