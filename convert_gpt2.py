@@ -34,9 +34,9 @@ USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN
        python convert_gpt2.py verify RUN --against=SOURCE
        python convert_gpt2.py verify --self_test
 SOURCE is a name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...),
-a folder of its format or of OpenAI's original one, nanoGPT's ckpt.pt or llm.c's .bin. RUN is a run
-folder, which train.py --init_from=RUN and sample.py --out_dir=RUN read. --help after a command
-lists its flags."""
+a folder of its format or of OpenAI's original one, weights beside their config.json, nanoGPT's
+ckpt.pt or llm.c's .bin. RUN is a run folder, which train.py --init_from=RUN and sample.py
+--out_dir=RUN read. --help after a command lists its flags."""
 
 
 @dataclasses.dataclass(frozen=True)

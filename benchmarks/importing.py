@@ -1,6 +1,7 @@
 """Seconds and memory of an import: `python -m benchmarks.importing [preset [format ...]]`.
 
-The source holds random float32 weights of the preset's size, in each of the formats.
+The source holds random float32 weights of the preset's size, in each of the formats. What
+`import torch` alone takes is not counted.
 """
 
 import json
@@ -119,25 +120,42 @@ FORMATS: dict[str, Callable[[Path, GPTConfig], Path]] = {
     "llm.c": write_llmc,
     "TensorFlow": write_tensorflow,
 }
+PICKLED = ("pytorch_model.bin", "nanoGPT")
+
+
+def run_measured(*command: str) -> list[str]:
+    """The words that a command prints, and after them its peak memory in bytes."""
+    measured = [sys.executable, "-c", MEASURED, *command]
+    return subprocess.run(measured, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
+def taken_by(module: str) -> int:
+    """Bytes that importing a module takes, beside what Python and NumPy take."""
+    codes = ("import numpy", f"import numpy, {module}")
+    bare, full = (int(run_measured(sys.executable, "-c", code)[-1]) for code in codes)
+    return full - bare
 
 
 def measure(name: str, cfg: GPTConfig) -> tuple[int, float, int]:
-    """Bytes of the weights in this format, seconds of their import, and its peak memory."""
+    """Bytes of the weights in this format, seconds of their import, and its peak memory.
+
+    The memory is without what `import torch` alone takes, where the format needs it: a build for
+    CUDA takes a gigabyte and more, which says nothing about the import of a model.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder, run = Path(temporary) / "source", Path(temporary) / "run"
         folder.mkdir()
         write_random(folder, cfg)
         path = FORMATS[name](folder, cfg)
+        size = path.stat().st_size
         source = path if name in ("nanoGPT", "llm.c") else folder
         command = [sys.executable, str(ROOT / "convert_gpt2.py"), "import", str(source)]
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURED, *command, f"--out_dir={run}", "--allow_pickle"],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return path.stat().st_size, time.monotonic() - began, int(done.stdout.split()[-1])
+        peak = int(run_measured(*command, f"--out_dir={run}", "--allow_pickle")[-1])
+        seconds = time.monotonic() - began
+    if name in PICKLED:
+        peak -= taken_by("torch")
+    return size, seconds, peak
 
 
 def main() -> None:

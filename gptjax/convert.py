@@ -1,39 +1,29 @@
 """From any format of GPT-2 to a run folder, or back."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 
-from gptjax import saving
+from gptjax import saving, signatures
 from gptjax.config import Activation, TrainConfig, to_json
-from gptjax.errors import REFUSALS, DataError, OutputError, UsageError
+from gptjax.errors import REFUSALS, DataError, InputError, OutputError, UsageError
 from gptjax.files import file_sha256
 from gptjax.formats import gguf, hub, huggingface, llmc, nanogpt, openai
 from gptjax.gpt2_tensors import Source, read_params, with_activation
+from gptjax.memory import physical_memory
+from gptjax.new_folder import new_folder, refuse_existing
 from gptjax.run_folder import Run, load_run
-from gptjax.tokenizer import (
-    GPT2_FILES,
-    ByteTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-    load_gpt2_tokenizer,
-    load_tokenizer,
-    read_gpt2_files,
-    save_tokenizer,
-    write_gpt2_files,
-)
+from gptjax.source_tokenizer import OWN_TOKENIZER, choose_tokenizer
+from gptjax.tokenizer import GPT2Tokenizer, save_tokenizer, write_gpt2_files
 
-OWN_TOKENIZER = "gptjax_tokenizer.json"  # ours, in a folder whose tokenizer.json is another's
-GPT2_VOCAB = 50257  # tokens
+PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
 
 # ---- In ------------------------------------------------------------------------------------------
 
@@ -53,9 +43,17 @@ class SourceConfig:
     """folder with vocab.bpe + encoder.json (or merges.txt + vocab.json), for gpt2 offline"""
     activation: Literal["auto", Activation] = "auto"
     """of the MLP, where the file does not say it: nanoGPT computes gelu (exact) since June 2023 and
-    gelu_tanh before; auto = gelu for nanoGPT without GPT-2's weights, else gelu_tanh"""
+    gelu_tanh before; auto = gelu for nanoGPT, else gelu_tanh"""
     sha256: str = ""
     """what the weight file must have: a flipped bit is a valid number"""
+    accept_fields: str = ""
+    """fields of its config.json that gptjax does not know and that you know to change nothing,
+    with commas between them"""
+
+    def accepted(self) -> list[str]:
+        """The names in `accept_fields`."""
+        names = (name.strip() for name in self.accept_fields.split(","))
+        return [name for name in names if name]
 
 
 def open_weights(name: str, config: SourceConfig) -> tuple[Source, Path]:
@@ -84,12 +82,7 @@ def open_weights(name: str, config: SourceConfig) -> tuple[Source, Path]:
 def open_source(name: str, config: SourceConfig) -> Source:
     """`open_weights` with a tokenizer that fits; DataError if none does."""
     source, folder = open_weights(name, config)
-    tokenizer = choose_tokenizer(source, folder, config)
-    if tokenizer.n_vocab != source.cfg.vocab_size:
-        raise DataError(
-            f"the model ({source.where}) has {source.cfg.vocab_size} tokens, its tokenizer "
-            f"({tokenizer.kind}) has {tokenizer.n_vocab}; name another with --tokenizer"
-        )
+    tokenizer = choose_tokenizer(source, folder, config.tokenizer, config.tokenizer_dir)
     return source._replace(tokenizer=tokenizer)
 
 
@@ -112,7 +105,7 @@ def check_memory(source: Source) -> None:
     """DataError if the model cannot fit: before anything is allocated for it."""
     parameters = sum(math.prod(shape) for shape, _ in source.tensors.values())
     needed = 4 * parameters  # float32
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    present = physical_memory()
     if needed > present:
         raise DataError(
             f"{source.where} has {parameters:,} parameters, which need {needed / 1e9:.0f} GB of "
@@ -121,15 +114,37 @@ def check_memory(source: Source) -> None:
 
 
 def open_model_file(path: Path, config: SourceConfig) -> Source:
-    """A file: nanoGPT's or llm.c's."""
+    """A file: nanoGPT's, llm.c's, or Hugging Face's weights with config.json beside them."""
+    folder, strange = path.parent, signatures.stranger(path)
+    kind = signatures.kind(path)
+    pickle_of_hf = kind == "pickle" and (
+        path.name in huggingface.WEIGHTS
+        or (path.suffix == ".bin" and (folder / "config.json").is_file())
+    )
+    if path.name == "config.json" or path.name.endswith(".index.json") or PART.search(path.name):
+        raise UsageError(f"{path}: is only a part of a model; give the folder")
+    if (folder / huggingface.ADAPTER).is_file() and path.name.startswith("adapter_model."):
+        huggingface.refuse_adapter(folder)
+    if (kind == "safetensors" or pickle_of_hf) and not strange:
+        if not (folder / "config.json").is_file():
+            raise DataError(
+                f"{path}: weights alone, which do not say how many heads the model has; put its "
+                "config.json beside them"
+            )
+        check_sha256([path], config.sha256)
+        chosen = huggingface.weight_files(folder)[0] if path.name in huggingface.WEIGHTS else []
+        file = None if chosen == [path] else path
+        return huggingface.open_folder(folder, config.allow_pickle, config.accepted(), file)
     check_sha256([path], config.sha256)
-    if path.suffix == ".pt":
-        return nanogpt.open_file(path, config.allow_pickle)
+    if kind == "pickle" or path.suffix in (".pt", ".pth", ".ckpt"):
+        return nanogpt.open_file(path, config.allow_pickle, config.accepted())
+    if strange:
+        raise DataError(f"no model ({path}): it is {strange}")
     if path.suffix == ".bin":
         return llmc.open_file(path)
     raise UsageError(
-        f"{path}: a file must be nanoGPT's ckpt.pt or llm.c's .bin; for Hugging Face's and "
-        "OpenAI's formats give the folder"
+        f"{path}: a file must be nanoGPT's ckpt.pt, llm.c's .bin, or Hugging Face's weights beside "
+        "their config.json; for OpenAI's format give the folder"
     )
 
 
@@ -137,33 +152,23 @@ def open_model_folder(path: Path, config: SourceConfig) -> Source:
     """A folder: OpenAI's, Hugging Face's, or nanoGPT's out_dir."""
     if (path / "hparams.json").is_file():
         check_sha256(sorted(path.glob("model.ckpt.[id]*")), config.sha256)
-        return openai.open_folder(path)
+        return openai.open_folder(path, config.accepted())
     if (path / "checkpoints").is_dir():
         raise UsageError(f"{path} is a run folder already: sample.py and train.py read it")
+    if (path / huggingface.ADAPTER).is_file():  # transformers, too, looks at it first
+        huggingface.refuse_adapter(path)
     if (path / "config.json").is_file():
         check_sha256(huggingface.weight_files(path)[0], config.sha256)
-        return huggingface.open_folder(path, config.allow_pickle)
+        return huggingface.open_folder(path, config.allow_pickle, config.accepted())
     if (path / "ckpt.pt").is_file():
         return open_model_file(path / "ckpt.pt", config)
-    raise DataError(f"no model in {path}: it has no config.json, hparams.json or ckpt.pt")
-
-
-def choose_tokenizer(source: Source, folder: Path, config: SourceConfig) -> Tokenizer:
-    """The tokenizer that was asked for, or the one that belongs to the model."""
-    if config.tokenizer == "byte":
-        return ByteTokenizer()
-    if config.tokenizer not in ("auto", "gpt2"):
-        return load_tokenizer(Path(config.tokenizer))
-    if config.tokenizer == "auto" and (folder / OWN_TOKENIZER).is_file():
-        return load_tokenizer(folder, OWN_TOKENIZER)
-    if config.tokenizer == "auto" and source.cfg.vocab_size != GPT2_VOCAB:
-        raise UsageError(
-            f"the model ({source.where}) has {source.cfg.vocab_size} tokens and no tokenizer that "
-            "gptjax reads; name one: --tokenizer=byte, or a run folder that has it"
-        )
-    if any((folder / name).is_file() for name in GPT2_FILES):
-        return read_gpt2_files(folder)
-    return load_gpt2_tokenizer(config.tokenizer_dir)
+    there = sorted(file.name for file in path.iterdir())
+    listed = f"; it holds {', '.join(there[:5])}" if there else "; it is empty"
+    if any(name in there for name in huggingface.WEIGHTS):
+        listed += "; the config.json of these weights says how many heads the model has"
+    elif any(Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") for name in there):
+        listed += "; a file of nanoGPT or llm.c give by its own name"
+    raise DataError(f"no model in {path}: it has no config.json, hparams.json or ckpt.pt{listed}")
 
 
 def load_source(name: str, config: SourceConfig | None = None) -> Run:
@@ -185,11 +190,21 @@ def load_start(name: str, config: SourceConfig | None = None) -> Run:
     """The model to start from: a run folder's best, or a model in any other format.
 
     Raises:
-        UsageError, DataError, CheckpointError: as of `load_run` and `load_source`.
+        UsageError, DataError, CheckpointError: as of `load_run` and `load_source`; a flag that
+            only an import has is said with its command.
     """
     if (Path(name) / "checkpoints").is_dir():
         return load_run(Path(name))
-    return load_source(name, config)
+    try:
+        return load_source(name, config)
+    except InputError as error:
+        if not error.flag:
+            raise
+        flag = shlex.quote(error.flag)
+        command = f"python convert_gpt2.py import {shlex.quote(name)} --out_dir=RUN {flag}"
+        raise type(error)(
+            f"{error.reason}; import it by {command} ({error.note}), then take --init_from=RUN"
+        ) from error
 
 
 def import_run(
@@ -222,7 +237,7 @@ def import_run(
         (temporary / "config.json").write_text(to_json(settings))
         save_tokenizer(run.tokenizer, temporary)
         try:
-            saving.check_space(temporary, run.params, out_dir=out_dir)
+            saving.check_space(temporary, run.params)
             # All at once would take as much memory again; one after another takes no longer.
             largest = max(leaf.nbytes for leaf in jax.tree.leaves(run.params))
             with saving.Saver(temporary, strikes=1, largest=largest) as saver:
@@ -233,34 +248,6 @@ def import_run(
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise OutputError(f"cannot write the weights ({out_dir}): {reason}") from error
     return run, digests
-
-
-def refuse_existing(path: Path) -> None:
-    """OutputError if there is anything at `path`, but for an empty folder."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputError(f"--out_dir={path}: is there already; take another, or remove it")
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        OutputError: `path` holds something already, or cannot be written.
-    """
-    refuse_existing(path)
-    path = path.absolute()
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write to --out_dir={path}: {error.strerror}") from error
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- Out -----------------------------------------------------------------------------------------
@@ -302,5 +289,5 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
     refuse_existing(out_dir)
     run = load_run(run_dir, which)
     with new_folder(out_dir) as temporary:
-        saving.check_space(temporary, run.params, out_dir=out_dir)
+        saving.check_space(temporary, run.params)
         EXPORTS[to](temporary, run)

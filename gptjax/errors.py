@@ -1,13 +1,24 @@
 """The refusals that gptjax makes on purpose, each with the exit code its scripts end with."""
 
 
-class UsageError(ValueError):
+class InputError(ValueError):
+    """What the user gave cannot be used as it is, for a `reason`.
+
+    Where a `flag` of convert_gpt2.py lets it pass, the message says so, with a `note` on the flag.
+    """
+
+    def __init__(self, reason: str, flag: str = "", note: str = "") -> None:
+        super().__init__(f"{reason}; pass {flag} ({note})" if flag else reason)
+        self.reason, self.flag, self.note = reason, flag, note
+
+
+class UsageError(InputError):
     """A flag or setting is wrong: out of range, misspelt, or at odds with another one."""
 
     exit_code = 2
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Input data is damaged, too short, or not what it was said to be."""
 
     exit_code = 65

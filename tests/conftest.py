@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gptjax  # noqa: F401
 
@@ -94,6 +95,11 @@ def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.P
     return treedef.unflatten(
         [change(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
     )
+
+
+def need(name: str) -> Any:
+    """A package that only some tests use; where it is missing, they are skipped."""
+    return pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
 
 
 # ---- The scripts, as processes

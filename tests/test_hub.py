@@ -142,6 +142,23 @@ def test_no_such_model(server: Server) -> None:
         load_start("../gpt2", BYTE)
 
 
+def test_an_adapter_is_told_and_its_base_named(server: Server) -> None:
+    fields = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
+    (server.folder / "adapter_config.json").write_text(json.dumps(fields))
+    for _ in range(2):  # with a config.json beside it, and without
+        with pytest.raises(DataError, match=r"an adapter \(LORA\) of the model gpt2, not a model"):
+            load_start(NAME, BYTE)
+        (server.folder / "config.json").unlink(missing_ok=True)
+    (server.folder / "adapter_config.json").unlink()
+
+
+def test_a_model_in_another_format(server: Server) -> None:
+    """Such as one that holds GGUF only."""
+    (server.folder / "config.json").unlink()
+    with pytest.raises(DataError, match=r"has no config\.json on the Hub"):
+        load_start(NAME, BYTE)
+
+
 def test_never_fetched_and_no_network(server: Server) -> None:
     with offline(server), pytest.raises(DataError, match="cannot reach the Hub"):
         load_start(NAME, BYTE)
@@ -171,7 +188,7 @@ def test_a_download_cut_short_is_not_used(server: Server, params: model.Params) 
 
 def test_pickles_are_not_even_fetched(server: Server, params: model.Params) -> None:
     to_bin(server.folder)
-    with pytest.raises(DataError, match=r"--allow_pickle also takes pytorch_model\.bin"):
+    with pytest.raises(DataError, match=r"--allow_pickle \(which also takes pytorch"):
         load_start(NAME, BYTE)
     assert "pytorch_model.bin" not in server.sent
     assert_loaded(params, SourceConfig(tokenizer="byte", allow_pickle=True))

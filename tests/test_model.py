@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
 
-from .conftest import init_params, scaled_params, tiny
+from .conftest import init_params, need, scaled_params, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 16))
 
@@ -253,10 +254,30 @@ def test_blocks_of_queries_are_the_reference(length: int) -> None:
         assert ok
 
 
-def test_cudnn_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(UsageError, match="--attention=cudnn: needs an NVIDIA GPU"):
-        model.resolve(GPTConfig(attention="cudnn"))
-    assert model.resolve(GPTConfig()).attention == "xla"
+@pytest.mark.parametrize(
+    ("backend", "version", "dtype", "runs"),
+    [
+        ("cpu", "cpu", "bfloat16", False),
+        ("gpu", "PJRT C API cuda 13000", "bfloat16", True),
+        ("gpu", "PJRT C API cuda 13000", "float32", False),
+        ("gpu", "PJRT C API rocm 60000", "bfloat16", False),
+        ("tpu", "TFRT TPU v5e", "bfloat16", False),
+    ],
+)
+def test_cudnn_is_refused_where_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, backend: str, version: str, dtype: Any, runs: bool
+) -> None:
+    """Whatever machine the test itself is on."""
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=version))
+    monkeypatch.setattr(attention.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    chosen = model.resolve(GPTConfig(dtype=dtype)).attention
+    assert chosen == ("cudnn" if runs else "xla")
+    if runs:
+        assert model.resolve(GPTConfig(attention="cudnn", dtype=dtype)).attention == "cudnn"
+    else:
+        with pytest.raises(UsageError, match="--attention=cudnn: needs an NVIDIA GPU"):
+            model.resolve(GPTConfig(attention="cudnn", dtype=dtype))
     with pytest.raises(UsageError, match="has no dropout"):
         GPTConfig(attention="cudnn", dropout=0.1)
 
@@ -266,7 +287,7 @@ def test_cudnn_is_refused_where_it_cannot_run() -> None:
 
 def torch_logits_and_gradient(cfg: GPTConfig, params: model.Params) -> tuple[np.ndarray, dict]:
     """Logits of TOKENS from the PyTorch twin, and its gradient by our names."""
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[dev]'")
+    torch = need("torch")
     from benchmarks.torch_gpt import TorchGPT, copy_params, named_gradients
 
     twin = TorchGPT(cfg)

@@ -11,7 +11,7 @@ import pytest
 from gptjax import optimizer, training
 from gptjax.config import TrainConfig
 
-from .conftest import init_params, tiny
+from .conftest import init_params, need, tiny
 
 CFG = tiny(vocab_multiple=1)  # as the PyTorch twin, which has no mask for padding
 PARAMS = init_params(CFG, jax.random.key(0))
@@ -112,7 +112,7 @@ def parameters_after_20_steps(tx: optax.GradientTransformation, batches: np.ndar
 
 def difference_to_torch(tx: optax.GradientTransformation, config: TrainConfig) -> float:
     """Largest difference of any parameter after 20 steps of AdamW with clipping."""
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[dev]'")
+    torch = need("torch")
     from benchmarks.torch_gpt import TorchGPT, copy_params, make_adamw, named_gradients, train_step
 
     batches = np.random.default_rng(0).integers(0, 61, (20, 4, 17))

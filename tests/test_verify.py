@@ -26,9 +26,11 @@ from gptjax.reference import load_reference, write_random_model
 from gptjax.run_folder import Run
 from gptjax.verify import Check
 
-from .conftest import scaled_params, tiny
+from .conftest import need, scaled_params, tiny
 from .test_formats import TF_GPT2, save_nanogpt
 
+need("torch")
+need("transformers")
 CFG = tiny(vocab_size=256, vocab_multiple=128, block_size=64)
 BYTE = SourceConfig(tokenizer="byte")
 

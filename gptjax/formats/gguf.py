@@ -41,12 +41,12 @@ def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer)
     """
     ok = cfg.activation == "gelu_tanh"
     require(ok, "to", "gguf", "llama.cpp computes GELU by tanh, this model by erf; take --to=hf")
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        raise UsageError(f"--to=gguf: has no tokenizer like this model's ({tokenizer.kind})")
     try:
         import gguf
     except ImportError as error:
         raise UsageError("--to=gguf: needs the gguf library; pip install 'gptjax[gguf]'") from error
-    if not isinstance(tokenizer, GPT2Tokenizer):
-        raise UsageError(f"--to=gguf: has no tokenizer like this model's ({tokenizer.kind})")
     writer = gguf.GGUFWriter(str(path), "gpt2")
     writer.add_name("gptjax")
     writer.add_block_count(cfg.n_layer)

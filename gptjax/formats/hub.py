@@ -81,6 +81,10 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
             return None
 
     try:
+        if not optional(get, "config.json"):
+            adapter = optional(get, "adapter_config.json")
+            if adapter:  # by which the folder is told, and refused
+                return adapter.parent
         folder = get("config.json").parent
         for file in weights:
             if optional(get_weights, file):
@@ -94,11 +98,15 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
                     get_weights(shard)
                 break
         else:
-            raise DataError(
-                f"{name} has no {' or '.join(weights)} that could be had; convert_gpt2.py import "
-                "--allow_pickle also takes pytorch_model.bin"
-            )
-        for file in ("gptjax_tokenizer.json", "vocab.json", "tokenizer.json"):
+            flag = "" if len(weights) > 1 else "--allow_pickle"
+            text = f"{name} has no {' or '.join(weights)} that could be had"
+            raise DataError(text, flag, "which also takes pytorch_model.bin")
+        for file in (
+            "adapter_config.json",
+            "gptjax_tokenizer.json",
+            "vocab.json",
+            "tokenizer.json",
+        ):
             optional(get, file)
     except HFValidationError as error:
         raise UsageError(f"{name!r} is neither a file or folder nor a name on the Hub") from error
@@ -110,6 +118,11 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
         raise DataError(
             f"cannot reach the Hub for {name}, nor is it in the cache; get the folder by other "
             "means and give its path"
+        ) from error
+    except EntryNotFoundError as error:
+        raise DataError(
+            f"{name} has no config.json on the Hub; gptjax reads Hugging Face's format there, with "
+            "model.safetensors beside it"
         ) from error
     except REFUSALS:
         raise

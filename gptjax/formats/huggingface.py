@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from gptjax.config import Activation, GPTConfig
 from gptjax.errors import DataError, DiskError
+from gptjax.fields import check_fields, is_one_of, says_nothing, shown
 from gptjax.files import read_json
 from gptjax.gpt2_tensors import (
     FLOATS,
@@ -21,13 +22,17 @@ from gptjax.gpt2_tensors import (
     Source,
     make_config,
     named_tensors,
+    published_names,
     size_problems,
     slots,
+    some_of_each,
 )
-from gptjax.torch_file import load_torch, tensor_table, to_numpy
+from gptjax.signatures import SUFFIXES, stranger
+from gptjax.torch_file import check_size, load_torch, tensor_table, to_numpy
 
 Table = dict[str, tuple[tuple[int, ...], str]]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"  # peft's
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which is no weight
 
@@ -50,45 +55,34 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
-    "pruned_heads": ({}, None),
-}
-# Fields that change nothing here: dropout, which training sets by its own flag, precision of the
-# softmax, which is float32 with us, and what concerns other heads, generation and bookkeeping.
-IGNORED = {
-    *("_name_or_path", "_num_labels", "architectures", "attn_pdrop", "bad_words_ids"),
-    *("begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward"),
-    *("cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample"),
-    *("dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id"),
-    *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id"),
-    *("forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_range"),
-    *("is_decoder", "label2id", "length_penalty", "max_length", "min_length", "n_ctx"),
-    *("n_special", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels"),
-    *("num_return_sequences", "output_attentions", "output_hidden_states", "output_past"),
-    *("output_scores", "pad_token_id", "predict_special_tokens", "prefix", "problem_type"),
-    *("remove_invalid_values", "reorder_and_upcast_attn", "repetition_penalty", "resid_pdrop"),
-    *("return_dict", "return_dict_in_generate", "sep_token_id", "summary_activation"),
-    *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-    *("suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss"),
-    *("tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript"),
-    *("transformers_version", "typical_p", "use_bfloat16", "use_cache"),
+    "pruned_heads": ({},),
 }
 
 
-def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
+def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = ()) -> GPTConfig:
     """The model that a config.json describes.
+
+    Args:
+        fields: the file's.
+        where: its path, for the message.
+        accept: fields that gptjax does not know and the user vouches for.
 
     Raises:
         DataError: it describes another architecture, sizes beyond belief, or has fields that
             gptjax does not know, all listed at once.
     """
+    if fields.get("model_type", "gpt2") != "gpt2":  # all its fields are another model's
+        fields = {"model_type": fields["model_type"]}
+        check_fields(fields, fields, where, [must_be("model_type", fields["model_type"])])
     sizes: dict[str, Any] = {name: fields.get(name) for name in LIMITS}
     sizes["block_size"] = fields.get("n_positions", fields.get("n_ctx"))
     problems = size_problems(sizes)
     ours = fields.get("gptjax") or {}
     for name, allowed in MUST_BE.items():
-        if name in fields and fields[name] not in allowed:
-            computed = " or ".join(map(repr, allowed))
-            problems.append(f"{name}={fields[name]!r}, gptjax computes {computed}")
+        if name in fields and not is_one_of(fields[name], allowed):
+            if says_nothing(fields[name]) and any(map(says_nothing, allowed)):
+                continue
+            problems.append(must_be(name, fields[name]))
     if (
         not isinstance(ours, dict)
         or not set(ours) <= {"bias", "vocab_multiple"}
@@ -102,10 +96,8 @@ def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
     inner = fields.get("n_inner")
     if inner is not None and not problems and inner != 4 * sizes["n_embd"]:
         problems.append(f"n_inner={inner!r}, gptjax computes 4 n_embd")
-    known = {"n_positions", "n_inner", "gptjax"} | set(MUST_BE) | set(LIMITS) | IGNORED
-    problems += [f"{name}={fields[name]!r} is unknown" for name in fields if name not in known]
-    if problems:
-        raise DataError(f"cannot use this model ({where}): {'; '.join(problems)[:2000]}")
+    known = {"n_positions", "n_inner", "gptjax"} | set(MUST_BE) | set(LIMITS)
+    check_fields(fields, known, where, problems, accept)
     return make_config(
         sizes,
         where,
@@ -113,6 +105,13 @@ def parse_config(fields: dict[str, Any], where: str) -> GPTConfig:
         bias=ours.get("bias", True),
         activation=ACTIVATIONS[fields.get("activation_function", "gelu_new")],
     )
+
+
+def must_be(name: str, value: Any) -> str:
+    """What is wrong with a field that has another value than GPT-2's."""
+    if name == "quantization_config":
+        return f"{shown(name, value)}: take the model from before it was quantised"
+    return f"{shown(name, value)}, gptjax computes {' or '.join(map(repr, MUST_BE[name]))}"
 
 
 def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
@@ -141,42 +140,62 @@ def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
 # ---- Weights -------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path, allow_pickle: bool = False) -> Source:
+def open_folder(
+    folder: Path, allow_pickle: bool = False, accept: Collection[str] = (), file: Path | None = None
+) -> Source:
     """The model of a folder, from one file or from shards.
+
+    Args:
+        folder: holds config.json and the weights.
+        allow_pickle: whether to read pytorch_model.bin.
+        accept: as of `parse_config`.
+        file: the weights, where they are not those that `weight_files` would choose.
 
     Raises:
         DataError: a file is missing or damaged, or is not GPT-2.
         UsageError: there is only a pickle, and pickles are not allowed.
     """
-    cfg = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    paths, mapped = weight_files(folder)
+    where = str(folder / "config.json")
+    cfg = parse_config(read_json(folder / "config.json"), where, accept)
+    paths, mapped = ([file], None) if file else weight_files(folder)
+    check_size([path for path in paths if path.suffix == ".bin"])
+    opened = [(path, *open_file(path, allow_pickle)) for path in paths]
+    stored_names = {name for _, found, _ in opened for name in found} | set(mapped or ())
+    names = published_names(stored_names, folder)
     table: Table = {}
     readers: dict[str, Callable[[], np.ndarray]] = {}
     problems = []
-    for path in paths:
-        found, read = open_file(path, allow_pickle)
+    for path, found, read in opened:
         for stored, entry in found.items():
-            tensor = stored.removeprefix("transformer.")
+            tensor = names[stored]
             if BUFFER.fullmatch(tensor):
                 continue
             if tensor in table:
-                problems.append(f"{stored} is stored twice")
+                problems.append((stored, "is stored twice"))
             if mapped is not None and mapped.get(stored) != path.name:
-                problems.append(f"{stored} is in {path.name}, the index says {mapped.get(stored)}")
+                place = f"is in {path.name}, the index says {mapped.get(stored)}"
+                problems.append((stored, place))
             table[tensor] = entry
             readers[tensor] = lambda read=read, stored=stored: read(stored)  # type: ignore[misc]
-    indexed = {name.removeprefix("transformer.") for name in mapped or ()}
     problems += [
-        f"{name} is in the index and in no file"
-        for name in sorted(indexed)
-        if name not in table and not BUFFER.fullmatch(name)
+        (names[name], "is in the index and in no file")
+        for name in sorted(mapped or ())
+        if names[name] not in table and not BUFFER.fullmatch(names[name])
     ]
     if problems:
-        raise DataError(f"cannot use this checkpoint ({folder}): {'; '.join(problems)}")
+        raise DataError(f"cannot use this checkpoint ({folder}): {some_of_each(problems)}")
     if not cfg.bias:
         drop_zero_biases(cfg, table, readers, folder)
-    files = tuple(paths)
-    return Source(cfg, table, lambda name: readers[name](), None, str(folder), files, is_hf=True)
+    # transformers reads that folder alike only if it chooses the file and knows its names.
+    alike = file is None and all(
+        stored in (tensor, f"transformer.{tensor}") for stored, tensor in names.items()
+    )
+    where = str(file or folder)
+    return Source(
+        *(cfg, table, lambda name: readers[name](), None, where, tuple(paths)),
+        is_hf=alike,
+        says_activation=True,
+    )
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -188,13 +207,34 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     names = [w for weights in WEIGHTS for w in (weights, f"{weights}.index.json")]
     name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
-        raise DataError(f"no weights ({folder}): expected one of {', '.join(names)}")
+        text = f"no weights ({folder}): expected one of {', '.join(names)}"
+        there = sorted(folder.iterdir())
+        if other := [f"{p.name} ({SUFFIXES[p.suffix]})" for p in there if p.suffix in SUFFIXES]:
+            text += f"; it has {', '.join(other)}, which gptjax does not read"
+        if loose := [p.name for p in there if p.suffix in (".safetensors", ".bin")]:
+            text += f"; it has {', '.join(loose[:5])}: give the weights by their own name"
+        raise DataError(text)
     if not name.endswith(".index.json"):
         return [inside(folder, name)], None
     mapped = read_json(folder / name).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         raise DataError(f"has no weight_map ({folder / name})")
-    return [inside(folder, file) for file in sorted({str(v) for v in mapped.values()})], mapped
+    paths = [inside(folder, file) for file in sorted({str(v) for v in mapped.values()})]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{name} names files that are not there ({folder}): {', '.join(missing)}")
+    return paths, mapped
+
+
+def refuse_adapter(folder: Path) -> None:
+    """DataError: an adapter is a change to a model that is elsewhere."""
+    fields = read_json(folder / ADAPTER)
+    base, kind = fields.get("base_model_name_or_path"), fields.get("peft_type")
+    raise DataError(
+        f"{folder} holds an adapter ({kind}) of the model {base}, not a model ({ADAPTER}); merge "
+        "them by peft's AutoPeftModelForCausalLM: from_pretrained(ADAPTER).merge_and_unload()"
+        ".save_pretrained(FOLDER), and give that folder"
+    )
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -232,7 +272,9 @@ def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise DataError(f"cannot read the weights ({path}): {error}") from error
+        strange = stranger(path)
+        reason = f"it is {strange}" if strange else error
+        raise DataError(f"cannot read the weights ({path}): {reason}") from error
     return found, read
 
 

@@ -2,11 +2,13 @@
 
 import collections
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from gptjax.errors import DataError
+from gptjax.fields import check_fields
 from gptjax.files import read_json
 from gptjax.gpt2_tensors import LIMITS, Source, make_config
 from gptjax.tf_checkpoint import read_index, read_tensor
@@ -23,8 +25,12 @@ def published_name(name: str) -> str:
     return re.sub(r"^h(\d+)\.", r"h.\1.", ".".join(parts))
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, accept: Collection[str] = ()) -> Source:
     """The model of a folder with hparams.json and model.ckpt.*.
+
+    Args:
+        folder: holds them.
+        accept: further fields of hparams.json that the user vouches for.
 
     Raises:
         DataError: a file is missing or damaged, or the sizes make no sense.
@@ -32,9 +38,7 @@ def open_folder(folder: Path) -> Source:
     hparams = read_json(folder / "hparams.json")
     names = {"block_size": "n_ctx", "vocab_size": "n_vocab"}
     sizes = {name: hparams.get(names.get(name, name)) for name in LIMITS}
-    unknown = sorted(set(hparams) - {names.get(name, name) for name in LIMITS})
-    if unknown:
-        raise DataError(f"cannot use this model ({folder}): unknown hparams {', '.join(unknown)}")
+    check_fields(hparams, {names.get(name, name) for name in LIMITS}, folder, accept=accept)
     cfg = make_config(sizes, folder / "hparams.json")
     index = read_index(folder / "model.ckpt")
     counts = collections.Counter(map(published_name, index))
