@@ -12,7 +12,7 @@ from pathlib import Path
 import gptjax  # before jax: it sets up the allocator
 
 # isort: split
-from gptjax import cli, model
+from gptjax import cli, flags, model
 from gptjax.config import require
 from gptjax.console import print_table
 from gptjax.convert import (
@@ -85,7 +85,7 @@ class VerifyConfig(SourceConfig):
 
 def import_command(name: str, argv: list[str]) -> int:
     """Import, and say what came out."""
-    config = cli.parse(
+    config = flags.parse(
         ImportConfig, argv, ImportConfig(), "Import a GPT-2.", f"{PROG} import SOURCE"
     )
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to make")
@@ -94,19 +94,19 @@ def import_command(name: str, argv: list[str]) -> int:
     for file, digest in digests.items():
         print(f"sha256 {digest} {file}")
     out_dir = config.out_dir if config.out_dir[0] != "-" else f"./{config.out_dir}"  # no flag
-    against = [f"--against={name}", *cli.flags(config, SourceConfig())]
+    against = [f"--against={name}", *flags.changed(config, SourceConfig())]
     print(
         f"{model.count_params(run.config.model):,} parameters, {run.tokenizer.kind} tokenizer, "
         f"in {time.monotonic() - began:.1f} s\n"
-        f"next: {cli.command('sample.py', f'--out_dir={config.out_dir}')}\n"
-        f"  or: {cli.command(PROG, 'verify', out_dir, *against)}"
+        f"next: {flags.command('sample.py', f'--out_dir={config.out_dir}')}\n"
+        f"  or: {flags.command(PROG, 'verify', out_dir, *against)}"
     )
     return 0
 
 
 def export_command(name: str, argv: list[str]) -> int:
     """Export, and list the files."""
-    config = cli.parse(ExportConfig, argv, ExportConfig(), "Export a run.", f"{PROG} export RUN")
+    config = flags.parse(ExportConfig, argv, ExportConfig(), "Export a run.", f"{PROG} export RUN")
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to make")
     export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint)
     for path in sorted(Path(config.out_dir).iterdir()):
@@ -116,7 +116,7 @@ def export_command(name: str, argv: list[str]) -> int:
 
 def verify_command(name: str, argv: list[str]) -> int:
     """Compare; exit code 65 and the first difference unless every gate holds."""
-    config = cli.parse(VerifyConfig, argv, VerifyConfig(), "Verify a run.", f"{PROG} verify RUN")
+    config = flags.parse(VerifyConfig, argv, VerifyConfig(), "Verify a run.", f"{PROG} verify RUN")
     if config.self_test:
         sizes = {
             "tiny": dataclasses.replace(PRESETS["quickstart"].model, n_layer=2, vocab_size=256)

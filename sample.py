@@ -9,7 +9,7 @@ import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 # isort: split
 import jax
 
-from gptjax import cli, model, sampling
+from gptjax import cli, flags, model, sampling
 from gptjax.config import DType, GPTConfig, SampleConfig, require_range
 from gptjax.console import printable
 from gptjax.convert import load_start
@@ -149,7 +149,7 @@ class Stream:
 
 def main(argv: list[str]) -> int:
     """Sample; returns the exit code."""
-    config = cli.parse(Config, argv, Config(), "Sample text from a trained GPT.")
+    config = flags.parse(Config, argv, Config(), "Sample text from a trained GPT.")
     cli.use_compile_cache(config.compile_cache)
     cfg, params, tokenizer = load_model(config)
     cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))

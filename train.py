@@ -30,6 +30,7 @@ from gptjax import (
     distributed,
     faults,
     files,
+    flags,
     metrics,
     model,
     sampling,
@@ -73,18 +74,18 @@ def parse(argv: list[str]) -> TrainConfig:
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset}: there are {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
-    config, given = PRESETS[preset], cli.given_flags(argv)
+    config, given = PRESETS[preset], flags.given(argv)
     settings = Path(given.get("out_dir") or config.out_dir).expanduser() / "config.json"
     goes_on = given.get("init_from") in ("resume", "auto") or given.get("replay")
     if goes_on and settings.is_file():
         once = {name: getattr(config, name) for name in ONCE}
-        return cli.parse(
+        return flags.parse(
             TrainConfig, argv, dataclasses.replace(load_config(settings), **once), about
         )
     config, notes = adapt_preset(config, given)
     for note in notes:
         print(note, file=sys.stderr)
-    return cli.parse(TrainConfig, argv, config, about)
+    return flags.parse(TrainConfig, argv, config, about)
 
 
 def batch_of(config: TrainConfig, i: int, whole: bool = False) -> dict[str, int]:
@@ -233,7 +234,7 @@ def main(argv: list[str]) -> int:
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
-        given = cli.given_flags(argv)
+        given = flags.given(argv)
         stack.enter_context(name_settings(config, given))
         return train(config, run_dir, given)
 
@@ -457,8 +458,8 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
                 windows=read_batches(config, dataset.train, step, 1, whole=True)[0],
             )
             allowed = [f"--allow_change={config.allow_change}"] * bool(config.allow_change)
-            flags = [f"--out_dir={run_dir}", f"--replay={path}", *allowed]
-            text += f"; {cli.command('train.py', *flags)} runs it again"
+            words = [f"--out_dir={run_dir}", f"--replay={path}", *allowed]
+            text += f"; {flags.command('train.py', *words)} runs it again"
         console.note(text)
 
     def draw() -> None:
@@ -551,7 +552,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         f"{time.monotonic() - began:.1f} s\n"
         f"state sha256={training.digest(state)}\n"
         f"{run_dir}: checkpoints, metrics.jsonl, loss.png, samples.txt\n"
-        f"next: {cli.command('sample.py', f'--out_dir={run_dir}')}"
+        f"next: {flags.command('sample.py', f'--out_dir={run_dir}')}"
     )
     return 0
 

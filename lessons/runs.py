@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gptjax import cli
+from gptjax import flags
 from gptjax.config import TrainConfig
 from gptjax.presets import PRESETS
 
@@ -25,7 +25,7 @@ FLAGS = (
 
 def settings() -> TrainConfig:
     """What `train.py` makes of these flags, over its default preset."""
-    return cli.parse(TrainConfig, list(FLAGS), PRESETS["quickstart"], "")
+    return flags.parse(TrainConfig, list(FLAGS), PRESETS["quickstart"], "")
 
 
 def train(run: Path = RUN) -> None:

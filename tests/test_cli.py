@@ -15,7 +15,7 @@ import pytest
 
 import sample
 import train
-from gptjax import cli
+from gptjax import cli, flags
 from gptjax.commands.doctor import plugins
 from gptjax.config import (
     GPTConfig,
@@ -279,9 +279,9 @@ def test_top_k_above_the_vocabulary_keeps_all(
 def test_both_spellings_and_bare_booleans() -> None:
     base = TrainConfig()
     for argv in (["--batch_size=16", "--debug"], ["--batch-size", "16", "--debug=True"]):
-        parsed = cli.parse(TrainConfig, argv, base, "")
+        parsed = flags.parse(TrainConfig, argv, base, "")
         assert parsed == dataclasses.replace(base, batch_size=16, debug=True)
-    assert cli.parse(TrainConfig, ["--bias=False"], base, "").model.bias is False
+    assert flags.parse(TrainConfig, ["--bias=False"], base, "").model.bias is False
 
 
 def test_help_names_every_flag_with_default_and_unit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,10 +341,10 @@ def test_json_has_no_nan(run_dir: Path) -> None:
 
 
 def test_given_flags_are_the_last_of_each_however_they_are_written() -> None:
-    assert cli.given_flags(["--seed=1"]) == {"seed": "1"}
-    assert cli.given_flags(["--out-dir", "a", "--seed=1"]) == {"out_dir": "a", "seed": "1"}
-    assert cli.given_flags(["--out_dir=a", "--out-dir=b=c"]) == {"out_dir": "b=c"}
-    assert cli.given_flags(["--out_dir"]) == {"out_dir": ""}
+    assert flags.given(["--seed=1"]) == {"seed": "1"}
+    assert flags.given(["--out-dir", "a", "--seed=1"]) == {"out_dir": "a", "seed": "1"}
+    assert flags.given(["--out_dir=a", "--out-dir=b=c"]) == {"out_dir": "b=c"}
+    assert flags.given(["--out_dir"]) == {"out_dir": ""}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gptjax import cli
+from gptjax import flags
 from gptjax.convert import SourceConfig
 from gptjax.errors import DataError
 from gptjax.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
@@ -110,7 +110,7 @@ def test_a_flag_that_would_not_help_is_not_proposed() -> None:
 
 def test_the_flag_is_a_list_of_names() -> None:
     argv = ["--accept_fields=a, b,c,"]
-    config = cli.parse(SourceConfig, argv, SourceConfig(), "test")
+    config = flags.parse(SourceConfig, argv, SourceConfig(), "test")
     assert config.accepted() == ["a", "b", "c"]
 
 

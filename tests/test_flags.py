@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import sample
-from gptjax import cli
+from gptjax import cli, flags
 from gptjax.config import TrainConfig, require_range
 from gptjax.data import open_tokens
 from gptjax.errors import DataError, UsageError, plural
@@ -57,7 +57,7 @@ def test_a_bad_value_is_one_clean_line(
     argv: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word for word in argv.split(" ") if word]
-    assert cli.run(lambda argv: cli.parse(TrainConfig, argv, TrainConfig(), "") and 0, words) == 2
+    assert cli.run(lambda argv: flags.parse(TrainConfig, argv, TrainConfig(), "") and 0, words) == 2
     assert capsys.readouterr() == ("", f"error: {said}\n")
 
 
@@ -74,7 +74,7 @@ def test_a_bad_value_is_one_clean_line(
 )
 def test_a_bad_value_beside_tuples(argv: list[str], said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        cli.parse(sample.Config, argv, sample.Config(), "")
+        flags.parse(sample.Config, argv, sample.Config(), "")
     assert str(refused.value) == said
 
 
@@ -90,13 +90,13 @@ def test_a_bad_value_beside_tuples(argv: list[str], said: str) -> None:
     ],
 )
 def test_values_arrive_as_they_were_written(argv: list[str], fields: dict[str, Any]) -> None:
-    parsed = cli.parse(sample.Config, argv, sample.Config(), "")
+    parsed = flags.parse(sample.Config, argv, sample.Config(), "")
     assert parsed == dataclasses.replace(sample.Config(), **fields)
 
 
 def test_nested_settings_arrive_and_the_others_stay() -> None:
     base = sample.Config(num_samples=3)
-    parsed = cli.parse(sample.Config, ["--top_k=4", "--temperature=0"], base, "")
+    parsed = flags.parse(sample.Config, ["--top_k=4", "--temperature=0"], base, "")
     assert (parsed.sample.top_k, parsed.sample.temperature, parsed.num_samples) == (4, 0.0, 3)
 
 
@@ -128,12 +128,12 @@ def test_help_shows_control_characters_as_text(capsys: pytest.CaptureFixture[str
         """texts"""
 
     with pytest.raises(SystemExit) as ended:
-        cli.parse(Config, ["--help"], Config(), "")
+        flags.parse(Config, ["--help"], Config(), "")
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert r"a\nb\x1b[2J" in out and r"'\n' '\t'" in out and "\x1b[2J" not in out
     with pytest.raises(SystemExit):
-        cli.parse(sample.Config, ["--seed=1", "-h"], sample.Config(), "")
+        flags.parse(sample.Config, ["--seed=1", "-h"], sample.Config(), "")
     assert r'is given "\n", or nothing' in " ".join(capsys.readouterr().out.split())
 
 

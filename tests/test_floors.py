@@ -28,7 +28,7 @@ FLOORS = [
         "checkpoint",
         "metrics",
     }
-    | {"gpt2_tensors", "torch_file", "new_folder", "output", "adapt"},
+    | {"gpt2_tensors", "torch_file", "new_folder", "output", "adapt", "flags"},
     {"data", "training", "sampling", "run_folder", "evaluation", "resume_check", "saving"}
     | {"source_tokenizer", "reference"}
     | {f"formats.{name}" for name in ("huggingface", "hub", "openai", "nanogpt", "llmc", "gguf")},
@@ -41,7 +41,7 @@ ONLY = {
     "flax": {"model"},
     "optax": {"optimizer", "training"},
     "orbax": {"checkpoint", "saving", "step_files"},
-    "tyro": {"cli"},
+    "tyro": {"flags"},
     "rich": {"console"},
     "matplotlib": {"metrics"},
     "tiktoken": {"tokenizer"},

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import convert_gpt2
 import sample
-from gptjax import cli, convert, data
+from gptjax import cli, convert, data, flags
 from gptjax import tokenizer as tok
 from gptjax.commands import evaluate
 from gptjax.config import TrainConfig
@@ -362,7 +362,7 @@ def test_flags() -> None:
 
     def attempt(case: tuple[Any, list[str]]) -> None:
         config, argv = case
-        cli.parse(type(config), argv, config, "")
+        flags.parse(type(config), argv, config, "")
 
     good = (configs[0], ["--seed=3", "--n-head", "4"])
     fuzz(FLAGS, good, st.one_of([argvs(config) for config in configs]), attempt)

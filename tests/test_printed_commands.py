@@ -13,7 +13,7 @@ import pytest
 import convert_gpt2
 import sample
 import train
-from gptjax import checkpoint, cli
+from gptjax import checkpoint, cli, flags
 from gptjax.commands import doctor
 from gptjax.config import TrainConfig
 from gptjax.convert import SourceConfig
@@ -98,10 +98,10 @@ def test_a_script_is_named_from_where_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert cli.command("sample.py", "--out_dir=a b") == "python sample.py '--out_dir=a b'"
+    assert flags.command("sample.py", "--out_dir=a b") == "python sample.py '--out_dir=a b'"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sample.py").write_text("")  # another program's
-    assert cli.command("sample.py", "-x") == f"python {shlex.quote(str(ROOT / 'sample.py'))} -x"
+    assert flags.command("sample.py", "-x") == f"python {shlex.quote(str(ROOT / 'sample.py'))} -x"
 
 
 def test_the_commands_after_an_import(
@@ -141,7 +141,7 @@ def test_verify_is_given_what_import_was(
     imported = Run(TrainConfig(model=tiny()), ByteTokenizer(), {}, 0)
     monkeypatch.setattr(convert_gpt2, "import_run", lambda *args: (imported, {}))
     monkeypatch.setattr(convert_gpt2, "open_weights", stop)
-    argv = ["import", "some/gpt2", "--out_dir=r", *cli.flags(given, SourceConfig())]
+    argv = ["import", "some/gpt2", "--out_dir=r", *flags.changed(given, SourceConfig())]
     assert cli.run(convert_gpt2.main, argv) == 0
     (line,) = re.findall(r"^  or: (.*)", capsys.readouterr().out, re.MULTILINE)
     assert run_line(line) == CheckpointError.exit_code

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import checkpoint, cli
+from gptjax import checkpoint, flags
 from gptjax.attention import ATTENTION, choose_attention
 from gptjax.config import TrainConfig
 from gptjax.console import printable
@@ -299,7 +299,7 @@ def main(argv: list[str]) -> int:
     run_dir = None
     if argv and not argv[0].startswith("-"):
         run_dir, argv = Path(argv[0]).expanduser(), argv[1:]
-    config = cli.parse(Config, argv, Config(), ABOUT, prog="gptjax doctor [RUN]")
+    config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax doctor [RUN]")
     # A run that goes on meanwhile may have left little memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if config.mend:

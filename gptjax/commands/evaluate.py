@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 
-from gptjax import cli, evaluation, model
+from gptjax import cli, evaluation, flags, model
 from gptjax.config import require, require_range
 from gptjax.console import show_count
 from gptjax.errors import DataError, UsageError
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
     run_dir = ""
     if argv and not argv[0].startswith("-"):
         run_dir, *argv = argv
-    config = cli.parse(Config, argv, Config(), ABOUT, prog="gptjax evaluate RUN")
+    config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax evaluate RUN")
     if not run_dir:
         raise UsageError("no run folder: gptjax evaluate RUN --task=... --data=...")
     near = difflib.get_close_matches(config.task, TASKS, n=1)
