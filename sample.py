@@ -56,7 +56,8 @@ class Config:
     dtype: DType = "auto"
     """compute dtype: auto, float32, bfloat16 or float16"""
     compile_cache: str = "auto"
-    """folder of compiled programs; auto = ~/.cache/gptjax/xla, off = compile every time"""
+    """folder of compiled programs; auto = xla in the cache folder, which is ~/.cache/gptjax or what
+    the variable GPTJAX_CACHE names; off = compile every time"""
     debug: bool = False
     """show a traceback where an error would be one line"""
 
@@ -85,7 +86,7 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
 def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[str, list[int]]:
     """A prompt and its ids; an empty one becomes the tokenizer's start token."""
     if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
+        path = Path(start.removeprefix("FILE:")).expanduser()
         try:
             start = path.read_bytes().decode()
         except UnicodeDecodeError as error:

@@ -222,7 +222,8 @@ class TrainConfig:
     steps_per_dispatch: int = 0
     """optimizer steps per call into JAX; 0 = auto (10 for small models on GPU and TPU, else 1)"""
     compile_cache: str = "auto"
-    """folder of compiled programs; auto = ~/.cache/gptjax/xla, off = compile every time"""
+    """folder of compiled programs; auto = xla in the cache folder, which is ~/.cache/gptjax or what
+    the variable GPTJAX_CACHE names; off = compile every time"""
     debug: bool = False
     """show a traceback where an error would be one line"""
 

@@ -49,7 +49,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; auto = bfloat16 on GPU and TPU, float32 on CPU"""
     compile_cache: str = "auto"
-    """folder of compiled programs; auto = ~/.cache/gptjax/xla, off = compile every time"""
+    """folder of compiled programs; auto = xla in the cache folder, which is ~/.cache/gptjax or what
+    the variable GPTJAX_CACHE names; off = compile every time"""
     debug: bool = False
     """show a traceback where an error would be one line"""
 
