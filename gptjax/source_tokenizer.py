@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gptjax.errors import DataError, UsageError
+from gptjax.errors import DataError, UsageError, plural
 from gptjax.gpt2_tensors import Source
 from gptjax.tokenizer import (
     GPT2_FILES,
@@ -34,7 +34,7 @@ def choose_tokenizer(source: Source, folder: Path, wanted: str, vocab_dir: str) 
     how = ("--tokenizer=FOLDER", "a run folder that has the model's own")
     if size == ByteTokenizer.n_vocab:
         how = ("--tokenizer=byte", "or a run folder that has the model's own")
-    model = f"the model ({source.where}) has {size} tokens"
+    model = f"the model ({source.where}) has {size} {plural(size, 'token')}"
     if wanted == "byte":
         found: Tokenizer = ByteTokenizer()
     elif wanted not in ("auto", "gpt2"):

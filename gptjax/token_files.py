@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.errors import DataError
+from gptjax.errors import DataError, plural
 from gptjax.file_kinds import kind_of, read_head, refuse
 from gptjax.files import read_json, show_paths
 from gptjax.tokenizer import Tokenizer
@@ -66,7 +66,8 @@ def map_tokens(path: Path, dtype: str = NORM, offset: int = 0) -> np.ndarray:
     if (size - offset) % width:
         name = np.dtype(dtype).name
         raise DataError(
-            f"{path} has {size} bytes: not a multiple of {width} ({name}); copy it again"
+            f"{path} has {size} {plural(size, 'byte')}: not a multiple of {width} ({name}); copy it "
+            "again"
         )
     if size <= offset:  # which numpy cannot map
         return np.zeros(0, dtype)
@@ -89,7 +90,9 @@ def open_shard(path: Path, n_vocab: int) -> np.ndarray:
             if in_range(wide[:BLOCK], n_vocab).all():
                 return wide
         found = size // np.dtype(kind).itemsize
-        raise DataError(f"{path}: expected {count:,} tokens, found {found:,}; copy it again")
+        raise DataError(
+            f"{path}: expected {count:,} {plural(count, 'token')}, found {found:,}; copy it again"
+        )
     magic, version = np.frombuffer(header, "<i4")[:2]
     known = " or ".join(f"{magic} and {version}" for magic, version in SHARDS)
     raise DataError(
@@ -165,7 +168,9 @@ def promised_type(path: Path, sample: np.ndarray, n_vocab: int, count: int) -> s
     fitting = [t for t in types if in_range(sample.view(t), n_vocab).all()]
     if fitting or NORM in types:  # an id outside the vocabulary will be named with its place
         return [*fitting, NORM][0]
-    raise DataError(f"{path}: expected {count:,} tokens, found {size // 2:,}; copy it again")
+    raise DataError(
+        f"{path}: expected {count:,} {plural(count, 'token')}, found {size // 2:,}; copy it again"
+    )
 
 
 def in_range(values: np.ndarray, n_vocab: int) -> np.ndarray:
@@ -227,6 +232,7 @@ def guess_type(path: Path, sample: np.ndarray, tokenizer: Tokenizer) -> str:
         if some and values.min() > -LARGE and values.max() < LARGE:
             raise DataError(
                 f"{path} holds {describe(dtype)} from {values.min()} to {values.max()}, and the "
-                f"vocabulary has {n_vocab} tokens: they were made with another tokenizer"
+                f"vocabulary has {n_vocab} {plural(n_vocab, 'token')}: they were made with another "
+                "tokenizer"
             )
     return NORM

@@ -8,8 +8,8 @@ import pytest
 import sample
 from gptjax import cli, flags
 from gptjax.config import TrainConfig, require_range
-from gptjax.data import open_tokens
 from gptjax.errors import DataError, UsageError, plural
+from gptjax.token_files import map_tokens
 from gptjax.tokenizer import CharTokenizer
 
 WORD = "unexpected word {!r}: flags are --name=value; see --help"
@@ -142,7 +142,7 @@ def test_one_is_no_plural(tmp_path: Any) -> None:
     assert [plural(n, "byte is", "bytes are") for n in (1, 2)] == ["byte is", "bytes are"]
     (tmp_path / "odd.bin").write_bytes(b"1")
     with pytest.raises(DataError, match="has 1 byte: not a multiple of 2"):
-        open_tokens(tmp_path / "odd.bin")
+        map_tokens(tmp_path / "odd.bin")
     with pytest.raises(DataError, match=r"not in the vocabulary \(1 char\)"):
         CharTokenizer("a").encode("b")
     with pytest.raises(DataError, match=r"not in the vocabulary \(1 token\)"):
