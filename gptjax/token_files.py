@@ -66,8 +66,8 @@ def map_tokens(path: Path, dtype: str = NORM, offset: int = 0) -> np.ndarray:
     if (size - offset) % width:
         name = np.dtype(dtype).name
         raise DataError(
-            f"{path} has {size} {plural(size, 'byte')}: not a multiple of {width} ({name}); copy it "
-            "again"
+            f"{path} has {size} {plural(size, 'byte')}: not a multiple of {width} ({name}); copy "
+            "it again"
         )
     if size <= offset:  # which numpy cannot map
         return np.zeros(0, dtype)
