@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
         alone = len(rows) == 1
         if alone:
             write(rows[0][0])
-        for new in sampling.generate(
+        pieces = sampling.generate(
             cfg,
             params,
             [ids for _, ids, _ in rows],
@@ -186,14 +186,18 @@ def main(argv: list[str]) -> int:
             seed=config.seed,
             samples=[i for _, _, i in rows],
             cache_size=cfg.block_size if config.interactive else 0,
-        ):
-            for row, (stream, ids) in enumerate(zip(streams, new.tolist(), strict=True)):
-                text = stream.feed(ids)
-                texts[row] += text
-                if alone:
-                    write(text)
-            if all(stream.ended for stream in streams):
-                break
+        )
+        with cli.delay_interrupt() as interrupted:
+            for new in pieces:
+                for row, (stream, ids) in enumerate(zip(streams, new.tolist(), strict=True)):
+                    text = stream.feed(ids)
+                    texts[row] += text
+                    if alone:
+                        write(text)
+                if interrupted or all(stream.ended for stream in streams):
+                    break
+        if interrupted:
+            raise KeyboardInterrupt
         for row, stream in enumerate(streams):
             text = stream.finish()
             texts[row] += text
@@ -218,7 +222,7 @@ def main(argv: list[str]) -> int:
             sample((start,))
         except (DataError, UsageError) as error:
             print(f"error: {error}", file=sys.stderr)
-        except KeyboardInterrupt:  # while XLA compiles it comes when that is done
+        except KeyboardInterrupt:
             write("\n")
 
 

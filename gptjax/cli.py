@@ -1,5 +1,6 @@
 """The command line: argv into a config, refusals into one line with an exit code."""
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -204,6 +205,26 @@ def catch_stop_signals() -> list[int]:
     signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return received
+
+
+@contextlib.contextmanager
+def delay_interrupt() -> Iterator[list[int]]:
+    """Meanwhile the first SIGINT only adds its number to this list; the second interrupts.
+
+    Python may crash at its end if it interrupted JAX before, with a computation under way.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def signal_name(number: int) -> str:
