@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
         alone = len(rows) == 1
         if alone:
             write(rows[0][0])
-        for new in sampling.generate(
+        pieces = sampling.generate(
             cfg,
             params,
             [ids for _, ids, _ in rows],
@@ -187,14 +187,18 @@ def main(argv: list[str]) -> int:
             seed=config.seed,
             samples=[i for _, _, i in rows],
             cache_size=cfg.block_size if config.interactive else 0,
-        ):
-            for row, (stream, ids) in enumerate(zip(streams, new.tolist(), strict=True)):
-                text = stream.feed(ids)
-                texts[row] += text
-                if alone:
-                    write(text)
-            if all(stream.ended for stream in streams):
-                break
+        )
+        with cli.delay_interrupt() as interrupted:
+            for new in pieces:
+                for row, (stream, ids) in enumerate(zip(streams, new.tolist(), strict=True)):
+                    text = stream.feed(ids)
+                    texts[row] += text
+                    if alone:
+                        write(text)
+                if interrupted or all(stream.ended for stream in streams):
+                    break
+        if interrupted:
+            raise KeyboardInterrupt
         for row, stream in enumerate(streams):
             text = stream.finish()
             texts[row] += text
@@ -219,7 +223,7 @@ def main(argv: list[str]) -> int:
             sample((start,))
         except (DataError, UsageError) as error:
             print(f"error: {error}", file=sys.stderr)
-        except KeyboardInterrupt:  # while XLA compiles it comes when that is done
+        except KeyboardInterrupt:
             write("\n")
 
 

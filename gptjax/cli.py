@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,6 +115,26 @@ def catch_stop_signals() -> list[int]:
     for number in stop_signals():
         signal.signal(number, lambda number, frame: received.append(number))
     return received
+
+
+@contextlib.contextmanager
+def delay_interrupt() -> Iterator[list[int]]:
+    """Meanwhile the first SIGINT only adds its number to this list; the second interrupts.
+
+    Python may crash at its end if it interrupted JAX before, with a computation under way.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def signal_name(number: int) -> str:

@@ -234,12 +234,17 @@ def test_ctrl_c_stops_the_text_and_at_the_prompt_the_session(
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(*args: object, **kwargs: object) -> Iterator[np.ndarray]:
-        yield np.full((1, 1), 5)
         signal.raise_signal(signal.SIGINT)  # as a terminal sends it
+        yield np.full((1, 1), 5)
+        pytest.fail("goes on")
+
+    def interrupted_twice(*args: object, **kwargs: object) -> Iterator[np.ndarray]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         yield np.full((1, 1), 5)
 
     generate = sample.sampling.generate
-    kinds = iter([interrupted, generate, interrupted, generate])
+    kinds = iter([interrupted, generate, interrupted_twice, generate])
     monkeypatch.setattr(sample.sampling, "generate", lambda *args, **kw: next(kinds)(*args, **kw))
     assert talk(["to", "or not", "be", "that", EOFError()], run_dir, monkeypatch) == 0
     written = capsys.readouterr().out.split("\n")
