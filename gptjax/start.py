@@ -87,8 +87,8 @@ def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> 
         ours = getattr(config.model, name)
         fits = ours <= theirs if name == "block_size" else ours == theirs
         if name in given and not fits:
-            most = "at most " if name == "block_size" else ""
-            raise UsageError(f"--{name}={ours}: {where} has {most}{theirs}; leave the flag out")
+            rule = f"allows at most {theirs}" if name == "block_size" else f"has {name}={theirs}"
+            raise UsageError(f"--{name}={ours}: {where} {rule}; leave the flag out")
     kind = source.tokenizer.kind
     if "tokenizer" in given and config.tokenizer not in ("auto", kind):
         raise UsageError(
