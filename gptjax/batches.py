@@ -106,7 +106,7 @@ def read_windows(
     if windows.min() < 0 or windows.max() >= n_vocab:
         row, column = np.argwhere((windows < 0) | (windows >= n_vocab))[0]
         raise DataError(
-            f"id {windows[row, column]} at position {starts[row][1] + column} >= vocab_size "
-            f"{n_vocab}; the tokens were made with another tokenizer"
+            f"id {windows[row, column]} at position {starts[row][1] + column} is outside the "
+            f"vocabulary of {n_vocab}; the tokens were made with another tokenizer"
         )
     return windows.astype(np.int32)

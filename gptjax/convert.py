@@ -23,6 +23,13 @@ from gptjax.run_folder import Run, load_run
 from gptjax.source_tokenizer import OWN_TOKENIZER, choose_tokenizer
 from gptjax.tokenizer import GPT2Tokenizer, save_tokenizer, write_gpt2_files
 
+WEIGHT_SUFFIXES = (
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".safetensors",
+)  # of files, not of the Hub's names
 PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
 
 # ---- In ------------------------------------------------------------------------------------------
@@ -71,6 +78,8 @@ def open_weights(name: str, config: SourceConfig) -> tuple[Source, Path]:
         return with_activation(open_model_file(path, config), config.activation), path.parent
     if path.is_dir():
         folder = path
+    elif path.suffix in WEIGHT_SUFFIXES:
+        raise UsageError(f"no file {name}")
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         weights = huggingface.WEIGHTS[: 2 if config.allow_pickle else 1]
         folder = hub.download(name, weights, config.revision or None)

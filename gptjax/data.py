@@ -244,8 +244,8 @@ def check_split(loaded: Dataset, split: str, block_size: int) -> None:
             if chunk.min() < 0 or chunk.max() >= n_vocab:
                 at = start + int(np.argmax((chunk < 0) | (chunk >= n_vocab)))
                 raise DataError(
-                    f"id {shard[at]} at position {at} >= vocab_size {n_vocab} ({split} split of "
-                    f"{loaded.name}); the tokens were made with another tokenizer"
+                    f"id {shard[at]} at position {at} is outside the vocabulary of {n_vocab} "
+                    f"({split} split of {loaded.name}); the tokens were made with another tokenizer"
                 )
         scanned += len(shard)
         if scanned >= SCANNED:

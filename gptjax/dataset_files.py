@@ -126,8 +126,11 @@ def split_by_name(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """
     top = os.path.commonpath([path.parent for path in files])
     words = {p: re.findall(r"[^\W\d_]+", str(p.relative_to(top)).lower()) for p in files}
-    train = [path for path in files if not VAL_WORDS.intersection(words[path])]
-    return train, [path for path in files if path not in train]
+    val = [path for path in files if VAL_WORDS.intersection(words[path])]
+    train = [path for path in files if path not in val]
+    if val and any("train" in words[path] for path in train):  # then a test split is none of both
+        train = [path for path in train if "test" not in words[path]]
+    return train, val
 
 
 def are_tokens(path: Path) -> bool:
@@ -170,7 +173,5 @@ def choose_splits(
     elif not val and len(train) > 1 and hold_tokens(train):
         train, val = train[:-1], train[-1:]  # as llm.c's data without a shard for validation
     if not train:
-        raise DataError(
-            f"no shard is left to train on ({name}): {len(found)} found, all validation"
-        )
+        raise DataError(f"no file is left to train on ({name}): {len(found)} found, all validation")
     return train, val

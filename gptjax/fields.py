@@ -4,6 +4,7 @@ A field that gptjax does not know may change what the model computes, so it is r
 says nothing, is known to change nothing, or the user vouches for it by name.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ HARMLESS = {
     *("sequence_bias", "stop_strings", "suppress_tokens", "target_lookbehind", "temperature"),
     *("token_healing", "top_h", "top_k", "top_p", "typical_p", "unk_token_id"),
     *("watermarking_config",),
+    # biases, which are there or not: the tensors' names decide
+    *("add_bias", "attention_bias", "bias", "mlp_bias", "use_bias"),
     # of other programs: dropout by other names, kernels, exports, who trained it
     *("activation_dropout", "attention_dropout", "attention_probs_dropout_prob"),
     *("attention_softmax_in_fp32", "attn_dropout", "classifier_dropout", "dropout"),
@@ -61,15 +64,15 @@ HARMLESS = {
 CHANGING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
-            *("activation", "apply_residual_connection_post_layernorm", "attention_bias"),
+            *("activation", "apply_residual_connection_post_layernorm"),
             *("attention_layers", "attention_types", "attention_window", "clip_qkv", "gated_mlp"),
             *("global_attn_every_n_layers", "hidden_activation", "layer_types", "lm_head_bias"),
-            *("local_attention", "mlp_bias", "multi_query", "new_decoder_architecture"),
+            *("local_attention", "multi_query", "new_decoder_architecture"),
             *("no_bias", "norm_type", "normalization", "normalization_type", "parallel_attention"),
             *("parallel_attn", "parallel_residual", "per_layer_config", "qk_l2_norm"),
             *("qk_layernorm", "qk_norm", "rms_norm_eps", "rmsnorm", "scale_attn_by_layer_idx"),
             *("scale_embedding", "scale_embeddings", "sparse_attention", "swiglu"),
-            *("type_vocab_size", "untie_embeddings", "use_parallel_residual", "use_post_norm"),
+            *("untie_embeddings", "use_parallel_residual", "use_post_norm"),
             *("use_qk_norm", "use_relative_position", "use_rms_norm", "use_rmsnorm", "use_swiglu"),
             *("window_size",),
         ),
@@ -83,14 +86,16 @@ CHANGING: dict[str, tuple[Any, ...]] = {
         ),
         (1.0,),
     ),
+    "type_vocab_size": (0,),
     "position_embedding_type": ("absolute", "learned", "learned_absolute"),
 }
 # Words in a field's name that belong to other architectures, in all their spellings.
 CHANGING_WORDS = {
     *("adapter", "adapters", "alibi", "expert", "experts", "mamba", "moe", "mup", "quantization"),
     *("quantized", "relative", "rope", "rotary", "router", "sliding", "softcap", "softcapping"),
-    *("ssm",),
+    *("gated", "glu", "rms", "rmsnorm", "ssm", "swiglu"),
 }
+COUNTED = {"expert", "experts", "moe", "rotary"}  # 0 of these is none
 # What GPT-2 has, so that false is the change; null leaves it open.
 MUST_BE_TRUE = {
     *("absolute_position_embeddings", "causal", "do_layer_norm_before", "is_causal"),
@@ -115,6 +120,12 @@ SAME_AS = {
     "num_key_value_heads": "n_head",
     "num_kv_heads": "n_head",
 }
+# transformers' name of an activation -> ours; names of one function beside each other.
+ACTIVATIONS: dict[str, str] = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+}
 DEFAULTS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}  # where they are absent
 
 
@@ -126,6 +137,12 @@ def says_nothing(value: Any) -> bool:
 def is_one_of(value: Any, allowed: Collection[Any]) -> bool:
     """Membership in which true is not 1, and false is not 0."""
     return any(value == one and (type(value) is bool) == (type(one) is bool) for one in allowed)
+
+
+def words_of(name: str, value: Any) -> set[str]:
+    """Return the words of a field's name, and of its value where that is a text."""
+    text = f"{name} {value}" if isinstance(value, str) else name
+    return set(re.split(r"[^a-z]+", text.lower()))
 
 
 def why_not(name: str, fields: Mapping[str, Any]) -> str | None:
@@ -141,15 +158,20 @@ def why_not(name: str, fields: Mapping[str, Any]) -> str | None:
     if name in SAME_AS:
         ours = SAME_AS[name]
         theirs = fields.get(ours, DEFAULTS.get(ours))
-        return "" if is_one_of(value, [theirs]) else f"contradicts {ours}={theirs!r}"
+        same = name == "hidden_act" and isinstance(value, str) and isinstance(theirs, str)
+        same = same and ACTIVATIONS.get(value, value) == ACTIVATIONS.get(theirs)
+        ok = same or is_one_of(value, [theirs])
+        return "" if ok else f"contradicts {ours}={theirs!r}"
     if name in ("head_dim", "intermediate_size"):
         n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
         if type(n_embd) is not int or type(n_head) is not int or not n_head:
             return "contradicts the sizes"
         expected = n_embd / n_head if name == "head_dim" else 4 * n_embd
         return "" if is_one_of(value, [expected]) else f"contradicts n_embd={n_embd}"
-    if name in CHANGING or CHANGING_WORDS & set(name.lower().split("_")):
-        ok = is_one_of(value, CHANGING.get(name, ()))
+    foreign = CHANGING_WORDS & words_of(name, value)
+    if name in CHANGING or foreign:
+        none = (0,) if foreign <= COUNTED else ()
+        ok = is_one_of(value, CHANGING.get(name, none))
         return "" if ok else "is unknown to GPT-2 and changes what is computed"
     return None
 

@@ -42,7 +42,10 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "an lz4 file": (rb"\x04\x22\x4d\x18", "unpack it (lz4 -d), and pass what is in it"),
     "a 7z archive": (rb"7z\xbc\xaf\x27\x1c", UNPACK),
     "a rar archive": (rb"Rar!\x1a\x07", UNPACK),
-    "a file of compress": (rb"\x1f\x9d", "unpack it (uncompress), and pass what is in it"),
+    "a file of compress": (
+        rb"\x1f\x9d[\x80-\x90]",
+        "unpack it (uncompress), and pass what is in it",
+    ),
     "a tar archive": (
         rb".{257}ustar",
         "unpack it (tar xf {0}), and pass the folder with its texts",
@@ -62,6 +65,8 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "UTF-32 text": (rb"\xff\xfe\0\0|\0\0\xfe\xff", "iconv -f UTF-32 -t UTF-8 {0} > utf8.txt"),
     "UTF-16 text": (rb"\xff\xfe|\xfe\xff", "iconv -f UTF-16 -t UTF-8 {0} > utf8.txt"),
 }
+# Marks of two or three bytes, with which token ids may begin as well.
+SHORT = {"gzip", "a file of compress", "a pickle", "an image", "UTF-16 text"}
 # Without a byte order mark: which of four bytes are always the high, nearly empty ones.
 WIDE_TEXTS = {"UTF-32LE": (2, 3), "UTF-32BE": (0, 1), "UTF-16LE": (1, 3), "UTF-16BE": (0, 2)}
 
@@ -145,6 +150,9 @@ def advise(path: Path, piece: bytes) -> str:
     if len(re.findall(rb"[\0-\x08\x0e-\x1a]", piece)) > len(piece) / 50:
         return f"it is no text; {NO_TEXT}"
     if replaced > len(piece) / 100:
-        convert = f"iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
-        return f"convert it, with the name of the encoding that it is in: {convert}"
+        foreign = sum(byte >= 0x80 for byte in piece) > len(piece) / 3  # not a western alphabet
+        encoding = "ENCODING" if foreign else "WINDOWS-1252"
+        which = " (GB18030, SHIFT-JIS, WINDOWS-1251, ...)" if foreign else ""
+        convert = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+        return f"convert it, with the name of the encoding that it is in{which}: {convert}"
     return "convert it, or pass --decode_errors=replace"

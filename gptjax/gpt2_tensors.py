@@ -116,7 +116,7 @@ def with_activation(source: Source, activation: Literal["auto", Activation]) -> 
         not source.says_activation or activation == source.cfg.activation,
         "activation",
         activation,
-        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag away, or "
+        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag out, or "
         "set activation_function there",
     )
     cfg = dataclasses.replace(source.cfg, activation=activation)

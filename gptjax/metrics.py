@@ -61,7 +61,7 @@ PEAK_FLOPS = {
     "TPU V6E": 918e12,
 }
 # Words of a name that do not change what a device of the table computes.
-NO_MATTER = {"NVIDIA", "GEFORCE", "TESLA", "SXM4", "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E"}
+NO_MATTER = {"NVIDIA", "GEFORCE", "TESLA", "SXM", "SXM4", "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E"}
 NO_MATTER |= {"40GB", "80GB", "120GB", "141GB", "144G", "480GB"}
 
 

@@ -34,6 +34,8 @@ def choose_tokenizer(source: Source, folder: Path, wanted: str, vocab_dir: str) 
     how = ("--tokenizer=FOLDER", "a run folder that has the model's own")
     if size == ByteTokenizer.n_vocab:
         how = ("--tokenizer=byte", "or a run folder that has the model's own")
+    if size == GPT2_VOCAB:
+        how = ("--tokenizer=gpt2", "or a run folder that has the model's own")
     model = f"the model ({source.where}) has {size} {plural(size, 'token')}"
     if wanted == "byte":
         found: Tokenizer = ByteTokenizer()

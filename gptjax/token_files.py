@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.errors import DataError, plural
-from gptjax.file_kinds import kind_of, read_head, refuse
+from gptjax.file_kinds import SHORT, kind_of, read_head, refuse
 from gptjax.files import read_json, show_paths
 from gptjax.tokenizer import Tokenizer
 
@@ -29,15 +29,15 @@ def open_tokens(
     Raises:
         DataError: a file is damaged, of another kind than the others, or holds no token ids.
     """
-    kinds = {path: kind_of(read_head(path)) for path in paths}
+    kinds = {path: token_kind(path, tokenizer.n_vocab) for path in paths}
     for path, kind in kinds.items():
         refuse(path, kind)
         if kind != "llm.c" and "llm.c" in kinds.values():
             raise DataError(f"{path}: not a shard of llm.c, as others of its dataset are")
     types = choose_types([path for path in paths if kinds[path] == ""], tokenizer)
     for dtype in dict.fromkeys(types.values()):
-        those = [path for path in types if types[path] == dtype]
-        if dtype != NORM:
+        those = [path for path in types if types[path] == dtype and promised_tokens(path) is None]
+        if dtype != NORM and those:
             notify(
                 f"{show_paths(those)}: read as {describe(dtype)} by the look of the bytes; if that "
                 f"is wrong, write its number of tokens to a meta.json beside: {promise(those[0])}"
@@ -48,6 +48,15 @@ def open_tokens(
         "": lambda path: map_tokens(path, types[path]),
     }
     return [readers[kinds[path]](path) for path in paths]
+
+
+def token_kind(path: Path, n_vocab: int) -> str:
+    """As of `kind_of`, but ids of the vocabulary that only begin with a short mark are ids."""
+    head = read_head(path)
+    kind = kind_of(head)
+    whole = head[: len(head) // 4 * 4]
+    as_ids = any(in_range(np.frombuffer(whole, dtype), n_vocab).all() for dtype in (NORM, "<u4"))
+    return "" if kind in SHORT and as_ids else kind
 
 
 def describe(dtype: str) -> str:

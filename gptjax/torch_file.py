@@ -48,10 +48,13 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
         text = str(error).strip()
         reason = text.partition("\n")[0] or type(error).__name__
         if match := re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text):
+            args = "'model_args': vars(model.config)"
+            save = f"torch.save({{'model': model.state_dict(), {args}}}, 'ckpt.pt')"
+            if match[1].startswith("transformers."):
+                save = "model.save_pretrained(FOLDER), and import that folder"
             reason = (
                 f"it holds {match[1]}, which belongs to the program that wrote it, and gptjax "
-                "loads plain values only; there, save torch.save({'model': model.state_dict(), "
-                "'model_args': vars(model.config)}, 'ckpt.pt')"
+                f"loads plain values only; there, save it by {save}"
             )
         elif text.startswith("Weights only"):  # PyTorch would go on to advise the careless way
             reason = "it is damaged, or holds more than tensors and plain values"

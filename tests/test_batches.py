@@ -78,7 +78,7 @@ def test_indivisible_batch_is_refused() -> None:
 
 def test_no_batch_holds_an_id_outside_the_vocabulary() -> None:
     corpus = tokens(99)
-    with pytest.raises(DataError, match=r"id \d+ at position \d+ >= vocab_size 50"):
+    with pytest.raises(DataError, match=r"id \d+ at position \d+ is outside the vocabulary of 50"):
         rows([corpus], 11, n_vocab=50)
 
 

@@ -86,6 +86,15 @@ def test_folders_name_a_split_too(tmp_path: Path) -> None:
         assert val == [2] and train in ([0], [0, 1])  # the folder above them all says nothing
 
 
+def test_a_test_split_is_none_of_both(tmp_path: Path) -> None:
+    notes: list[str] = []
+    write_shards(tmp_path, "wiki.train.bin", "wiki.valid.bin", "wiki.test.bin")
+    assert firsts(load(tmp_path / "*.bin", notes)) == ([0], [1])
+    assert "wiki.test.bin" in notes[0] and "not used" in notes[0]
+    write_shards(tmp_path / "other", "test_0.bin", "test_1.bin")
+    assert firsts(load(tmp_path / "other" / "*.bin")) == ([0], [1])
+
+
 # ---- Globs ---------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,11 @@ def test_a_letter_a_line_is_no_uint32(tmp_path: Path) -> None:
         (np.append([-1], BYTES), "<i4", "holds int32 from -1 to 119"),
         (np.append([-100], BYTES), "<i8", "holds int64 from -100 to 119"),
         (np.append([128_000], BYTES), "<u4", "holds int32 from 10 to 128000"),
-        (np.append(BYTES, [400]), "<u2", "id 400 at position 2580 >= vocab_size 256"),
+        (
+            np.append(BYTES, [400]),
+            "<u2",
+            "id 400 at position 2580 is outside",
+        ),
     ],
 )
 def test_what_are_no_ids_is_named(tmp_path: Path, ids: np.ndarray, dtype: str, said: str) -> None:
@@ -133,7 +137,7 @@ def test_a_sample_of_a_large_file_tells(tmp_path: Path) -> None:
 def test_a_negative_id_later_in_the_file() -> None:
     tokens = np.arange(40, dtype="<i4")
     tokens[20] = -1
-    with pytest.raises(DataError, match="id -1 at position 20 >= vocab_size 50"):
+    with pytest.raises(DataError, match="id -1 at position 20 is outside the vocabulary of 50"):
         batches.read_windows([tokens], [(0, 18)], 8, 50)
     loaded = data.Dataset("x", ByteTokenizer(), [tokens], [tokens])
     with pytest.raises(DataError, match="id -1 at position 20"):
@@ -208,3 +212,20 @@ def test_no_tokens_in_the_name_of_tokens(tmp_path: Path, content: bytes, said: s
     (tmp_path / "train.bin").write_bytes(content)
     with pytest.raises(DataError, match=said):
         load(tmp_path, ByteTokenizer())
+
+
+@pytest.mark.parametrize("first", [[40223, 150], [640, 405], [35615, 776], [55551, 56831]])
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_ids_may_begin_like_another_kind_of_file(
+    first: list[int], dtype: str, tmp_path: Path
+) -> None:
+    """As the marks of compress, pickle, gzip and JPEG do."""
+    ids = np.append(first, np.random.default_rng(0).integers(0, 60000, 3000))
+    ids = ids % 60001
+    (tmp_path / "a.bin").write_bytes(ids.astype(dtype).tobytes())
+    from gptjax.token_files import token_kind
+
+    assert token_kind(tmp_path / "a.bin", 60001) == ""
+    packed = gzip.compress(ids.astype(dtype).tobytes())
+    (tmp_path / "b.bin").write_bytes(packed)
+    assert token_kind(tmp_path / "b.bin", 60001) == "gzip"

@@ -11,9 +11,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gptjax.config import Activation, GPTConfig
+from gptjax.config import GPTConfig
 from gptjax.errors import DataError, DiskError
-from gptjax.fields import check_fields, is_one_of, says_nothing, shown
+from gptjax.fields import ACTIVATIONS, check_fields, is_one_of, says_nothing, shown
 from gptjax.files import read_json
 from gptjax.gpt2_tensors import (
     FLOATS,
@@ -38,12 +38,6 @@ BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which i
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-# transformers' name of an activation -> ours; names of one function beside each other.
-ACTIVATIONS: dict[str, Activation] = {
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
-    **dict.fromkeys(("gelu_fast", "gelu_accurate"), "gelu_tanh"),
-    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
-}
 # What a field may say for the model to be the one that gptjax computes.
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
