@@ -22,6 +22,7 @@ from gptjax.convert import (
     open_weights,
 )
 from gptjax.errors import DataError, UsageError
+from gptjax.files import expand
 from gptjax.gpt2_tensors import read_params
 from gptjax.presets import PRESETS
 from gptjax.reference import load_reference, write_random_model
@@ -204,7 +205,7 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"unknown command {command}: there are {', '.join(COMMANDS)}")
     name = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    name = str(expand(name)) if name.startswith("~") else name
     if not name and command != "verify" and "--help" not in rest:
         raise UsageError(f"{command}: name what to {command}; --help shows how")
     return COMMANDS[command](name, rest)

@@ -10,10 +10,12 @@ import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 import jax
 
 from gptjax import cli, flags, model, sampling
-from gptjax.config import DType, GPTConfig, SampleConfig, require_range
+from gptjax.config import DType, GPTConfig, SampleConfig, require, require_range
 from gptjax.console import printable
 from gptjax.convert import load_start
 from gptjax.errors import DataError, UsageError, plural
+from gptjax.files import expand
+from gptjax.output import note
 from gptjax.presets import PRESETS
 from gptjax.run_folder import load_run
 from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
@@ -76,8 +78,9 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
         cfg = dataclasses.replace(PRESETS[config.preset].model, vocab_size=tokenizer.n_vocab)
         init_params = jax.jit(model.init_params, static_argnums=0)
         return cfg, init_params(cfg, jax.random.key(config.seed)), tokenizer
-    if config.init_from == "resume":
-        run = load_run(Path(config.out_dir), config.checkpoint)
+    run_dir = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    if config.init_from == "resume" or (run_dir / "checkpoints").is_dir():
+        run = load_run(run_dir, config.checkpoint)
     else:
         run = load_start(config.init_from)
     return run.config.model, run.params, run.tokenizer
@@ -86,7 +89,8 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
 def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[str, list[int]]:
     """A prompt and its ids; an empty one becomes the tokenizer's start token."""
     if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:")).expanduser()
+        require(start != "FILE:", "start", start, "name the file behind the colon")
+        path = expand(start.removeprefix("FILE:"))
         try:
             start = path.read_bytes().decode()
         except UnicodeDecodeError as error:
@@ -167,10 +171,9 @@ def main(argv: list[str]) -> int:
         for _, ids in prompts:
             left = len(sampling.cut(ids, cfg.block_size))
             if left < len(ids):
-                print(
+                note(
                     f"note: a prompt has {len(ids)} tokens, the context {cfg.block_size}: only its "
-                    f"last {left} {plural(left, 'token')} will be read",
-                    file=sys.stderr,
+                    f"last {left} {plural(left, 'token')} will be read"
                 )
         rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
         streams = [Stream(tokenizer, config) for _ in rows]

@@ -33,6 +33,7 @@ from gptjax import (
     flags,
     metrics,
     model,
+    output,
     sampling,
     saving,
     sharding,
@@ -53,12 +54,18 @@ from gptjax.errors import (
 )
 from gptjax.nanogpt_flags import config_file_problem
 from gptjax.optimizer import make_optimizer, make_schedule
-from gptjax.output import forgiving_output
 from gptjax.presets import PRESETS
 from gptjax.replay import replay
 from gptjax.resume import ONCE, check_record, make_record
 from gptjax.resume_check import resume_check
-from gptjax.start import choose_tokenizer, find_start, model_of_source, name_settings
+from gptjax.start import (
+    choose_tokenizer,
+    find_start,
+    model_of_source,
+    name_settings,
+    settings_to_go_on,
+    with_shape_of,
+)
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
@@ -66,26 +73,27 @@ SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python betwe
 
 def parse(argv: list[str]) -> TrainConfig:
     """Flags over the preset; on resume, over the settings that the run was started with."""
-    if problem := config_file_problem(argv):
-        raise UsageError(problem)
     preset = "quickstart"
     if argv and not argv[0].startswith("-"):
         preset, *argv = argv
     if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset}: there are {', '.join(PRESETS)}")
+        problem = config_file_problem(preset)
+        raise UsageError(problem or f"unknown preset {preset}: there are {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
     config, given = PRESETS[preset], flags.given(argv)
-    settings = Path(given.get("out_dir") or config.out_dir).expanduser() / "config.json"
-    goes_on = given.get("init_from") in ("resume", "auto") or given.get("replay")
-    if goes_on and settings.is_file():
+    run_dir = files.expand(given.get("out_dir") or config.out_dir)
+    settings = settings_to_go_on(run_dir, given.get("init_from"), given.get("replay"))
+    if settings is not None:
         once = {name: getattr(config, name) for name in ONCE}
-        return flags.parse(
-            TrainConfig, argv, dataclasses.replace(load_config(settings), **once), about
-        )
-    config, notes = adapt_preset(config, given)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return flags.parse(TrainConfig, argv, config, about)
+        config = dataclasses.replace(load_config(settings), **once)
+    else:
+        source = given.get("init_from", config.init_from)
+        config = with_shape_of(config, str(files.expand(source)))
+        config, notes = adapt_preset(config, given)
+        for note in notes:
+            output.note(note)
+    with name_settings(settings, given):
+        return flags.parse(TrainConfig, argv, config, about)
 
 
 def batch_of(config: TrainConfig, i: int, whole: bool = False) -> dict[str, int]:
@@ -230,12 +238,13 @@ def main(argv: list[str]) -> int:
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(forgiving_output(run_dir / "unprinted.txt"))
+        stack.enter_context(output.forgiving_output(run_dir / "unprinted.txt"))
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
         given = flags.given(argv)
-        stack.enter_context(name_settings(config, given))
+        settings = settings_to_go_on(run_dir, config.init_from, config.replay)
+        stack.enter_context(name_settings(settings, given))
         return train(config, run_dir, given)
 
 
@@ -253,9 +262,13 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
     for name, last in asked.items():
         if steps and bad is None and last < steps[-1]:
             raise UsageError(f"--{name}={last}: the run is at step {steps[-1]} already")
+    for name in ("resume_step", "allow_change"):
+        if name in given and config.init_from not in ("resume", "auto") and bad is None:
+            raise UsageError(f"--{name}: goes with --init_from=resume or auto; leave the flag out")
     mesh = sharding.make_mesh()
     n_devices = mesh.devices.size
-    config, batch_note = fit_batch(config, n_devices, {"batch_size"} if steps else given)
+    how = " with --allow_change=batch_size" if steps else ""
+    config, batch_note = fit_batch(config, n_devices, {"batch_size"} if steps else given, how)
     cfg = config.model if source is None else model_of_source(config, source, given)
     primary = jax.process_index() == 0
     console = TrainConsole(config.max_iters, quiet=not primary)

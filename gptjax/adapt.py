@@ -1,6 +1,7 @@
 """Values that nobody gave, made to fit the values that somebody did."""
 
 import dataclasses
+import math
 from collections.abc import Container, Mapping
 
 from gptjax.config import TrainConfig
@@ -21,7 +22,7 @@ def adapt_preset(config: TrainConfig, given: Mapping[str, str]) -> tuple[TrainCo
     model = config.model
     width = number(given.get("n_embd"))
     if width is not None and width >= 1 and width % model.n_head and "n_head" not in given:
-        divisors = [n for n in range(1, int(width) + 1) if width % n == 0]
+        divisors = [n for n in range(1, 2 * model.n_head) if width % n == 0]
         heads = min(divisors, key=lambda n: abs(n - model.n_head))
         notes.append(f"n_head is {heads}: {model.n_head} does not divide --n_embd={width:.0f}")
         model = dataclasses.replace(model, n_embd=int(width), n_head=heads)
@@ -42,15 +43,16 @@ def adapt_preset(config: TrainConfig, given: Mapping[str, str]) -> tuple[TrainCo
 
 
 def number(text: str | None) -> float | None:
-    """Return a flag's text as a number, None if it is none."""
+    """Return a flag's text as a finite number, None if it is none."""
     try:
-        return None if text is None else float(text)
+        value = math.nan if text is None else float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def fit_batch(
-    config: TrainConfig, n_devices: int, fixed: Container[str]
+    config: TrainConfig, n_devices: int, fixed: Container[str], how: str = ""
 ) -> tuple[TrainConfig, str | None]:
     """Make the batch divisible by the devices, with the same tokens per step where that goes.
 
@@ -58,6 +60,7 @@ def fit_batch(
         config: the settings.
         n_devices: how many devices share each forward pass.
         fixed: the settings that must stay as they are.
+        how: the end of the advice, where it takes more than the flag.
 
     Returns:
         The settings, and a sentence for a person if they changed.
@@ -72,7 +75,7 @@ def fit_batch(
     if "batch_size" in fixed:
         choices = f"{above - n_devices} or {above}" if above > n_devices else f"{above}"
         raise UsageError(
-            f"--batch_size={batch}: must be divisible by {n_devices} devices; take {choices}"
+            f"--batch_size={batch}: must be divisible by {n_devices} devices; take {choices}{how}"
         )
     total = batch * passes
     new, new_passes = above, passes

@@ -70,10 +70,12 @@ def backend_problem() -> str | None:
         said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
     names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
     asked = "".join(f"{name}={os.environ[name]}: " for name in names if os.environ.get(name))
+    nvidia = not asked or "cuda" in asked or "gpu" in asked
+    install = "for an NVIDIA GPU pip install 'jax[cuda13]'; " if nvidia else ""
     first = "unset it, or take cpu" if asked else "set JAX_PLATFORMS=cpu to compute on the CPU"
     return (
-        f"{asked}JAX finds no such device ({said or 'its plugin is not installed'}); {first}; for "
-        "an NVIDIA GPU pip install 'jax[cuda13]'; gptjax doctor tells more"
+        f"{asked}JAX finds no such device ({said or 'its plugin is not installed'}); {first}; "
+        f"{install}gptjax doctor tells more"
     )
 
 
@@ -124,6 +126,9 @@ def delay_interrupt() -> Iterator[list[int]]:
     Python may crash at its end if it interrupted JAX before, with a computation under way.
     """
     received: list[int] = []
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of a job in the background
+        yield received
+        return
 
     def note(number: int, frame: object) -> None:
         if received:
@@ -156,14 +161,12 @@ def use_compile_cache(folder: str) -> None:
         if not os.access(path, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        reason = str(error) if isinstance(error, OutputError) else error.strerror
         if folder != "auto":
+            reason = error.strerror or error
             raise OutputError(f"--compile_cache={folder}: cannot be written: {reason}") from error
-        print(
-            f"warning: compiled programs are not kept ({reason}); {ELSEWHERE}, or pass "
-            "--compile_cache=FOLDER",
-            file=sys.stderr,
-        )
+        known = isinstance(error, OutputError)  # which says what to do
+        said = str(error) if known else f"{error.strerror}; {ELSEWHERE}"
+        output.note(f"warning: compiled programs are not kept: {said}, or --compile_cache=FOLDER")
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

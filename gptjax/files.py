@@ -15,11 +15,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gptjax.errors import DataError, OutputError, plural
+from gptjax.errors import DataError, OutputError, UsageError, plural
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
 ELSEWHERE = "set the variable GPTJAX_CACHE to a folder that can be written"
 JSON_LIMIT = 2**24  # bytes; GPT-2's largest JSON, its vocabulary, has a million
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with the user's home folder for its `~`, or another user's for `~name`.
+
+    Raises:
+        UsageError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path}: there is no such home folder; write it out, or ./{path} for that very name"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -29,7 +43,7 @@ def cache_dir() -> Path:
         OutputError: neither variable is set, and this user has no home folder.
     """
     if own := os.environ.get("GPTJAX_CACHE"):
-        return Path(own).expanduser()
+        return expand(own)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "gptjax"
     try:

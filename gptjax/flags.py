@@ -12,6 +12,7 @@ import tyro
 from gptjax import nanogpt_flags
 from gptjax.config import flatten, require
 from gptjax.errors import UsageError
+from gptjax.files import expand
 
 T = TypeVar("T")
 
@@ -57,7 +58,10 @@ def read_flags(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
         flag, equals, value = token.partition("=")
         name = flag.lstrip("-").replace("-", "_")
         if not token.startswith("-"):
-            raise UsageError(f"unexpected word {token!r}: flags are --name=value; see --help")
+            problem = nanogpt_flags.config_file_problem(token)
+            raise UsageError(
+                problem or f"unexpected word {token!r}: flags are --name=value; see --help"
+            )
         if name not in known or not token.startswith("--"):
             if name in nanogpt_flags.FLAGS:
                 raise UsageError(f"{token}: {nanogpt_flags.FLAGS[name]}")
@@ -140,7 +144,7 @@ def expand_paths(config: T, given: Container[str]) -> T:
         if not value and field.name in given and field.default:
             raise UsageError(f"--{field.name}= is empty: give a value, or leave the flag out")
         if value.startswith("~"):
-            changes[field.name] = str(Path(value).expanduser())
+            changes[field.name] = str(expand(value))
     return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
 
 

@@ -1,13 +1,14 @@
 """What people type who come from nanoGPT, and what to use here instead, a sentence each."""
 
-import re
-from collections.abc import Sequence
 from pathlib import PurePath
 
 FLAGS = {
     "device": "JAX takes the GPU or TPU that it finds; set JAX_PLATFORMS=cpu to compute on the CPU",
     "compile": "everything is compiled here; leave the flag out",
-    "eval_only": "take --max_iters=0, which evaluates the model that --init_from names and ends",
+    "eval_only": (
+        "take train.py --init_from=RUN --out_dir=NEW --max_iters=0, which evaluates that model on "
+        "the validation split and ends"
+    ),
     "decay_lr": "the learning rate decays by --schedule=cosine; take --schedule=constant for none",
     "wandb_log": "losses go to metrics.jsonl and loss.png in the run folder; leave the flag out",
     "backend": "JAX finds its devices and processes by itself; leave the flag out",
@@ -26,14 +27,11 @@ CONFIGS = {  # nanoGPT's file in config/ -> what does the same here
 }
 
 
-def config_file_problem(argv: Sequence[str]) -> str | None:
-    """Return what to say of a Python file of settings among the arguments; None without one."""
-    for before, word in zip(("", *argv), argv, strict=False):
-        is_value = before.startswith("--") and "=" not in before
-        if is_value or not re.fullmatch(r"(?!-).*\w\.py", word):
-            continue
-        instead = CONFIGS.get(PurePath(word).stem)
-        if instead:
-            return f"{word}: settings are presets and flags here; take {instead}"
-        return f"{word}: settings are flags here, or a preset in gptjax/presets.py"
-    return None
+def config_file_problem(word: str) -> str | None:
+    """Return what to say of a word that names a Python file of settings, None of any other."""
+    if not word.endswith(".py"):
+        return None
+    instead = CONFIGS.get(PurePath(word).stem)
+    if instead:
+        return f"{word}: settings are presets and flags here; take {instead}"
+    return f"{word}: settings are flags here, or a preset in gptjax/presets.py"

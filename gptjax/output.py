@@ -37,6 +37,12 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
+def note(text: str) -> None:
+    """Print what a person may want to know on standard error, unless nobody takes it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def let_go(stream: TextIO) -> None:
     """Send what a stream still holds, and all to come, to nowhere."""
     with contextlib.suppress(OSError, ValueError):  # a ValueError: it has no descriptor
@@ -132,12 +138,15 @@ class BriefWarnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record, unless it was printed before or is expected."""
-        line = one_line(record.getMessage().strip().partition("\n")[0])[:300]
+        try:
+            line = one_line(record.getMessage().strip().partition("\n")[0])[:300]
+        except Exception:  # arguments that do not fit the message
+            self.handleError(record)
+            return
         if line in self.said or EXPECTED.match(line):
             return
         self.said.add(line)
-        with contextlib.suppress(OSError):
-            print(f"warning: {record.name}: {line}", file=sys.stderr, flush=True)
+        note(f"warning: {record.name}: {line}")
 
 
 def show_warnings_briefly() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from gptjax import checkpoint
 from gptjax.bad_steps import BadStep
-from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config import GPTConfig, TrainConfig, load_config
 from gptjax.convert import SourceConfig, load_start
 from gptjax.errors import CheckpointError, UsageError
+from gptjax.flags import PATHS
 from gptjax.run_folder import Run
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,20 +45,44 @@ def find_start(
 
 
 @contextlib.contextmanager
-def name_settings(config: TrainConfig, given: Container[str]) -> Iterator[None]:
-    """Where a run goes on, say of a refused setting that no flag gave that config.json has it."""
-    settings = Path(config.out_dir) / "config.json"
-    goes_on = settings.is_file() and (config.init_from in ("resume", "auto") or config.replay)
+def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None]:
+    """Say of a refused setting that no flag gave that it comes from the run that goes on.
+
+    Args:
+        settings: its config.json; None where no run goes on.
+        given: the flags.
+    """
     try:
         yield
     except UsageError as error:
         flag = str(error).partition("=")[0]
-        if not goes_on or not flag.startswith("--") or flag[2:] in given:
+        if settings is None or not flag.startswith("--") or flag[2:] in given:
             raise
-        raise UsageError(
-            f"{error} ({flag} comes from {settings}; if it is a path, it counts from where the run "
-            f"was started: go there, or pass {flag} again)"
-        ) from error
+        where = f"{flag} comes from {settings}"
+        if flag[2:] in PATHS:
+            where += (
+                ", and a path counts from where the run was started: go there, or pass it again"
+            )
+        raise UsageError(f"{error} ({where})") from error
+
+
+def settings_to_go_on(run_dir: Path, init_from: str | None, replay: str | None) -> Path | None:
+    """Return the config.json of the run that goes on in this folder, None if none does."""
+    path = run_dir / "config.json"
+    return path if path.is_file() and (init_from in ("resume", "auto") or replay) else None
+
+
+def with_shape_of(config: TrainConfig, init_from: str) -> TrainConfig:
+    """Return the settings with the model of another run's folder, but for its context length.
+
+    So that flags are checked against the model that there will be, not the preset's.
+    """
+    path = Path(init_from)
+    if not (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
+        return config
+    theirs = load_config(path / "config.json").model
+    shape = {name: getattr(theirs, name) for name in SHAPE if name != "block_size"}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
 
 
 def find_source(config: TrainConfig) -> Run | None:

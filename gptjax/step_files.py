@@ -6,7 +6,6 @@ Each process writes its arrays into `ITEM/ocdbt.process_N`; when all have, orbax
 
 import asyncio
 import atexit
-import functools
 import glob
 import shutil
 import tempfile
@@ -22,13 +21,24 @@ from gptjax.errors import OutputError
 MANIFEST = "manifest.ocdbt"
 
 
-@functools.cache
-def plain_path(folder: Path) -> Path:
-    """Return a path of this folder that a glob reads as it stands, for orbax.
+LINKS: dict[Path, Path] = {}  # to folders of such names, made by this process
 
-    Orbax 0.12 hands its folder to `glob.glob` unescaped. With a sign such as `[` in it the merge
-    finds nothing to do, warns, and leaves a step that cannot be read. So such a folder gets a
-    link in the temporary folder, which goes when the process ends.
+
+def is_plain(path: str) -> bool:
+    """Return whether orbax and tensorstore read a path as it stands.
+
+    Orbax 0.12 hands its folder to `glob.glob` unescaped: with a sign such as `[` in it the merge
+    finds nothing to do, warns, and leaves a step that cannot be read. Tensorstore takes a
+    backslash for a slash, and UTF-8 only.
+    """
+    is_utf8 = path.isascii() or path == path.encode(errors="replace").decode()
+    return is_utf8 and "\\" not in path and not glob.has_magic(path)
+
+
+def plain_path(folder: Path) -> Path:
+    """Return a path of this folder that orbax and tensorstore read as it stands.
+
+    That is a link in the temporary folder where its own path is not; it goes with the process.
 
     Args:
         folder: an existing folder, absolute.
@@ -36,11 +46,15 @@ def plain_path(folder: Path) -> Path:
     Raises:
         OutputError: no such link can be made.
     """
-    if not glob.has_magic(str(folder)):
+    if is_plain(str(folder)):
         return folder
-    remedy = f"checkpoints cannot lie in {folder}, for a sign of *?[ in its name: take another"
+    if folder in LINKS and LINKS[folder].exists():  # what tidies /tmp may have removed it
+        return LINKS[folder]
+    remedy = (
+        f"checkpoints cannot lie in {folder}, for a sign such as *?[\\ in its path: take another"
+    )
     temporary = tempfile.gettempdir()
-    if glob.has_magic(temporary):
+    if not is_plain(temporary):
         raise OutputError(f"{remedy}, or a TMPDIR without such a sign (it is {temporary})")
     try:
         link = Path(tempfile.mkdtemp(prefix="gptjax-")) / "checkpoints"
@@ -48,6 +62,7 @@ def plain_path(folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"{remedy}; no link to it can be made: {error}") from error
     atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
+    LINKS[folder] = link
     return link
 
 
@@ -75,9 +90,13 @@ def merge_items(step: Path) -> list[str]:
 def stored_arrays(item: Path) -> int:
     """Return how many arrays an item of a step holds, as its manifest says.
 
+    Args:
+        item: the folder of a step's item.
+
     Raises:
         ValueError, OSError: the manifest is missing or damaged.
     """
-    base: Any = {"driver": "file", "path": f"{item}/"}
+    path = plain_path(item.parent.parent) / item.parent.name / item.name
+    base: Any = {"driver": "file", "path": f"{path}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     return sum(key.endswith(b"/.zarray") for key in store.list().result())

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import convert_gpt2
+import sample
 import train
-from gptjax import adapt, cli, start
+from gptjax import adapt, cli, flags, start
+from gptjax.commands import doctor, evaluate
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
@@ -60,6 +64,9 @@ def test_heads_and_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--learning_rate=-1"], "--learning_rate=-1"),
         (["--learning_rate=nan"], "--learning_rate=nan"),
         (["--max_iters=some"], "--max_iters"),
+        (["--max_iters=nan"], "--max_iters=nan"),
+        (["--lr_decay_iters=inf"], "--lr_decay_iters=inf"),
+        (["--n_embd=inf"], "--n_embd=inf"),
         (["--n_embd=0"], "--n_embd=0"),
     ],
 )
@@ -150,6 +157,27 @@ def test_a_vocabulary_that_no_tokenizer_has_is_refused(
     assert "--vocab_size=99: the tokenizer has" in capsys.readouterr().err
 
 
+def test_flags_are_checked_against_the_model_that_there_will_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    theirs = TrainConfig(model=GPTConfig(n_layer=3, n_head=5, n_embd=50, vocab_size=256))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(theirs)))
+    argv = [f"--init_from={tmp_path / 'run'}", "--n_head=5", "--n_embd=50", "--unroll=3"]
+    model = parse(tmp_path, *argv).model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (3, 5, 50, 96)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["resume_step=1", "allow_change=seed"])
+def test_what_is_for_resuming_is_refused_elsewhere(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--dataset={folder}/corpus.txt", f"--out_dir={tmp_path}/out", "--compile_cache=off"]
+    assert cli.run(train.main, [*argv, f"--{name}"]) == 2
+    assert "goes with --init_from=resume" in capsys.readouterr().err
+
+
 # ---- Words of nanoGPT
 
 
@@ -180,6 +208,12 @@ def test_what_people_type_who_know_nanogpt(argv: list[str], instead: str, tmp_pa
     assert instead in str(error.value)
 
 
+def test_sample_knows_the_words_too() -> None:
+    for word in ("--device=cpu", "config/eval_gpt2.py"):
+        with pytest.raises(UsageError, match=r"take|JAX"):
+            flags.parse(sample.Config, ["--seed=3", word], sample.Config(), "")
+
+
 def test_a_text_may_be_a_python_file(tmp_path: Path) -> None:
     assert parse(tmp_path, "--dataset", "model.py").dataset == "model.py"
 
@@ -208,6 +242,25 @@ def test_every_path_knows_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mo
         assert getattr(config, name) == f"{tmp_path}/{name}"
     resumed = train.parse(["--out_dir", "~/run", "--init_from=resume"])
     assert (resumed.seed, resumed.out_dir) == (7, f"{tmp_path}/run")
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (train.main, ["--out_dir=~nobody_at_all/x"]),
+        (sample.main, ["--out_dir=~nobody_at_all/x"]),
+        (convert_gpt2.main, ["import", "~nobody_at_all/x", "--out_dir=y"]),
+        (doctor.main, ["~nobody_at_all/x"]),
+        (evaluate.main, ["~nobody_at_all/x", "--task=lambada", "--data=x"]),
+        (doctor.main, [""]),
+    ],
+)
+@pytest.mark.usefixtures("restore_process")
+def test_a_home_that_is_not_there(
+    main: Any, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(main, argv) == 2
+    assert re.search(r"no such home folder|is empty", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["out_dir", "dataset", "init_from", "compile_cache"])

@@ -78,7 +78,9 @@ def test_the_bar_of_a_terminal_that_knows_no_lines() -> None:
     assert bar_signs("latin-1") == bar_signs("ascii") == bar_signs("no such") == ("=", "-")
 
 
-def test_libraries_are_heard_once_and_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_are_heard_once_and_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def main(argv: list[str]) -> int:
         for name in ("absl", "orbax", "asyncio"):
             for _ in range(2):
@@ -88,6 +90,8 @@ def test_libraries_are_heard_once_and_in_a_line(capsys: pytest.CaptureFixture[st
         return 0
 
     assert cli.run(main, []) == 0
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logging.getLogger("absl").warning("%d arguments that do not fit", "some")  # raises nothing
     found = capsys.readouterr().err.splitlines()
     assert found == [
         f"warning: {name}: {name}: a merge was skipped" for name in ("absl", "orbax", "asyncio")
@@ -102,6 +106,24 @@ def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cli.stop_signals()
     assert signal.SIGHUP not in found
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU} <= set(found)
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As of a job that a script has put in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cli.delay_interrupt() as received:
+            signal.raise_signal(signal.SIGINT)
+            assert received == [] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_note_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Refusing()
+    stream.error = errno.ENOSPC
+    monkeypatch.setattr(sys, "stderr", stream)
+    output.note("a note")
 
 
 TINY = (
@@ -156,7 +178,8 @@ def test_a_run_ends_well_although_its_log_is_full(
     folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     with Path("/dev/full").open("wb") as full:
-        process = train(environment, folder, tmp_path / "out", "--max_iters=3", stdout=full)
+        short = ("--max_iters=3", "--min_lr=1e-3", "--learning_rate=2e-3", "--n_embd=64")
+        process = train(environment, folder, tmp_path / "out", *short, stdout=full)
         assert process.wait(120) == 0
     assert "next: python sample.py" in (tmp_path / "out" / "unprinted.txt").read_text()
     modes = {

@@ -22,11 +22,11 @@ import numpy as np
 
 from gptjax import checkpoint, flags
 from gptjax.attention import ATTENTION, choose_attention
-from gptjax.config import TrainConfig
+from gptjax.config import TrainConfig, require
 from gptjax.console import printable
 from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError, plural
-from gptjax.files import cache_dir
+from gptjax.files import cache_dir, expand
 from gptjax.run_checks import (
     Finding,
     check_disk,
@@ -298,7 +298,8 @@ def main(argv: list[str]) -> int:
     """Look and print; returns the exit code, 1 if a check FAILs."""
     run_dir = None
     if argv and not argv[0].startswith("-"):
-        run_dir, argv = Path(argv[0]).expanduser(), argv[1:]
+        require(bool(argv[0]), "RUN", "", "is empty; name the run folder, or leave it out")
+        run_dir, argv = expand(argv[0]), argv[1:]
     config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax doctor [RUN]")
     # A run that goes on meanwhile may have left little memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

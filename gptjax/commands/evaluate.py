@@ -17,6 +17,7 @@ from gptjax.config import require, require_range
 from gptjax.console import show_count
 from gptjax.errors import DataError, UsageError
 from gptjax.evaluation import Result, Scorer, Settings
+from gptjax.files import expand
 from gptjax.run_folder import load_run
 from gptjax.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         f"{config.task} has no windows; leave it out",
     )
     require(bool(config.data), "data", config.data, "name the task's file")
-    return Path(run_dir).expanduser(), config
+    return expand(run_dir), config
 
 
 def make_settings(config: Config, block_size: int) -> Settings:
