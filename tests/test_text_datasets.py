@@ -64,7 +64,7 @@ def test_texts_with_a_validation_file(tmp_path: Path) -> None:
     assert decode(loaded.tokenizer, loaded.val[0]) == "xyz " * 30
     alone = load(tmp_path / "x-valid.txt")  # said by its name: not a word about a split
     assert content(alone) == b"xyz " * 30
-    with pytest.raises(DataError, match="no shard is left to train on"):
+    with pytest.raises(DataError, match="no file is left to train on"):
         load(tmp_path / "*valid.txt")
 
 
@@ -115,7 +115,7 @@ def test_any_validation_set_goes_with_any_dataset(tmp_path: Path) -> None:
     for (train, val), expected in cases.items():
         options = {"val_dataset": f"{tmp_path}/{val}"}
         if expected is None:
-            with pytest.raises(DataError, match="no shard is left to train on"):
+            with pytest.raises(DataError, match="no file is left to train on"):
                 load(tmp_path / train, **options)
             continue
         wanted = tuple([ord(x) if isinstance(x, str) else x for x in side] for side in expected)
