@@ -12,22 +12,23 @@ from pathlib import Path
 import gptjax  # before jax: it sets up the allocator
 
 # isort: split
-from gptjax import cli, flags, model
+from gptjax import model
+from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import require
-from gptjax.console import print_table
-from gptjax.convert import (
+from gptjax.conversion.convert import (
     SourceConfig,
     export_run,
     import_run,
     open_weights,
 )
+from gptjax.conversion.reference import load_reference, write_random_model
+from gptjax.conversion.tensors import read_params
+from gptjax.conversion.verify import Check, check_sizes, first_difference, verify
 from gptjax.errors import DataError, UsageError
 from gptjax.files import expand
-from gptjax.gpt2_tensors import read_params
 from gptjax.presets import PRESETS
-from gptjax.reference import load_reference, write_random_model
-from gptjax.run_folder import load_run
-from gptjax.verify import Check, check_sizes, first_difference, verify
+from gptjax.terminal import cli, flags
+from gptjax.terminal.console import print_table
 
 PROG = "convert_gpt2.py"
 USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN

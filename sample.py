@@ -9,15 +9,16 @@ import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 # isort: split
 import jax
 
-from gptjax import cli, flags, model, sampling
+from gptjax import model, sampling
+from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import DType, GPTConfig, SampleConfig, require, require_range
-from gptjax.console import printable
-from gptjax.convert import load_start
+from gptjax.conversion.convert import load_start
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.files import expand
-from gptjax.output import note
 from gptjax.presets import PRESETS
-from gptjax.run_folder import load_run
+from gptjax.terminal import cli, flags
+from gptjax.terminal.console import printable
+from gptjax.terminal.output import note
 from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 

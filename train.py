@@ -22,27 +22,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import (
-    bad_steps,
-    batches,
-    checkpoint,
-    cli,
-    distributed,
-    faults,
-    files,
-    flags,
-    metrics,
-    model,
-    output,
-    sampling,
-    saving,
-    sharding,
-    training,
-)
-from gptjax.adapt import adapt_preset, fit_batch
+from gptjax import distributed, files, model, sampling, sharding
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints import save as saving
+from gptjax.checkpoints.record import ONCE, check_record, make_record
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
-from gptjax.console import TrainConsole, show_bytes
-from gptjax.data import load_dataset
+from gptjax.data import batches
+from gptjax.data.datasets import load_dataset
 from gptjax.errors import (
     REFUSALS,
     DiskError,
@@ -52,13 +38,18 @@ from gptjax.errors import (
     UsageError,
     plural,
 )
-from gptjax.nanogpt_flags import config_file_problem
-from gptjax.optimizer import make_optimizer, make_schedule
 from gptjax.presets import PRESETS
-from gptjax.replay import replay
-from gptjax.resume import ONCE, check_record, make_record
-from gptjax.resume_check import resume_check
-from gptjax.start import (
+from gptjax.terminal import cli, flags, output
+from gptjax.terminal.console import TrainConsole, show_bytes
+from gptjax.terminal.nanogpt_flags import config_file_problem
+from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
+from gptjax.training import bad_steps, faults, metrics
+from gptjax.training import step as training
+from gptjax.training.adapt import adapt_preset, fit_batch
+from gptjax.training.optimizer import make_optimizer, make_schedule
+from gptjax.training.replay import replay
+from gptjax.training.resume_check import resume_check
+from gptjax.training.start import (
     choose_tokenizer,
     find_start,
     model_of_source,
@@ -66,7 +57,6 @@ from gptjax.start import (
     settings_to_go_on,
     with_shape_of,
 )
-from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
 

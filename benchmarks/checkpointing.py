@@ -20,29 +20,32 @@ import gptjax  # noqa: F401
 import jax
 import numpy as np
 
-from gptjax import model, optimizer, saving, sharding, training
-from gptjax.digests import json_sha256, leaf_digests
+from gptjax import model, sharding
+from gptjax.checkpoints import save as saving
+from gptjax.checkpoints.hashes import json_sha256, leaf_digests
 from gptjax.presets import PRESETS
+from gptjax.training import optimizer
+from gptjax.training.step import TrainState, init_state, make_train_step
 
 ROUNDS, STEPS, INTERVAL = 5, 400, 100
 
 
-def make(preset: str) -> tuple[training.TrainState, Callable[..., Any], Any]:
+def make(preset: str) -> tuple[TrainState, Callable[..., Any], Any]:
     """The state of a preset, its training step, and windows to train on."""
     config = PRESETS[preset]
     vocab_size = 65 if preset == "quickstart" else config.model.vocab_size
     cfg = model.resolve(dataclasses.replace(config.model, vocab_size=vocab_size))
     mesh, tx = sharding.make_mesh(jax.devices()[:1]), optimizer.make_optimizer(config)
-    init = functools.partial(training.init_state, cfg, tx)
+    init = functools.partial(init_state, cfg, tx)
     shardings = sharding.tree_shardings(mesh, "data", jax.eval_shape(init, jax.random.key(0)))
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = training.make_train_step(cfg, tx, mesh, shardings, 0)
+    step = make_train_step(cfg, tx, mesh, shardings, 0)
     shape = (1, 1, config.batch_size, cfg.block_size + 1)
     windows = np.random.default_rng(0).integers(0, cfg.vocab_size, shape).astype(np.int32)
     return state, step, sharding.place(windows, mesh, axis=2)
 
 
-def time_save(state: training.TrainState) -> tuple[float, float]:
+def time_save(state: TrainState) -> tuple[float, float]:
     """Seconds of a save until it is on disk, and of its digests and meta."""
     extra = {"opt_state": state.opt_state, "guard": state.guard}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,8 +61,8 @@ def time_save(state: training.TrainState) -> tuple[float, float]:
 
 
 def time_steps(
-    state: training.TrainState, step: Callable[..., Any], windows: Any, interval: int
-) -> tuple[training.TrainState, float]:
+    state: TrainState, step: Callable[..., Any], windows: Any, interval: int
+) -> tuple[TrainState, float]:
     """Seconds of the steps, with a save each `interval` of them (0 = never)."""
     with tempfile.TemporaryDirectory() as folder, saving.Saver(Path(folder), keep=2) as saver:
         began = time.perf_counter()

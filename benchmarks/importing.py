@@ -18,10 +18,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from gptjax.config import GPTConfig
-from gptjax.formats import huggingface, llmc
-from gptjax.formats.huggingface import format_config
-from gptjax.formats.nanogpt import SIZES
-from gptjax.gpt2_tensors import is_linear, read_params, slots
+from gptjax.conversion import huggingface, llmc
+from gptjax.conversion.huggingface import format_config
+from gptjax.conversion.nanogpt import SIZES
+from gptjax.conversion.tensors import is_linear, read_params, slots
 from gptjax.presets import PRESETS
 from tests.test_tf_checkpoint import HEADER, block, entry, table
 

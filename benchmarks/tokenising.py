@@ -18,7 +18,7 @@ TEXTS = {
 }
 MEASURED = """
 import json, resource, sys, time
-from gptjax.data import load_dataset
+from gptjax.data.datasets import load_dataset
 began = time.monotonic()
 load_dataset(sys.argv[1], block_size=8, tokenizer=sys.argv[2])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

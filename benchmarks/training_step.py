@@ -53,15 +53,17 @@ def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
     # isort: split
     import jax
 
-    from gptjax import model, optimizer, sharding, training
+    from gptjax import model, sharding
+    from gptjax.training import optimizer
+    from gptjax.training.step import init_state, make_train_step
 
     cfg = model.resolve(config.model)
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = optimizer.make_optimizer(config)
-    init = functools.partial(training.init_state, cfg, tx)
+    init = functools.partial(init_state, cfg, tx)
     shardings = sharding.tree_shardings(mesh, "data", jax.eval_shape(init, jax.random.key(0)))
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    train_step = training.make_train_step(cfg, tx, mesh, shardings, seed=0)
+    train_step = make_train_step(cfg, tx, mesh, shardings, seed=0)
 
     def step(windows: np.ndarray) -> None:
         nonlocal state

@@ -3,9 +3,9 @@
 import difflib
 import sys
 
-from gptjax import cli
 from gptjax.commands import doctor, evaluate
 from gptjax.errors import UsageError
+from gptjax.terminal import cli
 
 COMMANDS = {"evaluate": evaluate.main, "doctor": doctor.main}
 USAGE = f"gptjax COMMAND --help; the commands are {', '.join(COMMANDS)}"

@@ -1,16 +1,45 @@
-"""Next-token cross-entropy.
+"""The loss: next-token cross-entropy, of logits and of the whole model.
 
-N tokens, V vocabulary, G groups of columns.
+B batch, T time, N tokens, V vocabulary, G groups of columns; a window holds T+1 tokens.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gptjax.config import GPTConfig
+from gptjax.model import Params, head, hidden_states
+
 LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def window_losses(
+    cfg: GPTConfig,
+    params: Params,
+    windows_BT: Array,
+    dropout_key: Array | None = None,
+    logits_dtype: Any = jnp.float32,
+) -> Array:
+    """Cross-entropy (B, T) of predicting tokens 1..T of each window from its tokens 0..T-1."""
+    tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
+    x_ND, _ = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key)
+    losses_N = token_losses(head(cfg, params, x_ND, logits_dtype), targets_BT.reshape(-1))
+    return losses_N.reshape(targets_BT.shape)
+
+
+def loss_fn(
+    cfg: GPTConfig, params: Params, windows_BT: Array, dropout_key: Array | None = None
+) -> Array:
+    """The mean of `window_losses`, which training minimises.
+
+    Logits are stored in the compute dtype, as PyTorch's autocast does: in bfloat16 that saves 18 %
+    of a GPT-2 step on a GPU. The loss is computed from them in float32.
+    """
+    return jnp.mean(window_losses(cfg, params, windows_BT, dropout_key, jnp.dtype(cfg.dtype)))
 
 
 @jax.custom_vjp

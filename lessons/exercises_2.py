@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from exercises import Exercise
 
-from gptjax.batches import windows_per_shard
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.optimizer import make_schedule
+from gptjax.data.batches import windows_per_shard
+from gptjax.training.optimizer import make_schedule
 
 TOKENS, BLOCK_SIZE = 1_003_854, 64  # of exercises 2.1 and 2.5
 

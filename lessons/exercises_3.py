@@ -13,8 +13,8 @@ from exercises import Exercise
 
 from gptjax import model
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.optimizer import make_optimizer
 from gptjax.presets import PRESETS
+from gptjax.training.optimizer import make_optimizer
 
 
 def is_close(answer: Any, truth: float, tolerance: float = 0.01) -> bool:

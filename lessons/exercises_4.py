@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from exercises import Exercise
 
-from gptjax import attention, gpt2_tensors, model
+from gptjax import attention, model
 from gptjax.config import GPTConfig
+from gptjax.conversion.tensors import is_linear, slots
 
 GPT2 = GPTConfig()  # 124M
 
 
 def is_tensor_count(answer: Any) -> bool:
     """Whether it is the number of tensors in GPT-2 124M's file, without masks."""
-    return float(answer) == len(list(gpt2_tensors.slots(GPT2)))
+    return float(answer) == len(list(slots(GPT2)))
 
 
 def is_transposed(answer: Any) -> bool:
     """Whether these are the kernels of a block's linear layers; with or without `h.0.`."""
-    names = [slot.name for slot in gpt2_tensors.slots(GPT2) if slot.layer == 0]
-    kernels = {name.removeprefix("h.0.") for name in names if gpt2_tensors.is_linear(name)}
+    names = [slot.name for slot in slots(GPT2) if slot.layer == 0]
+    kernels = {name.removeprefix("h.0.") for name in names if is_linear(name)}
     given = [answer] if isinstance(answer, str) else answer
     return {str(name).strip().removeprefix("h.0.") for name in given} == kernels
 

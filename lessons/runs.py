@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gptjax import flags
 from gptjax.config import TrainConfig
 from gptjax.presets import PRESETS
+from gptjax.terminal import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "out" / "lessons" / "pretrain"

@@ -21,8 +21,9 @@ import gptjax  # noqa: F401
 import jax
 import pytest
 
-from gptjax import cli, model
+from gptjax import model
 from gptjax.config import GPTConfig
+from gptjax.terminal import cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same program anew, with new functions: a cache for the session.

@@ -11,13 +11,14 @@ import pytest
 import convert_gpt2
 import sample
 import train
-from gptjax import adapt, cli, flags, start
+from gptjax.checkpoints.run_folder import Run
 from gptjax.commands import doctor, evaluate
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
-from gptjax.run_folder import Run
+from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
+from gptjax.training import adapt, start
 
 
 def parse(tmp_path: Path, *argv: str) -> TrainConfig:
@@ -219,7 +220,7 @@ def test_a_text_may_be_a_python_file(tmp_path: Path) -> None:
 
 
 def test_the_named_commands_exist(tmp_path: Path) -> None:
-    from gptjax.nanogpt_flags import CONFIGS
+    from gptjax.terminal.nanogpt_flags import CONFIGS
 
     for command in CONFIGS.values():
         python, script, *argv = command.split()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import batches
+from gptjax.data import batches
 from gptjax.errors import DataError, UsageError
 
 N_VOCAB = 60_000

@@ -11,18 +11,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gptjax import checkpoint, optimizer, saving, training
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints import save as saving
 from gptjax.config import TrainConfig
 from gptjax.errors import CheckpointError, DiskError, NonFiniteError, UsageError
+from gptjax.training import optimizer
+from gptjax.training.step import TrainState, digest, init_state
 
 from .conftest import init_params, tiny
 
 CFG = tiny()
 
 
-def make_state(name: str = "adamw") -> training.TrainState:
+def make_state(name: str = "adamw") -> TrainState:
     config = TrainConfig(model=CFG, optimizer=name)  # type: ignore[arg-type]
-    return training.init_state(CFG, optimizer.make_optimizer(config), jax.random.key(0))
+    return init_state(CFG, optimizer.make_optimizer(config), jax.random.key(0))
 
 
 def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 2) -> None:
@@ -48,8 +51,8 @@ def test_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None:
         saver.save(5, state.params, extra, {"val_loss": 1.25, "note": "é"})
     found = checkpoint.restore_newest(tmp_path, (target(state.params), target(extra)))
     assert jax.tree.structure(found.extra) == jax.tree.structure(extra)
-    restored = training.TrainState(state.step, found.params, **found.extra)
-    assert training.digest(restored) == training.digest(state)
+    restored = TrainState(state.step, found.params, **found.extra)
+    assert digest(restored) == digest(state)
     leaves = found.meta.pop("leaves")
     assert found.meta == {"format": 2, "step": 5, "val_loss": 1.25, "note": "é"}
     assert leaves["params/wte/embedding"]["shape"] == list(state.params["wte"]["embedding"].shape)
@@ -100,7 +103,7 @@ def test_another_shape_is_refused(tmp_path: Path) -> None:
 # ---- Damage
 
 
-def everything(state: training.TrainState) -> tuple[Any, Any]:
+def everything(state: TrainState) -> tuple[Any, Any]:
     return target(state.params), target({"opt_state": state.opt_state})
 
 

@@ -15,7 +15,6 @@ import pytest
 
 import sample
 import train
-from gptjax import cli, flags
 from gptjax.commands.doctor import plugins
 from gptjax.config import (
     GPTConfig,
@@ -27,6 +26,7 @@ from gptjax.config import (
 )
 from gptjax.errors import REFUSALS, UsageError
 from gptjax.presets import PRESETS
+from gptjax.terminal import cli, flags
 
 from .conftest import ROOT
 
@@ -388,7 +388,8 @@ def test_windows_is_told_what_to_use() -> None:
 def test_the_second_interrupt_is_at_once_and_the_second_sigterm_is_none() -> None:
     """Also where Python does not come to its handlers: here in C, as in XLA's compiler."""
     code = (
-        "import ctypes, signal; from gptjax import cli; received = cli.catch_stop_signals();"
+        "import ctypes, signal; from gptjax.terminal.cli import catch_stop_signals;"
+        "received = catch_stop_signals();"
         "[signal.raise_signal(n) for n in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)];"
         "print(received, flush=True); libc = ctypes.CDLL(None);"
         "[libc.usleep(500000) for _ in range(100)]; libc.sleep(60)"

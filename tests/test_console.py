@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from gptjax import console
-from gptjax.console import TrainConsole, printable
+from gptjax.terminal import console
+from gptjax.terminal.console import TrainConsole, printable
 
 FIELDS = {"loss": "1.2345", "val": "1.3456", "lr": "1.00e-03", "tok/s": "12,345", "mfu": "41.5%"}
 

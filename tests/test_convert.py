@@ -16,13 +16,16 @@ import pytest
 
 import convert_gpt2
 from benchmarks import importing
-from gptjax import checkpoint, cli, convert, model, saving
+from gptjax import model
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints import save as saving
+from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
-from gptjax.convert import SourceConfig
+from gptjax.conversion import convert, huggingface
+from gptjax.conversion.convert import SourceConfig
 from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError
 from gptjax.files import file_sha256
-from gptjax.formats import huggingface
-from gptjax.run_folder import load_run
+from gptjax.terminal import cli
 from gptjax.tokenizer import (
     ByteTokenizer,
     CharTokenizer,

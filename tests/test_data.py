@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import data, text
+from gptjax.data import text
+from gptjax.data.datasets import load_dataset
 from gptjax.errors import DataError, UsageError
 from gptjax.tokenizer import (
     ByteTokenizer,
@@ -58,7 +59,7 @@ def write_shard(path: Path, ids: list[int], **header: int) -> None:
 def test_text_comes_back_byte_for_byte(tmp_path: Path, kind: str, content: str) -> None:
     path = tmp_path / "corpus.txt"
     path.write_bytes(content.encode())
-    loaded = data.load_dataset(str(path), block_size=2, tokenizer=kind)
+    loaded = load_dataset(str(path), block_size=2, tokenizer=kind)
     both = b"".join(loaded.tokenizer.decode_bytes(ids) for ids in (loaded.train[0], loaded.val[0]))
     assert both == content.encode()
     assert decode(loaded.tokenizer, loaded.train[0]) == content[: int(len(content) * 0.9)]
@@ -68,13 +69,11 @@ def test_gz_is_the_same_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words " * 50)
     with gzip.open(tmp_path / "a.gz", "wt") as file:
         file.write("some words " * 50)
-    plain, packed = (
-        data.load_dataset(str(tmp_path / name), block_size=4) for name in ("a.txt", "a.gz")
-    )
+    plain, packed = (load_dataset(str(tmp_path / name), block_size=4) for name in ("a.txt", "a.gz"))
     assert np.array_equal(plain.train[0], packed.train[0])
     (tmp_path / "cut.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-10])
     with pytest.raises(DataError, match=r"cannot read the text .*cut.gz"):
-        data.load_dataset(str(tmp_path / "cut.gz"), block_size=4)
+        load_dataset(str(tmp_path / "cut.gz"), block_size=4)
 
 
 @pytest.mark.parametrize("at", [5, 2**20 - 1, 2**20 + 3])
@@ -84,11 +83,9 @@ def test_not_utf8_names_the_byte(tmp_path: Path, at: int) -> None:
     path = tmp_path / "input.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"input.txt is not UTF-8 at byte {at} \(0xff\)"):
-        data.load_dataset(str(path), block_size=4)
+        load_dataset(str(path), block_size=4)
     notes: list[str] = []
-    loaded = data.load_dataset(
-        str(path), block_size=4, decode_errors="replace", notify=notes.append
-    )
+    loaded = load_dataset(str(path), block_size=4, decode_errors="replace", notify=notes.append)
     assert loaded.tokenizer.n_vocab == 2
     assert "1 " in notes[0] and "U+FFFD" in notes[0]
 
@@ -121,7 +118,7 @@ def test_a_text_in_one_line_is_encoded_piece_by_piece(
     monkeypatch.setattr(text, "CHUNK", 100)
     monkeypatch.setattr(kind, "encode", counted)
     (tmp_path / "a.txt").write_text("xyz" * 3000)
-    data.load_dataset(str(tmp_path / "a.txt"), block_size=4, tokenizer=kind.kind)
+    load_dataset(str(tmp_path / "a.txt"), block_size=4, tokenizer=kind.kind)
     assert sum(lengths) == 9000 and max(lengths) <= 100
 
 
@@ -159,7 +156,7 @@ def test_end_of_text_in_a_corpus_is_text_unless_allowed(tmp_path: Path) -> None:
     path.write_text("one two<|endoftext|>three four\n" * 20)
     counts = []
     for allow_special in (False, True):
-        loaded = data.load_dataset(
+        loaded = load_dataset(
             str(path), block_size=4, tokenizer=gpt2_tokenizer(), allow_special=allow_special
         )
         counts.append(int((loaded.train[0] == 50256).sum()))
@@ -170,22 +167,22 @@ def test_end_of_text_in_a_corpus_is_text_unless_allowed(tmp_path: Path) -> None:
     not SHAKESPEARE.is_file(), reason="put tinyshakespeare at ../shared/data/tinyshakespeare.txt"
 )
 def test_shakespeare_in_gpt2_tokens() -> None:
-    loaded = data.load_dataset(str(SHAKESPEARE), block_size=64, tokenizer=gpt2_tokenizer())
+    loaded = load_dataset(str(SHAKESPEARE), block_size=64, tokenizer=gpt2_tokenizer())
     assert (len(loaded.train[0]), len(loaded.val[0])) == (301_966, 36_059)
 
 
 def test_tokens_are_cached_and_a_torn_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdefghij" * 100)
-    made = data.load_dataset(str(path), block_size=4)
+    made = load_dataset(str(path), block_size=4)
     first = np.array(made.train[0])
     file = Path(made.train[0].filename)
     stamp = file.stat().st_mtime_ns
-    data.load_dataset(str(path), block_size=4)
+    load_dataset(str(path), block_size=4)
     assert file.stat().st_mtime_ns == stamp
     with file.open("r+b") as opened:
         opened.truncate(10)
-    again = data.load_dataset(str(path), block_size=4)
+    again = load_dataset(str(path), block_size=4)
     assert np.array_equal(again.train[0], first)
     assert not list((cache / "gptjax" / "tokens").glob("*.tmp"))
 
@@ -201,12 +198,12 @@ def test_a_complete_cache_is_used_and_never_removed(
         save(tokenizer, folder)
         if not loaded:
             monkeypatch.setattr(text, "save_tokenizer", save)
-            loaded.append(data.load_dataset(str(path), block_size=4))
+            loaded.append(load_dataset(str(path), block_size=4))
             file = Path(loaded[0].train[0].filename)
             loaded.append((file, file.stat().st_ino, file.parent.stat().st_ino))
 
     monkeypatch.setattr(text, "save_tokenizer", save_late)
-    mine = data.load_dataset(str(path), block_size=4)
+    mine = load_dataset(str(path), block_size=4)
     other, (file, *inodes) = loaded
     assert inodes == [file.stat().st_ino, file.parent.stat().st_ino]
     assert np.array_equal(mine.train[0], other.train[0])
@@ -225,7 +222,7 @@ def test_eight_at_once_share_one_cache(
     for i in range(10):
         path = tmp_path / f"{i}.txt"
         path.write_text(f"round {i} of ten\n" * 50)
-        load = functools.partial(data.load_dataset, str(path), block_size=4)
+        load = functools.partial(load_dataset, str(path), block_size=4)
         with ThreadPoolExecutor(8) as pool:
             loaded = [future.result() for future in [pool.submit(load) for _ in range(8)]]
         assert len({each.train[0].tobytes() for each in loaded}) == 1
@@ -237,15 +234,15 @@ def test_too_short_a_text(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.txt"
     path.write_text(content)
     with pytest.raises(DataError, match="too few for a train and a val split"):
-        data.load_dataset(str(path), block_size=4)
+        load_dataset(str(path), block_size=4)
 
 
 def test_split_shorter_than_a_window_names_the_longest_block(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("ab" * 50)
     with pytest.raises(DataError, match=r"10 tokens in the val split .* longest usable is 9"):
-        data.load_dataset(str(path), block_size=10)
-    assert len(data.load_dataset(str(path), block_size=9).val[0]) == 10
+        load_dataset(str(path), block_size=10)
+    assert len(load_dataset(str(path), block_size=9).val[0]) == 10
 
 
 def test_vocabulary_too_large_for_uint16() -> None:
@@ -259,7 +256,7 @@ def test_vocabulary_too_large_for_uint16() -> None:
 
 def test_auto_falls_back_to_pydocs_and_says_so() -> None:
     notes: list[str] = []
-    loaded = data.load_dataset("auto", block_size=64, notify=notes.append)
+    loaded = load_dataset("auto", block_size=64, notify=notes.append)
     assert loaded.name == "pydocs"
     assert "taking pydocs" in notes[0]
     assert len(loaded.train[0]) > 300_000
@@ -267,7 +264,7 @@ def test_auto_falls_back_to_pydocs_and_says_so() -> None:
 
 def test_by_name_it_fails_clearly() -> None:
     with pytest.raises(DataError, match=r"tinyshakespeare is not to be had .*cannot download http"):
-        data.load_dataset("tinyshakespeare", block_size=64)
+        load_dataset("tinyshakespeare", block_size=64)
 
 
 @pytest.mark.parametrize(
@@ -276,25 +273,25 @@ def test_by_name_it_fails_clearly() -> None:
 )
 def test_misspelt_dataset(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint):
-        data.load_dataset(name, block_size=4)
+        load_dataset(name, block_size=4)
 
 
 @pytest.mark.parametrize("name", ["~no such user/x.txt", "a**", "x" * 5000])
 def test_what_cannot_be_a_path(name: str) -> None:
     with pytest.raises(UsageError, match="no path or glob"):
-        data.load_dataset(name, block_size=4)
+        load_dataset(name, block_size=4)
 
 
 @pytest.mark.parametrize("name", ["", "."])
 def test_here_is_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_bins(tmp_path, [1] * 9, [1] * 9))
-    assert len(data.load_dataset(name, block_size=4, tokenizer="byte").train[0]) == 9
+    assert len(load_dataset(name, block_size=4, tokenizer="byte").train[0]) == 9
 
 
 def test_a_glob_of_folders_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     with pytest.raises(UsageError, match="no such name, file, folder or glob"):
-        data.load_dataset(f"{tmp_path}/*", block_size=4, tokenizer="byte")
+        load_dataset(f"{tmp_path}/*", block_size=4, tokenizer="byte")
 
 
 # ---- Token files ---------------------------------------------------------------------------------
@@ -304,14 +301,14 @@ def test_odd_size(tmp_path: Path) -> None:
     write_bins(tmp_path, [1] * 9, [1] * 9)
     (tmp_path / "train.bin").write_bytes(b"12345")
     with pytest.raises(DataError, match=r"train.bin has 5 bytes: not a multiple of 2"):
-        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+        load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 
 def test_token_count_differs_from_meta(tmp_path: Path) -> None:
     write_bins(tmp_path, [1] * 1500, [1] * 9)
     (tmp_path / "meta.json").write_text(json.dumps({"tokens": {"train": 3019, "val": 9}}))
     with pytest.raises(DataError, match="expected 3,019 tokens, found 1,500"):
-        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+        load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +319,7 @@ def test_damaged_meta(tmp_path: Path, content: str) -> None:
     (tmp_path / "meta.json").write_text(content)
     assert not text.is_complete(tmp_path)
     with pytest.raises(DataError, match=r"meta\.json"):
-        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+        load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 
 @pytest.mark.parametrize("at", [0, 1203, 2**20 + 7])
@@ -331,42 +328,42 @@ def test_id_outside_the_vocabulary_is_found(tmp_path: Path, at: int) -> None:
     ids[at] = 256
     write_bins(tmp_path, ids, [1] * 9)
     with pytest.raises(DataError, match=rf"id 256 at position {at} is outside the vocab"):
-        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+        load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 
 def test_folder_needs_both_files(tmp_path: Path) -> None:
     write_bins(tmp_path, [1] * 9, [1] * 9)
     (tmp_path / "val.bin").unlink()
     with pytest.raises(UsageError, match=r"has no val.bin"):
-        data.load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
+        load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
     write_bins(tmp_path, [1] * 9, [1] * 9)
     (tmp_path / "meta.pkl").write_bytes(b"not even a pickle")
     with pytest.raises(DataError, match=r"meta.pkl is a pickle"):
-        data.load_dataset(str(tmp_path), block_size=4)
+        load_dataset(str(tmp_path), block_size=4)
     with pytest.raises(UsageError, match="--tokenizer=char"):
-        data.load_dataset(str(tmp_path), block_size=4, tokenizer="char")
+        load_dataset(str(tmp_path), block_size=4, tokenizer="char")
 
 
 def test_folder_brings_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcabc " * 20)
-    made = data.load_dataset(str(tmp_path / "a.txt"), block_size=4)
+    made = load_dataset(str(tmp_path / "a.txt"), block_size=4)
     copy = shutil.copytree(Path(made.train[0].filename).parent, tmp_path / "copy")
-    assert data.load_dataset(str(copy), block_size=4).tokenizer.n_vocab == 4
+    assert load_dataset(str(copy), block_size=4).tokenizer.n_vocab == 4
 
 
 def test_shards(tmp_path: Path) -> None:
     for name, start in (("x_train_1", 0), ("x_train_2", 50), ("x_val_0", 100)):
         write_shard(tmp_path / f"{name}.bin", list(range(start, start + 50)))
-    loaded = data.load_dataset(f"{tmp_path}/x_*.bin", block_size=4, tokenizer="byte")
+    loaded = load_dataset(f"{tmp_path}/x_*.bin", block_size=4, tokenizer="byte")
     assert [shard[0] for shard in loaded.train] == [0, 50]
     assert [shard.tolist() for shard in loaded.val] == [list(range(100, 150))]
-    last = data.load_dataset(f"{tmp_path}/x_train*.bin", block_size=4, tokenizer="byte")
+    last = load_dataset(f"{tmp_path}/x_train*.bin", block_size=4, tokenizer="byte")
     assert (last.train[0][0], last.val[0][0]) == (0, 50)
     with pytest.raises(DataError, match="no file is left to train on"):
-        data.load_dataset(f"{tmp_path}/x_val*.bin", block_size=4, tokenizer="byte")
+        load_dataset(f"{tmp_path}/x_val*.bin", block_size=4, tokenizer="byte")
 
 
 @pytest.mark.parametrize(
@@ -381,7 +378,7 @@ def test_damaged_shard(tmp_path: Path, header: dict[str, int], said: str) -> Non
     write_shard(tmp_path / "x_val.bin", list(range(50)))
     write_shard(tmp_path / "x_train.bin", list(range(50)), **header)
     with pytest.raises(DataError, match=said) as error:
-        data.load_dataset(f"{tmp_path}/x_*.bin", block_size=4, tokenizer="byte")
+        load_dataset(f"{tmp_path}/x_*.bin", block_size=4, tokenizer="byte")
     assert "x_train.bin" in str(error.value)
 
 
@@ -389,6 +386,6 @@ def test_a_tokenizer_that_is_given_is_used(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc " * 20)
     given = ByteTokenizer()
     assert (
-        data.load_dataset(str(tmp_path / "a.txt"), block_size=4, tokenizer=given).tokenizer.kind
+        load_dataset(str(tmp_path / "a.txt"), block_size=4, tokenizer=given).tokenizer.kind
         == "byte"
     )

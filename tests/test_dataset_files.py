@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import data
+from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.errors import DataError, UsageError
 from gptjax.files import show_paths
 
@@ -14,10 +14,10 @@ from .test_data import write_bins, write_shard
 IDS = list(range(40))
 
 
-def load(dataset: object, notes: list[str] | None = None, **options: object) -> data.Dataset:
+def load(dataset: object, notes: list[str] | None = None, **options: object) -> Dataset:
     notify = [].append if notes is None else notes.append
     options = {"tokenizer": "byte", "block_size": 4, "notify": notify} | options
-    return data.load_dataset(str(dataset), **options)  # type: ignore[arg-type]
+    return load_dataset(str(dataset), **options)  # type: ignore[arg-type]
 
 
 def write_shards(folder: Path, *names: str) -> Path:
@@ -28,12 +28,12 @@ def write_shards(folder: Path, *names: str) -> Path:
     return folder
 
 
-def firsts(loaded: data.Dataset) -> tuple[list[int], list[int]]:
+def firsts(loaded: Dataset) -> tuple[list[int], list[int]]:
     """The first token of each array: of training, of validation."""
     return [int(a[0]) for a in loaded.train], [int(a[0]) for a in loaded.val]
 
 
-def content(loaded: data.Dataset) -> bytes:
+def content(loaded: Dataset) -> bytes:
     both = np.concatenate([*loaded.train, *loaded.val])
     return loaded.tokenizer.decode_bytes(both)
 

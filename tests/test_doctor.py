@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import pytest
 
-from gptjax import attention, checkpoint
+from gptjax import attention
+from gptjax.checkpoints import restore as checkpoint
 from gptjax.commands import doctor
 from gptjax.commands.doctor import Finding
 from gptjax.config import TrainConfig, to_json

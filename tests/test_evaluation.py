@@ -21,10 +21,13 @@ import pytest
 from rich.console import Console
 
 from gptjax import __main__ as command
-from gptjax import cli, console, evaluation, model, saving
+from gptjax import model
+from gptjax.checkpoints import save as saving
+from gptjax.commands import evaluation
+from gptjax.commands.evaluation import Score, Settings, Text
 from gptjax.config import TrainConfig, to_json
 from gptjax.errors import DataError, NonFiniteError
-from gptjax.evaluation import Score, Settings, Text
+from gptjax.terminal import cli, console
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, load_gpt2_tokenizer, save_tokenizer
 
 from .conftest import ROOT, need, scaled_params, tiny

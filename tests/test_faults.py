@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import checkpoint, resume_check
+from gptjax.checkpoints import restore as checkpoint
 from gptjax.errors import CheckpointError, UsageError
+from gptjax.training import resume_check
 
 from .conftest import ROOT, TINY, digest, run
 from .test_checkpoint import flip

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from gptjax import flags
-from gptjax.convert import SourceConfig
+from gptjax.conversion import huggingface, nanogpt
+from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
 from gptjax.errors import DataError
-from gptjax.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
-from gptjax.formats import huggingface, nanogpt
+from gptjax.terminal import flags
 
 from .conftest import tiny
 
@@ -143,7 +143,7 @@ def test_of_another_model_its_name_is_enough() -> None:
 
 def test_nanogpts_model_args_follow_the_same_rules() -> None:
     """As its forks write them."""
-    from gptjax.fields import check_fields
+    from gptjax.conversion.fields import check_fields
 
     check_fields({"flash": True, "n_kv_head": 2, "n_head": 2, "x": None}, nanogpt.ARGS, "here")
     for change in ({"use_rope": True}, {"n_kv_head": 1, "n_head": 2}, {"tie_weights": False}):

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import data, file_kinds
+from gptjax.data import file_kinds
+from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.errors import DataError
 
 TEXT = "the cat sat on the mat, and the dog ran to the cat\n" * 60
 RUSSIAN = "Привет, мир. Как дела?\n" * 60
 
 
-def load(path: Path, **options: str) -> data.Dataset:
-    return data.load_dataset(str(path), block_size=4, tokenizer="byte", **options)
+def load(path: Path, **options: str) -> Dataset:
+    return load_dataset(str(path), block_size=4, tokenizer="byte", **options)
 
 
 def zipped() -> bytes:
@@ -130,7 +131,7 @@ def test_replacing_is_for_what_is_mostly_utf8(tmp_path: Path, content: bytes, ad
 def test_texts_with_marks_are_said_to_have_them(tmp_path: Path) -> None:
     notes: list[str] = []
     (tmp_path / "a.jsonl").write_text('{"text": "hello"}\n' * 30)
-    data.load_dataset(str(tmp_path / "a.jsonl"), block_size=4, notify=notes.append)
+    load_dataset(str(tmp_path / "a.jsonl"), block_size=4, notify=notes.append)
     assert notes == ["a.jsonl is read as the plain text that it is, with all its marks"]
 
 

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import cli, data, metrics
+from gptjax.data.datasets import DATASETS, load_dataset
+from gptjax.data.text import write_tokens
 from gptjax.errors import DataError, OutputError
 from gptjax.files import append_line, cache_dir, download, file_sha256, replacing
-from gptjax.text import write_tokens
+from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
+from gptjax.training import metrics
 
 BODY = b"To be, or not to be\n" * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -110,8 +112,8 @@ def test_named_dataset_arrives_through_the_network(
     url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
-    monkeypatch.setitem(data.DATASETS, "tinyshakespeare", (f"{url}/good", SHA256))
-    loaded = data.load_dataset("auto", block_size=64)
+    monkeypatch.setitem(DATASETS, "tinyshakespeare", (f"{url}/good", SHA256))
+    loaded = load_dataset("auto", block_size=64)
     assert loaded.name == "tinyshakespeare"
     assert len(loaded.train[0]) + len(loaded.val[0]) == len(BODY)
 
@@ -207,10 +209,10 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(
     (tmp_path / "file").touch()
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(OutputError, match="Not a directory; set the variable GPTJAX_CACHE"):
-        data.load_dataset("pydocs", block_size=8)
+        load_dataset("pydocs", block_size=8)
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
     with pytest.raises(OutputError, match="Not a directory; set the variable GPTJAX_CACHE"):
-        data.load_dataset(str(tmp_path / "text.txt"), block_size=8)
+        load_dataset(str(tmp_path / "text.txt"), block_size=8)
 
 
 def test_a_compile_cache_that_cannot_be_written(

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 import sample
-from gptjax import cli, flags
 from gptjax.config import TrainConfig, require_range
+from gptjax.data.token_files import map_tokens
 from gptjax.errors import DataError, UsageError, plural
-from gptjax.token_files import map_tokens
+from gptjax.terminal import cli, flags
 from gptjax.tokenizer import CharTokenizer
 
 WORD = "unexpected word {!r}: flags are --name=value; see --help"

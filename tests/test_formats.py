@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax import model, tokenizer
+from gptjax.conversion import gguf, huggingface, llmc, nanogpt, openai
+from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params
 from gptjax.errors import DataError, UsageError
-from gptjax.formats import gguf, huggingface, llmc, nanogpt, openai
 from gptjax.functions import ACTIVATIONS
-from gptjax.gpt2_tensors import HEAD, Source, named_tensors, read_params
 
 from .conftest import ROOT, need, scaled_params, tiny
 

@@ -25,13 +25,14 @@ from hypothesis import strategies as st
 
 import convert_gpt2
 import sample
-from gptjax import cli, convert, data, flags
 from gptjax import tokenizer as tok
 from gptjax.commands import evaluate
 from gptjax.config import TrainConfig
-from gptjax.convert import SourceConfig
+from gptjax.conversion import convert, huggingface, llmc
+from gptjax.conversion.convert import SourceConfig
+from gptjax.data.datasets import load_dataset
 from gptjax.errors import REFUSALS, DataError
-from gptjax.formats import huggingface, llmc
+from gptjax.terminal import cli, flags
 
 from .conftest import need, scaled_params, tiny
 from .test_data import write_bins, write_shard
@@ -234,7 +235,7 @@ Reader = Callable[[Path], object]  # reads something of such a copy
 
 
 def dataset(name: str) -> Reader:
-    return lambda place: data.load_dataset(f"{place}/{name}", block_size=8, tokenizer="byte")
+    return lambda place: load_dataset(f"{place}/{name}", block_size=8, tokenizer="byte")
 
 
 def model(name: str) -> Reader:
@@ -309,7 +310,7 @@ def test_names_of_datasets(place: Path) -> None:
     names = st.one_of(st.sampled_from(odd), TEXT, TEXT.map(lambda text: f"{place}/{text}"))
 
     def attempt(name: str) -> None:
-        data.load_dataset(name, block_size=8, tokenizer="byte")
+        load_dataset(name, block_size=8, tokenizer="byte")
 
     fuzz(NAMES, f"{place}/shards/x_*", names, attempt)
 

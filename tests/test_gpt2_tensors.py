@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax import gpt2_tensors, model
+from gptjax import model
+from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params, slots
 from gptjax.errors import DataError
-from gptjax.gpt2_tensors import HEAD, Source, named_tensors, read_params
 
 from .conftest import scaled_params, tiny
 
@@ -48,7 +48,7 @@ def assert_equal(a: model.Params, b: model.Params) -> None:
 def test_the_table_is_the_models_tree(bias: bool) -> None:
     cfg = tiny(bias=bias)
     shapes: dict[str, Any] = {}
-    for slot in gpt2_tensors.slots(cfg):
+    for slot in slots(cfg):
         stack = () if slot.layer is None else (cfg.n_layer,)
         shapes[slot.path] = (*stack, *slot.shape)
     tree = jax.eval_shape(lambda: model.init_params(cfg, jax.random.key(0)))
@@ -77,7 +77,7 @@ def test_other_floats_become_float32(arrays: dict[str, np.ndarray], dtype: Any) 
 def test_a_model_without_biases_is_written_with_zeros() -> None:
     cfg = dataclasses.replace(CFG, bias=False)
     written = dict(named_tensors(cfg, scaled_params(cfg, jax.random.key(1))))
-    assert set(written) == {slot.name for slot in gpt2_tensors.slots(CFG)}
+    assert set(written) == {slot.name for slot in slots(CFG)}
     assert not any(np.any(array) for name, array in written.items() if name.endswith(".bias"))
 
 

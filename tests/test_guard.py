@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import faults, guard
 from gptjax.errors import DataError, UsageError
+from gptjax.training import faults, guard
 
 from .test_training import PLAIN, train
 
@@ -31,10 +31,11 @@ def test_a_nan_step_leaves_parameters_and_moments_as_they_were() -> None:
 
 def test_the_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake: the step is judged, and taken all the same."""
-    from gptjax import training
 
     judge = guard.judge
-    monkeypatch.setattr(training, "judge", lambda *args: (jnp.array(True), judge(*args)[1]))
+    monkeypatch.setattr(
+        "gptjax.training.step.judge", lambda *args: (jnp.array(True), judge(*args)[1])
+    )
     after, _ = train(PLAIN[:4], corrupt=faults.make_corrupt(faults.Fault("nan_grad", 3, 3)))
     assert np.isnan(after.params["wte"]["embedding"]).all()
 

@@ -15,9 +15,9 @@ import pytest
 from huggingface_hub import constants
 
 from gptjax import model
-from gptjax.convert import SourceConfig, load_start
+from gptjax.conversion import huggingface
+from gptjax.conversion.convert import SourceConfig, load_start
 from gptjax.errors import DataError, UsageError
-from gptjax.formats import huggingface
 
 from .conftest import scaled_params, tiny
 from .test_formats import shard, to_bin

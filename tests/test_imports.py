@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax import convert, model
-from gptjax.convert import SourceConfig
+from gptjax import model
+from gptjax.conversion import convert, huggingface, llmc
+from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion.tensors import HEAD, read_params
 from gptjax.errors import DataError, UsageError
-from gptjax.formats import huggingface, llmc
-from gptjax.gpt2_tensors import HEAD, read_params
 
 from .conftest import need, scaled_params, tiny
 from .test_formats import edit_json, nanogpt_args, nanogpt_state, shard, to_bin

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import metrics
 from gptjax.config import GPTConfig
+from gptjax.training import metrics
 
 
 def test_flops_of_gpt2_small() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.convert import new_folder
+from gptjax.conversion.convert import new_folder
 from gptjax.errors import DataError, DiskError, OutputError, UsageError
 
 from .conftest import ROOT
@@ -16,7 +16,7 @@ from .conftest import ROOT
 WRITER = """
 import sys, time
 from pathlib import Path
-from gptjax.new_folder import new_folder
+from gptjax.conversion.new_folder import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("of it")
     print(flush=True)

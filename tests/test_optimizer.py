@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import optimizer, training
 from gptjax.config import TrainConfig
+from gptjax.loss import loss_fn
+from gptjax.training import optimizer
 
 from .conftest import init_params, need, tiny
 
@@ -100,7 +101,7 @@ def test_muon_has_its_own_peak() -> None:
 def parameters_after_20_steps(tx: optax.GradientTransformation, batches: np.ndarray) -> Any:
     @jax.jit
     def step(params: Any, opt_state: Any, windows: Any) -> Any:
-        grads = jax.grad(training.loss_fn, argnums=1)(CFG, params, windows)
+        grads = jax.grad(loss_fn, argnums=1)(CFG, params, windows)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 

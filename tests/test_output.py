@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import checkpoint, cli, output
-from gptjax.run_folder import load_run
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints.run_folder import load_run
+from gptjax.terminal import cli, output
 
 from .conftest import ROOT
 
@@ -72,7 +73,7 @@ def test_what_cannot_be_encoded_is_escaped(encoding: str, monkeypatch: pytest.Mo
 
 
 def test_the_bar_of_a_terminal_that_knows_no_lines() -> None:
-    from gptjax.console import bar_signs
+    from gptjax.terminal.console import bar_signs
 
     assert bar_signs("utf-8") == ("━", "━")
     assert bar_signs("latin-1") == bar_signs("ascii") == bar_signs("no such") == ("=", "-")

@@ -13,12 +13,13 @@ import pytest
 import convert_gpt2
 import sample
 import train
-from gptjax import checkpoint, cli, flags
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints.run_folder import Run
 from gptjax.commands import doctor
 from gptjax.config import TrainConfig
-from gptjax.convert import SourceConfig
+from gptjax.conversion.convert import SourceConfig
 from gptjax.errors import CheckpointError
-from gptjax.run_folder import Run
+from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
 
 from .conftest import ROOT, scaled_params, tiny

@@ -15,10 +15,13 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import convert, evaluation, model, reference, sampling, training, verify
+from gptjax import model, sampling
+from gptjax.checkpoints.run_folder import Run
+from gptjax.commands import evaluation
 from gptjax.config import SampleConfig
-from gptjax.convert import SourceConfig
-from gptjax.run_folder import Run
+from gptjax.conversion import convert, reference, verify
+from gptjax.conversion.convert import SourceConfig
+from gptjax.loss import loss_fn
 
 WEIGHTS = os.environ.get("GPTJAX_GPT2_DIR", "")
 FILES = Path(os.environ.get("GPTJAX_EVAL_DIR", "/no/such/folder"))
@@ -149,7 +152,7 @@ def test_llmcs_losses(run: Run) -> None:
     cfg = model.resolve(run.config.model)
     optimizer = optax.adamw(1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
     params, state = run.params, optimizer.init(run.params)
-    value_and_grad = jax.jit(jax.value_and_grad(functools.partial(training.loss_fn, cfg)))
+    value_and_grad = jax.jit(jax.value_and_grad(functools.partial(loss_fn, cfg)))
     for step, wanted in enumerate(expected):
         loss, grads = value_and_grad(params, windows)
         ok = abs(float(loss) - wanted) <= 1e-2

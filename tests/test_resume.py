@@ -7,7 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import resume
+from gptjax.checkpoints.record import (
+    GUARDED,
+    IGNORED,
+    ONCE,
+    Record,
+    check_record,
+    make_record,
+    token_fingerprint,
+)
 from gptjax.config import TrainConfig
 from gptjax.errors import UsageError
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
@@ -19,15 +27,15 @@ TOKENS = np.arange(3 * 2**20, dtype=np.uint16)
 
 def record(
     tokens: np.ndarray = TOKENS, tokenizer: Tokenizer | None = None, **changes: Any
-) -> resume.Record:
+) -> Record:
     model = {name: changes.pop(name) for name in list(changes) if hasattr(tiny(), name)}
     config = TrainConfig(model=tiny(**model), **changes)
-    return resume.make_record(config, config.model, [tokens], tokenizer or ByteTokenizer())
+    return make_record(config, config.model, [tokens], tokenizer or ByteTokenizer())
 
 
-def check(new: resume.Record, allow: tuple[str, ...] = ()) -> list[str]:
+def check(new: Record, allow: tuple[str, ...] = ()) -> list[str]:
     said: list[str] = []
-    resume.check_record(record(), new, allow, said.append)
+    check_record(record(), new, allow, said.append)
     return said
 
 
@@ -45,16 +53,16 @@ def test_nothing_changed() -> None:
 )
 def test_other_shapes_are_refused_whatever_is_allowed(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"the checkpoint has {name}=.*, you asked for {value}"):
-        check(record(**{name: value}), tuple(resume.GUARDED))
+        check(record(**{name: value}), tuple(GUARDED))
 
 
 def test_a_record_from_before_a_setting_has_what_was_computed_then() -> None:
     old, said = record(), list[str]()
     del old["settings"]["activation"]
-    resume.check_record(old, record(), [], said.append)
+    check_record(old, record(), [], said.append)
     assert said == []
     with pytest.raises(UsageError, match="has activation=gelu_tanh, you asked for gelu;"):
-        resume.check_record(old, record(activation="gelu"), [], said.append)
+        check_record(old, record(activation="gelu"), [], said.append)
 
 
 @pytest.mark.parametrize(
@@ -93,23 +101,23 @@ def test_another_machine_is_said() -> None:
 
 @pytest.mark.parametrize("n", [1, 5, 2**20, 3 * 2**20])
 def test_a_changed_token_changes_the_fingerprint(n: int) -> None:
-    whole = resume.token_fingerprint(TOKENS[:n])
+    whole = token_fingerprint(TOKENS[:n])
     for at in {0, n // 2, n - 1}:
         other = TOKENS[:n].copy()
         other[at] ^= 1
-        assert resume.token_fingerprint(other) != whole
-    assert resume.token_fingerprint(TOKENS[: n - 1]) != whole
+        assert token_fingerprint(other) != whole
+    assert token_fingerprint(TOKENS[: n - 1]) != whole
 
 
 def test_a_large_file_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "SAMPLED", 3)
+    monkeypatch.setattr("gptjax.checkpoints.record.SAMPLED", 3)
     other = TOKENS.copy()
     other[-1] ^= 1
-    assert resume.token_fingerprint(other) != resume.token_fingerprint(TOKENS)
-    assert resume.token_fingerprint(TOKENS[:-1]) != resume.token_fingerprint(TOKENS)
+    assert token_fingerprint(other) != token_fingerprint(TOKENS)
+    assert token_fingerprint(TOKENS[:-1]) != token_fingerprint(TOKENS)
 
 
 def test_what_is_ignored_exists() -> None:
     """What is not compared exists; every other flag, also a new one, is."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert resume.ONCE <= resume.IGNORED <= names
+    assert ONCE <= IGNORED <= names

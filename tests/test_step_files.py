@@ -10,9 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import checkpoint, cli, run_checks, saving, step_files
-from gptjax.commands import doctor
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints import save as saving
+from gptjax.checkpoints import step_files
+from gptjax.commands import doctor, run_checks
 from gptjax.errors import CheckpointError, OutputError
+from gptjax.terminal import cli
 
 from .conftest import ROOT
 from .test_checkpoint import everything, flip, make_state, save_steps
@@ -35,7 +38,7 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
 def test_the_link_is_gone_when_the_process_ends(tmp_path: Path) -> None:
     (tmp_path / "[x]").mkdir()
     code = (
-        "import sys; from pathlib import Path; from gptjax import step_files;"
+        "import sys; from pathlib import Path; from gptjax.checkpoints import step_files;"
         "path = step_files.plain_path(Path(sys.argv[1])); print(path); (path / 'file').touch()"
     )
     done = subprocess.run(

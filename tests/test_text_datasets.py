@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import resume
+from gptjax.checkpoints.record import check_record, make_record
 from gptjax.config import TrainConfig, load_config
 from gptjax.errors import DataError, UsageError
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, decode, save_tokenizer
@@ -169,11 +169,11 @@ def test_older_settings_and_records_go_on(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.json") == config
     tokens, said = np.arange(9, dtype=np.uint16), list[str]()
     shards = [tokens, tokens + 1, tokens + 2]
-    make = lambda given, n: resume.make_record(given, config.model, shards, ByteTokenizer(), n)  # noqa: E731
+    make = lambda given, n: make_record(given, config.model, shards, ByteTokenizer(), n)  # noqa: E731
     old, new = make(config, 2), make(dataclasses.replace(config, val_dataset="b.txt"), 2)
-    resume.check_record(old, new, [], said.append)
+    check_record(old, new, [], said.append)
     with pytest.raises(UsageError, match="another data"):  # the same files, but trained on others
-        resume.check_record(old, make(config, 1), [], said.append)
+        check_record(old, make(config, 1), [], said.append)
     del old["n_train"]
-    resume.check_record(old, new, [], said.append)
+    check_record(old, new, [], said.append)
     assert said == []

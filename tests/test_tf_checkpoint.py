@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.conversion.tf_checkpoint import (
+    FOOTER,
+    MAGIC,
+    crc32c,
+    mask,
+    read_index,
+    read_table,
+    read_tensor,
+)
 from gptjax.errors import DataError
-from gptjax.tf_checkpoint import FOOTER, MAGIC, crc32c, mask, read_index, read_table, read_tensor
 
 FOLDER = Path(__file__).parent / "fixtures" / "tf_gpt2"  # make_tf_checkpoint.py wrote it
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import batches, data
+from gptjax.data import batches
+from gptjax.data.datasets import Dataset, check_split, load_dataset
 from gptjax.errors import DataError
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
@@ -22,9 +23,9 @@ TYPES = ["<u2", ">u2", "<u4", ">i4", "<i8", ">i8"]
 
 def load(
     folder: Path, tokenizer: Tokenizer, notes: list[str] | None = None, block_size: int = 4
-) -> data.Dataset:
+) -> Dataset:
     notify = [].append if notes is None else notes.append
-    return data.load_dataset(str(folder), block_size=block_size, tokenizer=tokenizer, notify=notify)
+    return load_dataset(str(folder), block_size=block_size, tokenizer=tokenizer, notify=notify)
 
 
 def write(folder: Path, ids: np.ndarray, dtype: str, val: np.ndarray | None = None) -> Path:
@@ -139,9 +140,9 @@ def test_a_negative_id_later_in_the_file() -> None:
     tokens[20] = -1
     with pytest.raises(DataError, match="id -1 at position 20 is outside the vocabulary of 50"):
         batches.read_windows([tokens], [(0, 18)], 8, 50)
-    loaded = data.Dataset("x", ByteTokenizer(), [tokens], [tokens])
+    loaded = Dataset("x", ByteTokenizer(), [tokens], [tokens])
     with pytest.raises(DataError, match="id -1 at position 20"):
-        data.check_split(loaded, "train", 4)
+        check_split(loaded, "train", 4)
 
 
 # ---- With one ------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def test_ids_may_begin_like_another_kind_of_file(
     ids = np.append(first, np.random.default_rng(0).integers(0, 60000, 3000))
     ids = ids % 60001
     (tmp_path / "a.bin").write_bytes(ids.astype(dtype).tobytes())
-    from gptjax.token_files import token_kind
+    from gptjax.data.token_files import token_kind
 
     assert token_kind(tmp_path / "a.bin", 60001) == ""
     packed = gzip.compress(ids.astype(dtype).tobytes())

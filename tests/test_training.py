@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import model, optimizer, sharding, training
+from gptjax import model, sharding
 from gptjax.config import GPTConfig, TrainConfig
+from gptjax.training import optimizer
+from gptjax.training.step import (
+    TrainState,
+    digest,
+    init_state,
+    loss_and_grad,
+    make_eval_step,
+    make_train_step,
+)
 
 from .conftest import init_params, tiny
 
@@ -25,17 +34,17 @@ def train(
     n_devices: int = 1,
     corrupt: Any = None,
     **settings: Any,
-) -> tuple[training.TrainState, list[float]]:
+) -> tuple[TrainState, list[float]]:
     """Train on windows (calls, K, A, B, T+1); the final state and all losses."""
     cfg = cfg or tiny()
     fields = {"max_iters": 100, "warmup_iters": 0, "learning_rate": 1e-3, **settings}
     tx = optimizer.make_optimizer(TrainConfig(model=cfg, **fields))
     mesh = sharding.make_mesh(jax.devices()[:n_devices])
-    init = functools.partial(training.init_state, cfg, tx)
+    init = functools.partial(init_state, cfg, tx)
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.tree_shardings(mesh, "data", shapes)
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = training.make_train_step(cfg, tx, mesh, shardings, seed=5, corrupt=corrupt)
+    step = make_train_step(cfg, tx, mesh, shardings, seed=5, corrupt=corrupt)
     losses: list[float] = []
     for batch in windows:
         state, metrics = step(state, sharding.place(batch, mesh, axis=2))
@@ -44,8 +53,8 @@ def train(
 
 
 def assert_same(
-    a: tuple[training.TrainState, list[float]],
-    b: tuple[training.TrainState, list[float]],
+    a: tuple[TrainState, list[float]],
+    b: tuple[TrainState, list[float]],
     loss_tol: float = 1e-5,
     params_tol: float = 1e-4,
 ) -> None:
@@ -61,42 +70,38 @@ PLAIN = WINDOWS[:, None, None]
 
 
 @pytest.fixture(scope="module")
-def plain() -> tuple[training.TrainState, list[float]]:
+def plain() -> tuple[TrainState, list[float]]:
     return train(PLAIN)
 
 
 @pytest.mark.parametrize("passes", [2, 4])
-def test_accumulation_is_the_big_batch(
-    plain: tuple[training.TrainState, list[float]], passes: int
-) -> None:
+def test_accumulation_is_the_big_batch(plain: tuple[TrainState, list[float]], passes: int) -> None:
     split = WINDOWS.reshape(16, 1, passes, 8 // passes, 17)
     assert_same(plain, train(split))
 
 
 def test_accumulation_gate_turns_red(
-    plain: tuple[training.TrainState, list[float]], monkeypatch: pytest.MonkeyPatch
+    plain: tuple[TrainState, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mistake: gradients summed, not averaged. (Adam hides it, the clip does not.)"""
-    value_and_grad = training.loss_and_grad
+    value_and_grad = loss_and_grad
 
     def summed(cfg: GPTConfig, params: Any, windows: jax.Array, key: Any) -> Any:
         loss, grads = value_and_grad(cfg, params, windows, key)
         return loss, jax.tree.map(lambda g: g * windows.shape[0], grads)
 
-    monkeypatch.setattr(training, "loss_and_grad", summed)
+    monkeypatch.setattr("gptjax.training.step.loss_and_grad", summed)
     split = WINDOWS.reshape(16, 1, 2, 4, 17)
     with pytest.raises(AssertionError):
         assert_same(train(PLAIN, grad_clip=0.0, eps=1.0), train(split, grad_clip=0.0, eps=1.0))
 
 
-def test_several_steps_in_one_call(plain: tuple[training.TrainState, list[float]]) -> None:
+def test_several_steps_in_one_call(plain: tuple[TrainState, list[float]]) -> None:
     assert_same(plain, train(WINDOWS.reshape(4, 4, 1, 8, 17)), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("n_devices", [2, 8])
-def test_devices_share_the_work(
-    plain: tuple[training.TrainState, list[float]], n_devices: int
-) -> None:
+def test_devices_share_the_work(plain: tuple[TrainState, list[float]], n_devices: int) -> None:
     state, losses = train(PLAIN, n_devices=n_devices)
     assert len(state.params["wte"]["embedding"].sharding.device_set) == n_devices
     assert_same(plain, (state, losses))
@@ -104,9 +109,9 @@ def test_devices_share_the_work(
 
 def test_same_devices_same_bits() -> None:
     first, second = (train(PLAIN[:4], n_devices=8)[0] for _ in range(2))
-    assert training.digest(first) == training.digest(second)
+    assert digest(first) == digest(second)
     other = train(PLAIN[1:5], n_devices=8)[0]
-    assert training.digest(first) != training.digest(other)
+    assert digest(first) != digest(other)
 
 
 def test_dropout_depends_on_seed_and_step_alone() -> None:
@@ -121,13 +126,11 @@ def test_step_counts_and_norm_is_before_the_clip() -> None:
     config = TrainConfig(model=cfg, grad_clip=1e-3)
     tx = optimizer.make_optimizer(config)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    state = jax.jit(functools.partial(training.init_state, cfg, tx))(jax.random.key(0))
+    state = jax.jit(functools.partial(init_state, cfg, tx))(jax.random.key(0))
     shardings = sharding.tree_shardings(mesh, "data", state)
-    _, grads = jax.jit(training.loss_and_grad, static_argnums=0)(
-        cfg, state.params, PLAIN[0, 0], None
-    )
+    _, grads = jax.jit(loss_and_grad, static_argnums=0)(cfg, state.params, PLAIN[0, 0], None)
     norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
-    step = training.make_train_step(cfg, tx, mesh, shardings, seed=0)
+    step = make_train_step(cfg, tx, mesh, shardings, seed=0)
     state, metrics = step(state, PLAIN[0])
     assert int(state.step) == 1
     assert metrics["grad_norm"].tolist() == pytest.approx([norm], rel=1e-4)
@@ -147,9 +150,7 @@ def test_evaluation_is_the_mean_loss_without_dropout() -> None:
     mesh = sharding.make_mesh(jax.devices()[:2])
     params = init_params(cfg, jax.random.key(0))
     shardings = sharding.tree_shardings(mesh, "data", params)
-    found = training.make_eval_step(cfg, mesh, shardings)(
-        params, sharding.place(WINDOWS[0], mesh, axis=0)
-    )
+    found = make_eval_step(cfg, mesh, shardings)(params, sharding.place(WINDOWS[0], mesh, axis=0))
     plain = dataclasses.replace(cfg, dropout=0.0)
     logits = model.forward(plain, params, WINDOWS[0, :, :-1])[0]
     picked = np.take_along_axis(

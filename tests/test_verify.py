@@ -16,15 +16,16 @@ from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 import convert_gpt2
-from gptjax import attention, cli, convert, functions, verify
-from gptjax.convert import SourceConfig
+from gptjax import attention, functions
+from gptjax.checkpoints.run_folder import Run
+from gptjax.conversion import convert, huggingface, verify
+from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion.reference import load_reference, write_random_model
+from gptjax.conversion.tensors import Source
+from gptjax.conversion.verify import Check
 from gptjax.errors import DataError
-from gptjax.formats import huggingface
 from gptjax.functions import ACTIVATIONS
-from gptjax.gpt2_tensors import Source
-from gptjax.reference import load_reference, write_random_model
-from gptjax.run_folder import Run
-from gptjax.verify import Check
+from gptjax.terminal import cli
 
 from .conftest import need, scaled_params, tiny
 from .test_formats import TF_GPT2, save_nanogpt

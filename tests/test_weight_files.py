@@ -15,8 +15,8 @@ import jax
 import pytest
 
 from gptjax import model
-from gptjax.convert import SourceConfig
-from gptjax.formats import huggingface
+from gptjax.conversion import huggingface
+from gptjax.conversion.convert import SourceConfig
 
 from .conftest import need, scaled_params
 from .test_formats import nanogpt_args, nanogpt_state, save_nanogpt, to_bin

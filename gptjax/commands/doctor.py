@@ -20,14 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import checkpoint, flags
 from gptjax.attention import ATTENTION, choose_attention
-from gptjax.config import TrainConfig, require
-from gptjax.console import printable
-from gptjax.distributed import find_cluster
-from gptjax.errors import UsageError, plural
-from gptjax.files import cache_dir, expand
-from gptjax.run_checks import (
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.commands.run_checks import (
     Finding,
     check_disk,
     check_folder,
@@ -37,6 +32,12 @@ from gptjax.run_checks import (
     mend,
     why_not_writable,
 )
+from gptjax.config import TrainConfig, require
+from gptjax.distributed import find_cluster
+from gptjax.errors import UsageError, plural
+from gptjax.files import cache_dir, expand
+from gptjax.terminal import flags
+from gptjax.terminal.console import printable
 from gptjax.tokenizer import read_gpt2_files
 
 ABOUT = (

@@ -12,13 +12,15 @@ from typing import Literal
 
 import jax
 
-from gptjax import cli, evaluation, flags, model
+from gptjax import model
+from gptjax.checkpoints.run_folder import load_run
+from gptjax.commands import evaluation
+from gptjax.commands.evaluation import Result, Scorer, Settings
 from gptjax.config import require, require_range
-from gptjax.console import show_count
 from gptjax.errors import DataError, UsageError
-from gptjax.evaluation import Result, Scorer, Settings
 from gptjax.files import expand
-from gptjax.run_folder import load_run
+from gptjax.terminal import cli, flags
+from gptjax.terminal.console import show_count
 from gptjax.tokenizer import Tokenizer
 
 TASKS: dict[str, Callable[[Scorer, Tokenizer, str, Settings], Result]] = {

@@ -7,9 +7,11 @@ import time
 import jax
 import numpy as np
 
-from gptjax import batches, model, training
+from gptjax import model
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.metrics import PEAK_FLOPS, flops_per_token
+from gptjax.data import batches
+from gptjax.loss import window_losses
+from gptjax.training.metrics import PEAK_FLOPS, flops_per_token
 from scale.measuring import GPT2, Measured, characters, replace, train
 
 CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -61,7 +63,7 @@ def measure(quick: bool) -> Measured:
         state, losses = train(config, data)
         starts = batches.eval_windows(data.val, context, 4 if quick else 512)
         windows = batches.read_windows(data.val, starts, context, cfg.vocab_size)
-        loss = jax.jit(functools.partial(training.window_losses, cfg))(state.params, windows).mean()
+        loss = jax.jit(functools.partial(window_losses, cfg))(state.params, windows).mean()
         points.append(
             {
                 "layers": layers,

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import batches, sharding, training
+from gptjax import sharding
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.data import Dataset, load_dataset
-from gptjax.optimizer import make_optimizer
+from gptjax.data import batches
+from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.presets import PRESETS
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.step import TrainState, init_state, make_train_step
 
 GPT2 = {name: PRESETS[name].model for name in ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")}
 Measured = dict[str, Any]
@@ -59,15 +61,15 @@ def batch(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
 def make_step(config: TrainConfig) -> tuple[Any, Any]:
     """gptjax's training step on one device, and a function that makes its first state."""
     optimizer = make_optimizer(config)
-    init = functools.partial(training.init_state, config.model, optimizer)
+    init = functools.partial(init_state, config.model, optimizer)
     abstract = jax.eval_shape(init, jax.random.key(0))
     mesh = sharding.make_mesh(jax.devices()[:1])
     shardings = sharding.tree_shardings(mesh, "data", abstract)
-    step = training.make_train_step(config.model, optimizer, mesh, shardings, seed=0)
+    step = make_train_step(config.model, optimizer, mesh, shardings, seed=0)
     return step, jax.jit(init, out_shardings=shardings)
 
 
-def train(config: TrainConfig, data: Dataset) -> tuple[training.TrainState, list[float]]:
+def train(config: TrainConfig, data: Dataset) -> tuple[TrainState, list[float]]:
     """The state after all steps, and their losses."""
     step, init = make_step(config)
     state, losses = init(jax.random.key(config.seed)), []

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from gptjax import model, training
+from gptjax import model
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.loss import token_losses
-from gptjax.optimizer import make_optimizer, make_schedule
+from gptjax.loss import loss_fn, token_losses
+from gptjax.training.optimizer import make_optimizer, make_schedule
 from scale.measuring import Measured, batch, characters, replace, train
 
 FORMATS = ("float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ def scaled_gradient(
     """The loss, and its gradient computed `scale` times as large and then divided by it."""
 
     def scaled_loss(params: model.Params) -> tuple[Array, Array]:
-        loss = training.loss_fn(cfg, params, windows_BT)
+        loss = loss_fn(cfg, params, windows_BT)
         return loss * scale, loss
 
     grads, loss = jax.grad(scaled_loss, has_aux=True)(params)

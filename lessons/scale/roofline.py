@@ -14,8 +14,8 @@ from jax import Array
 
 from gptjax import functions, model
 from gptjax.config import TrainConfig
-from gptjax.metrics import PEAK_FLOPS
-from gptjax.optimizer import make_optimizer
+from gptjax.training.metrics import PEAK_FLOPS
+from gptjax.training.optimizer import make_optimizer
 from scale.measuring import Measured, fastest
 
 MEMORY_BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}  # byte/s; SXM, data sheets

@@ -1,0 +1,1 @@
+"""Saving, restoring and checking the steps of a run."""

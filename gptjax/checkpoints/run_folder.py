@@ -1,0 +1,49 @@
+"""A run folder: everything that a model needs to be used, and nothing else does."""
+
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.config import TrainConfig, load_config
+from gptjax.errors import UsageError
+from gptjax.model import Params, init_params
+from gptjax.tokenizer import Tokenizer, load_tokenizer
+
+
+class Run(NamedTuple):
+    """A trained model; `config.model` has the vocabulary's true size."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    params: Params
+    step: int
+
+
+def load_run(run_dir: Path, which: str = "best") -> Run:
+    """Load the parameters of the best, the latest or a numbered step, without its optimizer state.
+
+    Raises:
+        UsageError: the folder is not a run's, or has no such step.
+        CheckpointError, DataError: what it holds cannot be read.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise UsageError(f"no run folder ({run_dir}): it has no config.json; train.py makes one")
+    config = load_config(run_dir / "config.json")
+    saved = checkpoint.require_steps(run_dir)
+    if which == "best":
+        step = checkpoint.best_step(run_dir)
+    elif which == "latest":
+        step = saved[-1]
+    elif re.fullmatch(r"\d+", which) and int(which) in saved:
+        step = int(which)
+    else:
+        raise UsageError(f"--checkpoint={which}: must be best, latest or one of {saved}")
+    shapes = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
+    params = checkpoint.restore_params(run_dir, step, target)
+    return Run(config, load_tokenizer(run_dir), params, step)

@@ -1,0 +1,246 @@
+"""Steps written in the background, whole or not at all; the newest and the best are kept."""
+
+import collections
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import args as ocp_args
+
+from gptjax.checkpoints.hashes import json_sha256, leaf_digests
+from gptjax.checkpoints.restore import (
+    FORMAT,
+    Meta,
+    Notify,
+    Tree,
+    best_of,
+    empty_steps,
+    first_line,
+    folder,
+    loss_of,
+    numbered,
+    read_meta,
+    set_aside,
+    steps,
+)
+from gptjax.checkpoints.step_files import plain_path, stored_arrays
+from gptjax.errors import CheckpointError, DiskError, NonFiniteError
+from gptjax.sharding import all_agree
+
+STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
+
+
+class NewestAndBest:
+    """Orbax's question which steps to keep: the newest few, and the one with the least val_loss."""
+
+    def __init__(self, keep: int, val_losses: dict[int, float]) -> None:
+        self.keep, self.val_losses = keep, val_losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer per checkpoint, as orbax asks for them."""
+        saved = sorted(checkpoint.step for checkpoint in checkpoints)
+        wanted = {*saved[-self.keep :], best_of(saved, self.val_losses)}
+        return [checkpoint.step in wanted for checkpoint in checkpoints]
+
+
+class Saver:
+    """Saves steps in the background; `close()` waits for the last one, leaving without loses it.
+
+    A save that fails leaves nothing behind and is tried again at the next; `strikes` failures in a
+    row end the run, and so does the first of a run of several processes, which would wait for each
+    other for minutes. `last` is the newest step known to be on disk.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int = 1,
+        notify: Notify = print,
+        strikes: int = STRIKES,
+        largest: int = 0,
+    ) -> None:
+        """`largest`, the bytes of the largest array: compress no more than that at one time."""
+        self.run_dir, self.keep, self.notify, self.strikes = run_dir, keep, notify, strikes
+        self.handlers = None
+        if largest:
+            limit = (largest + 1) / 1e9
+            params = ocp.StandardCheckpointHandler(save_concurrent_gb=limit)
+            self.handlers = {"params": params, "meta": ocp.JsonCheckpointHandler()}
+        self.failures, self.size = 0, 0  # saves that failed in a row; bytes of a step
+        self.pending: tuple[int, float] | None = None  # step and val_loss of the save under way
+        self.last: int | None = None
+        self.val_losses: dict[int, float] = {}
+        for path in empty_steps(run_dir):  # they would make orbax drop every save
+            notify(f"warning: {path} is empty; moved to {set_aside(path, 'quarantine')}")
+        for step in steps(run_dir):
+            with contextlib.suppress(CheckpointError):  # damaged: restoring will say so
+                self.val_losses[step] = loss_of(read_meta(run_dir, step))
+        self.manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=NewestAndBest(self.keep, self.val_losses),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        folder(self.run_dir).mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(
+            plain_path(folder(self.run_dir)), options=options, item_handlers=self.handlers
+        )
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def save(self, step: int, params: Tree, extra: Tree, meta: Meta) -> None:
+        """Begin to save a step; returns once the arrays are copied.
+
+        Args:
+            step: the number of the step.
+            params: the parameters.
+            extra: what else training goes on from, or None: a model that others trained has none.
+            meta: JSON, with `val_loss`.
+
+        Raises:
+            NonFiniteError: a parameter is not finite; such a step would be of no use.
+            DiskError: this is the last of too many saves in a row that failed.
+            CheckpointError: orbax declined, because this step or a newer one is already there.
+        """
+        self.settle()
+        params_, extra_ = jax.device_get((params, extra))
+        for leaf in jax.tree.leaves(params_):
+            if not np.isfinite(leaf).all():
+                raise NonFiniteError(f"a parameter is not finite after step {step}: not saved")
+        assert "sha256" not in meta, "that is the digest of meta itself"
+        self.size = tree_bytes((params, extra))
+        leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
+        meta = {"format": FORMAT, "step": step, **meta, "leaves": leaves}
+        items = {
+            "params": ocp_args.StandardSave(params),
+            "meta": ocp_args.JsonSave({**meta, "sha256": json_sha256(meta)}),
+        }
+        if extra is not None:
+            items["extra"] = ocp_args.StandardSave(extra)
+        self.pending = step, loss_of(meta)
+        if not self._has_room():
+            self._fail(OSError("the disk is full"))
+            return
+        try:
+            begun = self.manager.save(step, args=ocp_args.Composite(**items))
+        except Exception as error:  # orbax raises what its file systems raise
+            self._fail(error)
+            return
+        if not begun:
+            self.pending = None
+            raise CheckpointError(
+                f"step {step} was not saved ({self.manager.directory}): this or a newer step is "
+                "there already; take another --out_dir, or --init_from=resume"
+            )
+
+    def _has_room(self) -> bool:
+        """Whether all processes see room for a step, uncompressed; one alone may simply try."""
+        if jax.process_count() == 1:
+            return True
+        # Where one of them fails to write, the others wait for it in orbax, for minutes.
+        try:
+            free = shutil.disk_usage(self.run_dir).free
+        except OSError:
+            free = 0
+        return all_agree(free >= self.size)
+
+    def settle(self) -> None:
+        """Wait until the save under way is on disk; DiskError as of `save`."""
+        if self.pending is None:
+            return
+        step, val_loss = self.pending
+        try:
+            self.manager.wait_until_finished()
+            require_whole(self.run_dir, step)
+        except Exception as error:
+            self._fail(error)
+            return
+        self.pending, self.failures, self.last = None, 0, step
+        self.val_losses[step] = val_loss
+
+    def _fail(self, error: Exception) -> None:
+        """Clean up after a save that failed, and say so; DiskError if it was one too many."""
+        assert self.pending is not None
+        step, self.pending = self.pending[0], None
+        self.failures += 1
+        alone = jax.process_count() == 1
+        if alone:
+            with contextlib.suppress(Exception):
+                self.manager.close()  # what it believes to have saved is no longer true
+        for _ in range(20):  # orbax's threads may still be writing into it
+            for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.02)
+        if alone and step in steps(self.run_dir):  # there, but it could not be restored
+            set_aside(folder(self.run_dir) / str(step), "quarantine")
+        free = shutil.disk_usage(self.run_dir).free
+        text = (
+            f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)}, "
+            f"{megabytes(free)} are free ({self.run_dir}), the steps saved before are as they were"
+        )
+        if self.failures >= self.strikes or not alone:
+            raise DiskError(text) from error
+        self.manager = self._open()
+        self.notify(f"warning: {text}")
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the folder; DiskError as of `save`."""
+        try:
+            self.settle()
+        finally:
+            if not self.failures or jax.process_count() == 1:
+                with contextlib.suppress(Exception):
+                    self.manager.close()
+
+
+def require_whole(run_dir: Path, step: int) -> None:
+    """See that a step which was written can be restored: all that is not an array's numbers.
+
+    Raises:
+        CheckpointError: it is not there, its meta is damaged, or an array is missing.
+        ValueError, OSError: a manifest is missing or damaged.
+    """
+    if step not in steps(run_dir):
+        raise CheckpointError("it is not there")
+    leaves = read_meta(run_dir, step)["leaves"]
+    counts = collections.Counter(path.partition("/")[0] for path in leaves)
+    for item, count in counts.items():
+        stored = stored_arrays(folder(run_dir) / str(step) / item)
+        if stored != count:
+            raise CheckpointError(f"{stored} of its {count} arrays ({item}) can be found")
+
+
+def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
+    """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk."""
+    size = tree_bytes(tree)
+    saved = [path for step in numbered(run_dir) for path in step.rglob("*")]
+    there = sum(path.stat().st_size for path in saved if path.is_file())
+    needed, free = copies * size - there, shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise DiskError(
+            f"--out_dir={run_dir}: {copies} x {megabytes(size)} of weights and state "
+            f"need {megabytes(needed)} more, {megabytes(free)} are free; {remedy}"
+        )
+
+
+def tree_bytes(tree: Tree) -> int:
+    """What arrays, or their shapes, take."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,118 @@
+"""What `gptjax doctor` looks at in a run folder."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from shlex import quote
+from typing import Literal, NamedTuple
+
+from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints import save as saving
+from gptjax.checkpoints import step_files
+from gptjax.config import TrainConfig, load_config
+
+GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two moments, in float32
+
+
+class Finding(NamedTuple):
+    """What a check says, with a remedy where it is not ok."""
+
+    status: Literal["ok", "warn", "FAIL"]
+    found: str
+    remedy: str = ""
+
+
+def check_folder(run_dir: Path) -> Finding:
+    """Whether the run folder can be written to, and which steps it holds."""
+    if not run_dir.is_dir():
+        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {quote(str(run_dir))}")
+    if reason := why_not_writable(run_dir):
+        remedy = f"chmod u+rwx {quote(str(run_dir))}"
+        return Finding("FAIL", f"cannot write to {run_dir}: {reason}", remedy)
+    saved = ", ".join(map(str, checkpoint.steps(run_dir))) or "none yet"
+    return Finding("ok", f"{run_dir} can be written to; steps: {saved}")
+
+
+def check_disk(folder: Path) -> Finding:
+    """Free disk against what a run's checkpoints take, or one of GPT-2 where there is none."""
+    free = shutil.disk_usage(folder).free
+    needed, what = GPT2_CHECKPOINT, "a checkpoint of GPT-2 124M takes"
+    if saved := checkpoint.steps(folder):
+        settings = folder / "config.json"
+        config = load_config(settings) if settings.is_file() else TrainConfig()
+        count = config.keep_checkpoints + 2  # the best one, and the one being written
+        needed = count * folder_bytes(checkpoint.folder(folder) / str(saved[-1]))
+        what = f"{count} checkpoints take"
+    text = f"{free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB"
+    remedy = f"du -sh {quote(str(folder))}/*"
+    return Finding("ok", text) if free >= needed else Finding("warn", text, remedy)
+
+
+def check_steps(run_dir: Path) -> Finding:
+    """Whether every saved step can be restored, as far as can be told without its numbers."""
+    if waiting := [path.name for path in unmerged_steps(run_dir)]:
+        text = f"never merged, so that nothing can be read: {', '.join(waiting)}"
+        return Finding("FAIL", text, f"gptjax doctor {quote(str(run_dir))} --mend")
+    saved = checkpoint.steps(run_dir)
+    for step in saved:
+        try:
+            saving.require_whole(run_dir, step)
+        except Exception as error:  # of orbax, of tensorstore, or ours
+            remedy = "train.py --init_from=resume sets it aside and takes an older one"
+            return Finding("FAIL", f"step {step}: {checkpoint.first_line(error)}", remedy)
+    return Finding("ok", f"{len(saved)} saved, all arrays of each are there")
+
+
+def unmerged_steps(run_dir: Path) -> list[Path]:
+    """The steps, those set aside as damaged included, whose arrays orbax never merged."""
+    names = [*map(str, checkpoint.steps(run_dir)), *checkpoint.quarantined(run_dir)]
+    paths = [checkpoint.folder(run_dir) / name for name in names]
+    return [path for path in paths if step_files.unmerged_items(path)]
+
+
+def mend(run_dir: Path) -> list[str]:
+    """Merge those steps, give them back their names, and return what was done, a line each."""
+    lines = []
+    for path in unmerged_steps(run_dir):
+        step_files.merge_items(path)
+        lines.append(f"merged {path}")
+        number = path.name.removeprefix("quarantine-")
+        if number != path.name and number.isdecimal() and not (path.parent / number).exists():
+            path.rename(path.parent / number)
+            lines.append(f"renamed {path} to {number}")
+    return lines
+
+
+def check_lock(run_dir: Path) -> Finding:
+    """Whether another process is training into the run folder."""
+    path = run_dir / ".lock"
+    if path.exists():
+        with path.open(errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = " ".join(file.read(200).split()) or "another process"
+                return Finding("warn", f"{path} is held by {holder}", "wait, or another --out_dir")
+    return Finding("ok", "no process holds it")
+
+
+def why_not_writable(folder: Path) -> str:
+    """What the system says to a new file in the folder; empty if it can be made."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below; one that disappears meanwhile does not count."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).lstat().st_size
+    return total

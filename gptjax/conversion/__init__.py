@@ -1,0 +1,1 @@
+"""GPT-2 in every published format, in, out and verified."""

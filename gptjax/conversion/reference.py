@@ -1,0 +1,150 @@
+"""The model that ours is compared with: transformers' GPT-2, on PyTorch."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import GPTConfig
+from gptjax.conversion.tensors import HEAD, Source, check_tensors, slots
+from gptjax.errors import UsageError
+
+
+def load_reference(source: Source) -> Any:
+    """transformers' GPT2LMHeadModel with the source's weights, float32, eager attention.
+
+    It reads a folder of its own format by itself. Other formats it cannot read: then it is given
+    our reader's tensors, zeros for biases that the source has not, and what is compared is the
+    computation, not the reading.
+
+    Raises:
+        UsageError: transformers or PyTorch is not installed.
+        DataError: the source has other tensors than it should (see `check_tensors`), at which
+            transformers would shrug.
+    """
+    torch, transformers = import_reference()
+    check_tensors(source)
+    how: Any = {"attn_implementation": "eager", "dtype": torch.float32}
+    if source.is_hf:
+        reference = transformers.GPT2LMHeadModel.from_pretrained(source.where, **how)
+    else:
+        reference = transformers.GPT2LMHeadModel(reference_config(source.cfg))
+        state = {}
+        for slot in slots(dataclasses.replace(source.cfg, bias=True)):
+            stored = slot.name in source.tensors
+            array = source.read(slot.name) if stored else np.zeros(slot.shape)
+            state[f"transformer.{slot.name}"] = torch.from_numpy(np.array(array, np.float32))
+        missing, unexpected = reference.load_state_dict(state, strict=False)
+        assert missing == [HEAD] and not unexpected, (missing, unexpected)
+        reference.tie_weights()
+    return reference.eval()
+
+
+def import_reference() -> tuple[Any, Any]:
+    """torch and transformers, without progress bars and advice; UsageError if they are missing."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UsageError("verify needs transformers; pip install 'gptjax[verify]'") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch, transformers
+
+
+def reference_config(cfg: GPTConfig) -> Any:
+    """transformers' config of the same model."""
+    from transformers import GPT2Config
+
+    fields: Any = {"attn_implementation": "eager"}
+    return GPT2Config(
+        vocab_size=cfg.vocab_size,
+        n_positions=cfg.block_size,
+        n_embd=cfg.n_embd,
+        n_layer=cfg.n_layer,
+        n_head=cfg.n_head,
+        activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu"}[cfg.activation],
+        bos_token_id=None,
+        eos_token_id=None,
+        **fields,
+    )
+
+
+def reference_activations(reference: Any, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
+    """What every part of the model puts out, by name, and the logits (still a torch tensor)."""
+    import torch
+
+    gpt2 = reference.transformer
+    parts = {"embeddings": gpt2.drop}
+    for i, block in enumerate(gpt2.h):
+        parts |= {f"h.{i}.{name}": getattr(block, name) for name in ("ln_1", "attn", "ln_2", "mlp")}
+        parts[f"h.{i}"] = block
+    parts["ln_f"] = gpt2.ln_f
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        found[name] = output.detach().float().numpy().copy()
+
+    hooks = [
+        part.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        for name, part in parts.items()
+    ]
+    logits = reference(torch.from_numpy(tokens)).logits
+    for hook in hooks:
+        hook.remove()
+    return found, logits
+
+
+def reference_gradients(reference: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradient of the mean cross-entropy, by the published names."""
+    import torch
+
+    logits = reference(torch.from_numpy(tokens[:, :-1])).logits
+    targets = torch.from_numpy(tokens[:, 1:]).flatten()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets).backward()
+    return {
+        name.removeprefix("transformer."): parameter.grad.numpy()
+        for name, parameter in reference.named_parameters()
+    }
+
+
+def reference_half(reference: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The logits in float32 and in bfloat16, to which the weights are cast for good."""
+    import torch
+
+    with torch.no_grad():
+        full = reference(torch.from_numpy(tokens)).logits.numpy()
+        half = reference.to(torch.bfloat16)(torch.from_numpy(tokens)).logits.float().numpy()
+    return full, half
+
+
+def reference_greedy(reference: Any, tokens: np.ndarray, count: int) -> list[int]:
+    """The likeliest continuation, every token from the whole context."""
+    import torch
+
+    ids = torch.from_numpy(tokens)[None]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(tokens) :].tolist()
+
+
+def write_random_model(cfg: GPTConfig, folder: Path, seed: int = 0) -> None:
+    """A random model that transformers itself writes, in which small mistakes show.
+
+    At GPT-2's initialisation an erf-GELU moves the logits by 2.5e-6, so weights are scaled up and
+    biases and LayerNorms are noisy.
+    """
+    torch, transformers = import_reference()
+    torch.manual_seed(seed)
+    random = transformers.GPT2LMHeadModel(reference_config(cfg))
+    scale = 8 if cfg.n_layer <= 4 else 3 if cfg.n_layer <= 12 else 2
+    with torch.no_grad():
+        for parameter in random.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    random.save_pretrained(folder)

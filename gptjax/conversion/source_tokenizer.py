@@ -1,0 +1,56 @@
+"""The tokenizer of a model that others trained."""
+
+from pathlib import Path
+
+from gptjax.conversion.tensors import Source
+from gptjax.errors import DataError, UsageError, plural
+from gptjax.tokenizer import (
+    GPT2_FILES,
+    ByteTokenizer,
+    Tokenizer,
+    load_gpt2_tokenizer,
+    load_tokenizer,
+    read_gpt2_files,
+)
+
+OWN_TOKENIZER = "gptjax_tokenizer.json"  # ours, in a folder whose tokenizer.json is another's
+GPT2_VOCAB = 50257  # tokens
+
+
+def choose_tokenizer(source: Source, folder: Path, wanted: str, vocab_dir: str) -> Tokenizer:
+    """Return the tokenizer that was asked for, or the one that belongs to the model.
+
+    Args:
+        source: the model.
+        folder: where it lies, perhaps with its tokenizer.
+        wanted: auto, gpt2, byte or a run folder.
+        vocab_dir: as of `load_gpt2_tokenizer`.
+
+    Raises:
+        UsageError: none is known, so the user must name one.
+        DataError: it has another number of tokens than the model, or cannot be read.
+    """
+    size = source.cfg.vocab_size
+    how = ("--tokenizer=FOLDER", "a run folder that has the model's own")
+    if size == ByteTokenizer.n_vocab:
+        how = ("--tokenizer=byte", "or a run folder that has the model's own")
+    if size == GPT2_VOCAB:
+        how = ("--tokenizer=gpt2", "or a run folder that has the model's own")
+    model = f"the model ({source.where}) has {size} {plural(size, 'token')}"
+    if wanted == "byte":
+        found: Tokenizer = ByteTokenizer()
+    elif wanted not in ("auto", "gpt2"):
+        found = load_tokenizer(Path(wanted))
+    elif wanted == "auto" and (folder / OWN_TOKENIZER).is_file():
+        found = load_tokenizer(folder, OWN_TOKENIZER)
+    elif wanted == "gpt2" and size != GPT2_VOCAB:
+        raise DataError(f"{model}, its tokenizer (gpt2) has {GPT2_VOCAB}", *how)
+    elif size != GPT2_VOCAB:
+        raise UsageError(f"{model} and no tokenizer that gptjax reads", *how)
+    elif any((folder / name).is_file() for name in GPT2_FILES):
+        found = read_gpt2_files(folder)
+    else:
+        found = load_gpt2_tokenizer(vocab_dir)
+    if found.n_vocab != size:
+        raise DataError(f"{model}, its tokenizer ({found.kind}) has {found.n_vocab}", *how)
+    return found

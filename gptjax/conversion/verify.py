@@ -1,0 +1,228 @@
+"""Our model against transformers', tensor by tensor and layer by layer.
+
+N tokens of the probe in all, D width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import model, sampling
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.conversion.reference import (
+    reference_activations,
+    reference_gradients,
+    reference_greedy,
+    reference_half,
+)
+from gptjax.conversion.tensors import HEAD, LIMITS, Source, find, named_tensors, slots
+from gptjax.errors import DataError, NonFiniteError
+from gptjax.loss import loss_fn
+
+PROBE = (2, 64)  # rows and tokens of the probe, shorter where the context is
+GREEDY = 20  # tokens continued
+TOLERANCE = 1e-5  # of activations, logits and gradients, relative to the largest (at least 1)
+KL_TOLERANCE = 1e-6  # nats per token; float32's noise gives below 1e-8
+HALF_TOLERANCE = 1.5  # times PyTorch's own error in bfloat16
+
+
+class Check(NamedTuple):
+    """One comparison; NaN or infinity in either model fails it."""
+
+    group: str  # tensor, activation, logits, gradient or tokens
+    name: str  # the published one
+    shape: tuple[int, ...]
+    difference: float
+    allowed: float
+    ours: str = ""  # where gptjax keeps it, of a tensor or gradient
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two models agree here."""
+        return math.isfinite(self.allowed) and self.difference <= self.allowed
+
+
+def first_difference(checks: list[Check]) -> Check | None:
+    """Where the models part, in the order of computation."""
+    return next((check for check in checks if not check.ok), None)
+
+
+def compare(
+    group: str, name: str, ours: Any, theirs: Any, tolerance: float, path: str = ""
+) -> Check:
+    """The largest difference, allowed to be tolerance * max(1, largest value of theirs).
+
+    A gradient has no such 1: its size says nothing about its error.
+    """
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if a.shape != b.shape:
+        return Check(group, name, a.shape, float("nan"), 0.0, path)
+    largest = float(np.max(np.abs(b)))
+    allowed = tolerance * (largest if group == "gradient" else max(1.0, largest))
+    return Check(group, name, a.shape, float(np.max(np.abs(a - b))), allowed, path)
+
+
+# ---- Our side ------------------------------------------------------------------------------------
+
+
+def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dict[str, Any]:
+    """What every part of our model puts out, by the same names."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run_block(layer: Any, x_ND: jax.Array, shape: tuple[int, int]) -> Any:
+        variables = {"params": layer}
+        (y_ND, _), kept = model.Block(cfg).apply(
+            variables, x_ND, shape, capture_intermediates=True, mutable="intermediates"
+        )
+        return y_ND, kept["intermediates"]
+
+    x_ND: Any = model.embed(cfg, params, jnp.asarray(tokens), None)
+    found = {"embeddings": x_ND}
+    for i, layer in enumerate(model.unstack_layers(params, cfg.n_layer)["h"]):
+        x_ND, kept = run_block(layer, x_ND, tokens.shape)
+        for name in ("ln_1", "attn", "ln_2", "mlp"):
+            output = kept[name]["__call__"][0]
+            found[f"h.{i}.{name}"] = output[0] if name == "attn" else output
+        found[f"h.{i}"] = x_ND
+    found["ln_f"] = model.LayerNorm(cfg).apply({"params": params["ln_f"]}, x_ND)
+    return {name: np.asarray(value).reshape(*tokens.shape, -1) for name, value in found.items()}
+
+
+# ---- Both ----------------------------------------------------------------------------------------
+
+
+def verify(cfg: GPTConfig, params: model.Params, reference: Any) -> list[Check]:
+    """Every comparison, in the order of computation.
+
+    Args:
+        cfg: our model; compute dtype and attention are chosen here.
+        params: its parameters.
+        reference: from `load_reference`; its weights are cast to bfloat16 in the end.
+
+    Returns:
+        For each tensor whether it is bit-equal, also their head to our wte; for each part of each
+        block its output; for the logits their difference, the same relative to the largest, the KL
+        divergence per token and the share of positions where the likeliest token differs; the
+        gradient of each tensor; the tokens of a greedy continuation that differ; the error of the
+        logits in bfloat16.
+    """
+    cfg = dataclasses.replace(cfg, dtype="float32", attention="xla", dropout=0.0)
+    rows, length = PROBE[0], min(PROBE[1], cfg.block_size)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length))
+    return [
+        *compare_tensors(cfg, params, reference),
+        *compare_outputs(cfg, params, reference, tokens),
+        *compare_gradients(cfg, params, reference, tokens),
+        compare_greedy(cfg, params, reference, tokens[0, : max(1, length // 4)]),
+        compare_half(cfg, params, reference, tokens),
+    ]
+
+
+def check_sizes(cfg: GPTConfig, source: Source) -> None:
+    """DataError if our model has not the source's sizes and activation: nothing to compare then."""
+    names = (*LIMITS, "activation")
+    settings = [(name, getattr(cfg, name), getattr(source.cfg, name)) for name in names]
+    differing = [
+        f"{name} {ours} is {theirs} there" for name, ours, theirs in settings if ours != theirs
+    ]
+    if differing:
+        if source.assumed and cfg.activation != source.cfg.activation:
+            differing[-1] += f"; {source.assumed}"
+        raise DataError(f"not the same model as {source.where}: {', '.join(differing)}")
+
+
+def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Any) -> Iterator[Check]:
+    """Every weight under its published name: equal to the bit; their head is our wte."""
+    state, path = reference.state_dict(), our_paths(cfg)
+    for name, ours in named_tensors(cfg, params):
+        theirs = state[f"transformer.{name}"]
+        yield compare("tensor", name, ours, theirs, 0.0, path.get(name, ""))
+        if name == "wte.weight":
+            yield compare("tensor", HEAD, ours, state[HEAD], 0.0, path[name])
+
+
+def our_paths(cfg: GPTConfig) -> dict[str, str]:
+    """Where each tensor that we have is kept: h.0.ln_1.weight -> h/ln_1/scale[0]."""
+    return {
+        slot.name: slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
+        for slot in slots(cfg)
+    }
+
+
+def forward(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> np.ndarray:
+    """Our logits, without those of the padding."""
+    logits = jax.jit(model.forward, static_argnums=0)(cfg, params, tokens)[0]
+    return np.asarray(logits)[..., : cfg.vocab_size]
+
+
+def compare_outputs(
+    cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
+) -> Iterator[Check]:
+    """What each part puts out; then the logits by value, by KL divergence, by their largest."""
+    outputs, logits = reference_activations(reference, tokens)
+    for name, value in activations(cfg, params, tokens).items():
+        yield compare("activation", name, value, outputs[name], TOLERANCE)
+    ours, theirs = forward(cfg, params, tokens), logits.detach().numpy()
+    absolute = compare("logits", "largest difference", ours, theirs, TOLERANCE)
+    largest = float(np.max(np.abs(theirs)))
+    yield absolute
+    relative = absolute.difference / largest, absolute.allowed / largest
+    yield Check("logits", "relative to the largest", ours.shape, *relative)
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    p, q = log_softmax(theirs), log_softmax(ours)
+    kl = float(np.sum(np.exp(p) * (p - q), axis=-1).max())
+    yield Check("logits", "KL per token", tokens.shape, kl, KL_TOLERANCE)
+    missed = float(np.mean(ours.argmax(-1) != theirs.argmax(-1)))
+    yield Check("logits", "share of other argmax", tokens.shape, missed, 0.0)
+
+
+def compare_gradients(
+    cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
+) -> Iterator[Check]:
+    """The gradient of the mean cross-entropy, tensor by tensor."""
+    theirs = reference_gradients(reference, tokens)
+    ours = jax.jit(jax.grad(loss_fn, argnums=1), static_argnums=0)(cfg, params, tokens)
+    path = our_paths(cfg)
+    for slot in slots(cfg):
+        grad = find(ours, slot.path)
+        grad = (grad if slot.layer is None else grad[slot.layer])[: slot.shape[0]]
+        yield compare("gradient", slot.name, grad, theirs[slot.name], TOLERANCE, path[slot.name])
+
+
+def compare_greedy(
+    cfg: GPTConfig, params: model.Params, reference: Any, prompt: np.ndarray
+) -> Check:
+    """Tokens that differ in the likeliest continuation: our cached decoder, their full context."""
+    count = min(GREEDY, cfg.block_size - len(prompt))
+    pieces = sampling.generate(
+        cfg,
+        model.prepare_for_decoding(cfg, params),
+        [prompt.tolist()],
+        SampleConfig(temperature=0),
+        max_new_tokens=count,
+    )
+    try:
+        ours = np.concatenate(list(pieces), axis=1)[0].tolist()
+    except NonFiniteError:
+        return Check("tokens", "greedy continuation", (count,), float("nan"), 0.0)
+    theirs = reference_greedy(reference, prompt, count)
+    wrong = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return Check("tokens", "greedy continuation", (count,), wrong, 0.0)
+
+
+def compare_half(cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray) -> Check:
+    """Our logits' error in bfloat16, against PyTorch's error in bfloat16."""
+    exact, theirs = reference_half(reference, tokens)
+    ours = forward(dataclasses.replace(cfg, dtype="bfloat16"), params, tokens)
+    error, their_error = (float(np.max(np.abs(half - exact))) for half in (ours, theirs))
+    return Check("logits", "in bfloat16", exact.shape, error, HALF_TOLERANCE * their_error)

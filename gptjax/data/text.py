@@ -1,0 +1,264 @@
+"""A text into token files: read as a stream, checked to be UTF-8, encoded piece by piece."""
+
+import codecs
+import functools
+import hashlib
+import json
+import lzma
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.data.file_kinds import HEAD, OPENERS, advise, check_text, kind_of, read_head
+from gptjax.errors import DataError, plural
+from gptjax.files import Progress, cache_dir, file_sha256, show_paths, writing_to_cache
+from gptjax.tokenizer import Tokenizer, fingerprint, save_tokenizer
+
+CHUNK = 2**20  # bytes read, and characters encoded, at a time
+# Texts with marks that a model will learn as well.
+MARKED = re.compile(r"\.(jsonl?|csv|tsv|html?|xml)(\.\w+)?$", re.IGNORECASE)
+CUT_ANYWHERE = ("char", "byte")  # tokenizers that encode each character on its own
+
+
+def tokenise(
+    name: str,
+    files: dict[str, list[Path]],
+    hold_back: float,
+    make: Callable[..., Tokenizer],
+    *,
+    decode_errors: str,
+    allow_special: bool,
+    notify: Callable[[str], None],
+    progress: Progress,
+) -> tuple[Tokenizer, dict[str, list[np.ndarray]]]:
+    """Tokenise the texts of each split into the cache, or find them there.
+
+    Args:
+        name: of the dataset, for the progress.
+        files: the texts of each split; several are documents, one behind the other.
+        hold_back: the last part of the training texts that becomes the validation split, unless 0.
+        make: gives the tokenizer, from `chars` where its vocabulary is the characters.
+        decode_errors: "strict" or "replace".
+        allow_special: whether <|endoftext|> is the token.
+        notify: told what a person should know.
+        progress: told what is done, and how many bytes of how many.
+
+    Returns:
+        The tokenizer, and the memmapped tokens of each split.
+
+    Raises:
+        DataError: a text cannot be read, or is too short for its split.
+    """
+    texts = {split: [TextFile(p, decode_errors) for p in paths] for split, paths in files.items()}
+    every = [text for split in texts.values() for text in split]
+    chars: set[str] = set()
+    size = sum(text.path.stat().st_size for text in every)
+
+    def show(what: str) -> None:
+        progress(f"{what} {name}", sum(text.done for text in every), size)
+
+    for text in every:
+        text.survey(chars, lambda: show("reading"))
+        if text.replaced:
+            were = plural(
+                text.replaced, "byte that is not UTF-8 was", "bytes that are not UTF-8 were"
+            )
+            notify(f"{text.path}: {text.replaced} {were} replaced by U+FFFD")
+        if MARKED.search(text.path.name):
+            notify(f"{text.path.name} is read as the plain text that it is, with all its marks")
+    spans = {split: (texts[split], 0, sum(t.length for t in texts[split])) for split in texts}
+    if hold_back:
+        those, _, length = spans["train"]
+        n_train = int(length * (1 - hold_back))
+        spans = {"train": (those, 0, n_train), "val": (those, n_train, length)}
+    for those, start, end in spans.values():
+        if start == end:
+            total, few = sum(text.length for text in those), "a train and a val split"
+            where = show_paths([text.path for text in those]) if len(those) > 1 else those[0].path
+            few = few if hold_back else "a split"
+            raise DataError(f"{total} {plural(total, 'character')} ({where}): too few for {few}")
+    tokenizer = make(chars="".join(chars))
+    require_uint16(tokenizer.n_vocab)
+
+    hashes = {split: [file_sha256(path) for path in paths] for split, paths in files.items()}
+    made_from = (hashes, hold_back, fingerprint(tokenizer), decode_errors, allow_special)
+    identity = repr((2, *made_from))  # 2: the format's version
+    folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if not is_complete(folder):
+        for text in every:
+            text.done = 0
+        splits = {
+            split: encode_texts(tokenizer, cut_texts(*span), allow_special)
+            for split, span in spans.items()
+        }
+        with writing_to_cache():
+            write_tokens(folder, splits, tokenizer, lambda: show("tokenising"))
+    return tokenizer, {split: [np.memmap(folder / f"{split}.bin", "<u2", "r")] for split in spans}
+
+
+class TextFile:
+    """Reads a text, packed or not, in pieces, every character kept (CRLF, NUL, BOM too)."""
+
+    def __init__(self, path: Path, errors: str) -> None:
+        self.path, self.errors = path, errors
+        kind = kind_of(read_head(path))
+        self.packed = kind if kind in OPENERS else ""
+        self.replaced = 0  # byte sequences that were not UTF-8, in the last pass
+        self.length = 0  # characters
+        self.done = 0  # bytes read in this pass
+
+    def survey(self, chars: set[str], progress: Callable[[], None]) -> None:
+        """Read it once for its length and its characters; DataError if it is not UTF-8."""
+        for piece in self:
+            self.length += len(piece)
+            chars.update(piece)
+            progress()
+
+    def __iter__(self) -> Iterator[str]:
+        self.replaced = self.done = 0
+        position, kept = 0, b""
+        try:
+            with OPENERS.get(self.packed, Path.open)(self.path, "rb") as file:
+                while True:
+                    chunk = file.read(CHUNK)
+                    if self.done == 0:
+                        check_text(self.path, chunk[:HEAD], self.packed)
+                    piece = kept + chunk
+                    text, used = self._decode(piece, position, final=not chunk)
+                    position, kept = position + used, piece[used:]
+                    self.done += len(chunk)
+                    if text:
+                        yield text
+                    if not chunk:
+                        return
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise DataError(f"cannot read the text ({self.path}): {error}") from error
+
+    def _decode(self, piece: bytes, position: int, *, final: bool) -> tuple[str, int]:
+        try:
+            return codecs.utf_8_decode(piece, "strict", final)
+        except UnicodeDecodeError as error:
+            if self.errors == "strict":
+                at = position + error.start
+                raise DataError(
+                    f"{self.path.name} is not UTF-8 at byte {at} (0x{piece[error.start]:02x}); "
+                    f"{advise(self.path, piece)}"
+                ) from error
+        text, used = codecs.utf_8_decode(piece, "replace", final)
+        self.replaced += text.count("\ufffd") - piece[:used].count("\ufffd".encode())
+        return text, used
+
+
+def require_uint16(n_vocab: int) -> None:
+    """DataError where an id would not fit (numpy would wrap 70000 to 4464)."""
+    if n_vocab > 2**16:
+        raise DataError(
+            f"{n_vocab} tokens do not fit the 65,536 ids of uint16; take another tokenizer"
+        )
+
+
+def encode_stream(
+    encode: Callable[[str], np.ndarray], pieces: Iterable[str], chunk: int = CHUNK
+) -> Iterator[np.ndarray]:
+    """Encode piecewise what would be encoded at once, about `chunk` characters at a time.
+
+    A chunk ends behind the last character that is no white space and has a space or newline after
+    it. There GPT-2's pattern always ends a word, and neither side depends on the other. Each piece
+    is searched once and copied twice, however long the text goes on without such a place.
+    """
+    ready: list[str] = []  # up to the last place where the text may be cut
+    rest: list[str] = []  # behind it
+    length, before = 0, ""  # characters in both, and the last of them
+    for piece in pieces:
+        place = re.match(r"(?s:.*)\S(?=[ \n])", before + piece)
+        if place is None:
+            rest.append(piece)
+        else:
+            cut = place.end() - len(before)
+            ready += [*rest, piece[:cut]]
+            rest = [piece[cut:]]
+        length, before = length + len(piece), (piece or before)[-1:]
+        if length >= chunk and ready:
+            yield encode("".join(ready))
+            ready, length = [], sum(map(len, rest))
+    yield encode("".join([*ready, *rest]))
+
+
+def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
+    """The characters start...end of a text in pieces."""
+    position = 0
+    for piece in pieces:
+        part = piece[max(0, start - position) : max(0, end - position)]
+        position += len(piece)
+        if part:
+            yield part
+        if position >= end:
+            return
+
+
+def cut_texts(texts: Sequence[TextFile], start: int, end: int) -> list[Iterator[str]]:
+    """The texts between two characters of all that are laid end to end; empty ones left out."""
+    parts, position = [], 0
+    for text in texts:
+        first, last = max(0, start - position), min(text.length, end - position)
+        if first < last:
+            parts.append(take(text, first, last))
+        position += text.length
+    return parts
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Iterable[Iterable[str]], allow_special: bool
+) -> Iterator[np.ndarray]:
+    """Encode texts in pieces, the tokenizer's end of text between them where it has one."""
+    encode = functools.partial(tokenizer.encode, allow_special=allow_special)
+    for i, pieces in enumerate(texts):
+        if i and tokenizer.eot is not None:
+            yield np.array([tokenizer.eot])
+        if tokenizer.kind in CUT_ANYWHERE:
+            yield from map(encode, pieces)
+        else:
+            yield from encode_stream(encode, pieces)
+
+
+def write_tokens(
+    folder: Path,
+    splits: dict[str, Iterator[np.ndarray]],
+    tokenizer: Tokenizer,
+    progress: Callable[[], None],
+) -> None:
+    """Write <split>.bin for each, tokenizer.json and meta.json, which makes the folder complete.
+
+    Others may do the same meanwhile. All write the same bytes, so a file may take the place of
+    another's; none is ever removed, and a complete folder is left as it is.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as name:
+        temporary, counts = Path(name), dict.fromkeys(splits, 0)
+        for split, chunks in splits.items():
+            with (temporary / f"{split}.bin").open("wb") as file:
+                for ids in chunks:
+                    file.write(ids.astype("<u2").tobytes())
+                    counts[split] += len(ids)
+                    progress()
+        save_tokenizer(tokenizer, temporary)
+        (temporary / "meta.json").write_text(json.dumps({"tokens": counts}))
+        if not is_complete(folder):
+            folder.mkdir(exist_ok=True)
+            for file_name in (*(f"{split}.bin" for split in splits), "tokenizer.json", "meta.json"):
+                (temporary / file_name).replace(folder / file_name)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds the tokens that its meta.json promises."""
+    try:
+        counts = json.loads((folder / "meta.json").read_text())["tokens"]
+        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in counts}
+        (folder / "tokenizer.json").stat()
+        return all(sizes[split] == 2 * n for split, n in counts.items())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return False

@@ -1,1 +1,0 @@
-"""One file for each format in which people hold GPT-2."""

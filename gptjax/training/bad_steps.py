@@ -1,0 +1,80 @@
+"""A step whose update was skipped, written down so that it can be run again."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.checkpoints.hashes import leaf_paths
+from gptjax.errors import DataError
+from gptjax.files import read_json, replacing
+
+BadStep = dict[str, Any]  # what `write_bad_step` writes
+
+
+def number(value: Any) -> float | str:
+    """For JSON, which knows no NaN."""
+    value = float(value)
+    return value if math.isfinite(value) else repr(value)
+
+
+def windows_sha256(windows: np.ndarray) -> str:
+    """Of a step's tokens (A, B, T+1), int32."""
+    return hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()
+
+
+def norm_table(norms: Any) -> dict[str, list[float | str]]:
+    """The tree of `training.layer_norms` as {parameter: norm per layer}."""
+    values = (np.atleast_1d(leaf) for leaf in jax.tree.leaves(norms))
+    return {
+        path: [number(norm) for norm in leaf]
+        for path, leaf in zip(leaf_paths(norms), values, strict=True)
+    }
+
+
+def write_bad_step(
+    run_dir: Path,
+    *,
+    step: int,
+    seed: int,
+    metrics: dict[str, Any],
+    rows: list[tuple[int, int]],
+    windows: np.ndarray,
+) -> Path:
+    """Write bad_steps/STEP.json, which `train.py --replay` reads; the file's path.
+
+    Args:
+        run_dir: the run folder.
+        step: the number of the step.
+        seed: of the run; dropout's key is fold_in(key(seed), step).
+        metrics: `loss`, `grad_norm` and `layer_norms` of the step, as numpy.
+        rows: (shard, start) of all processes' windows.
+        windows: their tokens (A, B, T+1).
+    """
+    path = run_dir / "bad_steps" / f"{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    record = {
+        "step": step,
+        "loss": number(metrics["loss"]),
+        "grad_norm": number(metrics["grad_norm"]),
+        "dropout_key": [seed, step],
+        "rows": rows,
+        "windows_sha256": windows_sha256(windows),
+        "layer_norms": norm_table(metrics["layer_norms"]),
+    }
+    with replacing(path) as file:
+        file.write(json.dumps(record).encode())
+    return path
+
+
+def read_bad_step(path: Path) -> BadStep:
+    """What `write_bad_step` wrote; DataError if it is something else."""
+    record = read_json(path)
+    norms = record.get("layer_norms")
+    if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:
+        raise DataError(f"{path} is not of a run's bad_steps folder")
+    return record
