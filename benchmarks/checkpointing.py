@@ -5,7 +5,6 @@ and how much longer 400 training steps take with a save each 100 (quickstart onl
 """
 
 import dataclasses
-import functools
 import statistics
 import sys
 import tempfile
@@ -24,8 +23,7 @@ from gptjax import model, sharding
 from gptjax.checkpoints import save as saving
 from gptjax.checkpoints.hashes import json_sha256, leaf_digests
 from gptjax.presets import PRESETS
-from gptjax.training import optimizer
-from gptjax.training.step import TrainState, init_state, make_train_step
+from gptjax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 ROUNDS, STEPS, INTERVAL = 5, 400, 100
 
@@ -35,11 +33,10 @@ def make(preset: str) -> tuple[TrainState, Callable[..., Any], Any]:
     config = PRESETS[preset]
     vocab_size = 65 if preset == "quickstart" else config.model.vocab_size
     cfg = model.resolve(dataclasses.replace(config.model, vocab_size=vocab_size))
-    mesh, tx = sharding.make_mesh(jax.devices()[:1]), optimizer.make_optimizer(config)
-    init = functools.partial(init_state, cfg, tx)
-    shardings = sharding.tree_shardings(mesh, "data", jax.eval_shape(init, jax.random.key(0)))
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = make_train_step(cfg, tx, mesh, shardings, 0)
+    config = dataclasses.replace(config, model=cfg)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    abstract = abstract_state(config, mesh)
+    state, step = init_state(config, abstract), make_train_step(config, abstract)
     shape = (1, 1, config.batch_size, cfg.block_size + 1)
     windows = np.random.default_rng(0).integers(0, cfg.vocab_size, shape).astype(np.int32)
     return state, step, sharding.place(windows, mesh, axis=2)

@@ -6,6 +6,7 @@ clipping, no dropout, no biases; float32 on CPU (but where bf16 is said), bfloat
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -46,7 +47,6 @@ def make_config(device: str, shape: str) -> tuple[TrainConfig, int, int]:
 
 def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
     """A function that takes one step on windows (B, T+1) and returns when it is done."""
-    import functools
 
     import gptjax  # noqa: F401
 
@@ -54,16 +54,12 @@ def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
     import jax
 
     from gptjax import model, sharding
-    from gptjax.training import optimizer
-    from gptjax.training.step import init_state, make_train_step
+    from gptjax.training.step import abstract_state, init_state, make_train_step
 
-    cfg = model.resolve(config.model)
+    config = dataclasses.replace(config, model=model.resolve(config.model))
     mesh = sharding.make_mesh(jax.devices()[:1])
-    tx = optimizer.make_optimizer(config)
-    init = functools.partial(init_state, cfg, tx)
-    shardings = sharding.tree_shardings(mesh, "data", jax.eval_shape(init, jax.random.key(0)))
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    train_step = make_train_step(cfg, tx, mesh, shardings, seed=0)
+    abstract = abstract_state(config, mesh)
+    state, train_step = init_state(config, abstract), make_train_step(config, abstract)
 
     def step(windows: np.ndarray) -> None:
         nonlocal state

@@ -1,8 +1,8 @@
 """Several processes as one run: found from flags or the launcher's variables, stopped together."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,18 +74,38 @@ def start(config: TrainConfig) -> None:
         )
 
 
-def make_any_process(mesh: Mesh) -> Callable[[bool], Any]:
-    """A function (mine) -> an array, on its way, that is true if it is true in any process.
+class StopVote:
+    """Tell whether to stop, so that all processes of a run do after the same step."""
 
-    All processes must call it equally often. They read the same answer, so that all of them stop
-    at the same step although only one was told to.
-    """
-    n_local = len(mesh.local_devices)
-    sharding = batch_sharding(mesh, axis=0)
-    largest = jax.jit(jnp.max, in_shardings=sharding, out_shardings=replicated(mesh))
+    def __init__(self, signals: list[int], mesh: Mesh, alone: bool | None = None) -> None:
+        """Take the list that signals are added to, and the devices of all processes.
 
-    def any_process(mine: bool) -> Any:
-        votes = np.full(n_local, mine, np.int32)
-        return largest(jax.make_array_from_process_local_data(sharding, votes))
+        `alone`: no other process has a vote; None finds out.
+        """
+        self.signals, self.n_local = signals, len(mesh.local_devices)
+        self.alone = jax.process_count() == 1 if alone is None else alone
+        self.sharding = batch_sharding(mesh, axis=0)
+        self.largest = jax.jit(jnp.max, in_shardings=self.sharding, out_shardings=replicated(mesh))
+        self.votes: list[jax.Array] = []  # cast and not counted yet, oldest first
+        self.told = False  # by a signal to any process, and known to all of them
 
-    return any_process
+    def at_once(self) -> bool:
+        """Return whether to leave off what is under way: a run of several must finish it."""
+        return self.alone and bool(self.signals)
+
+    def cast(self) -> None:
+        """Send this process's vote to all, after a step; all must call this equally often."""
+        if not self.alone:
+            votes = np.full(self.n_local, bool(self.signals), np.int32)
+            vote = self.largest(jax.make_array_from_process_local_data(self.sharding, votes))
+            self.votes.append(vote)
+
+    def count(self) -> bool:
+        """Return whether to stop after the present step.
+
+        Alone that is when a signal came. Else it is when the vote of the step before the present
+        one, which is done, was for it: all processes read the same, and none waits for a step.
+        """
+        while len(self.votes) > 1:
+            self.told = bool(self.votes.pop(0)) or self.told
+        return self.told or self.at_once()

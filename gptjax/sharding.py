@@ -48,6 +48,37 @@ def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
     return jax.tree.map_with_path(leaf_sharding, tree)
 
 
+def abstract_tree(shapes: Any, shardings: Any) -> Any:
+    """Return shapes with the places that their arrays shall have: the target of a restore."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def shardings_of(abstract: Any) -> Any:
+    """Return the tree of the shardings of an abstract tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def mesh_of(abstract: Any) -> Mesh:
+    """Return the mesh that the arrays of an abstract tree shall lie on."""
+    sharding = jax.tree.leaves(abstract)[0].sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return sharding.mesh
+
+
+def on_one_device(tree: Any) -> Any:
+    """Return replicated arrays as those of the first device of this process, without a copy."""
+
+    def first(array: jax.Array) -> jax.Array:
+        assert array.is_fully_replicated, "a part of an array is not the array"
+        return array.addressable_data(0)
+
+    return jax.tree.map(first, tree)
+
+
 def all_agree(mine: bool) -> bool:
     """Whether this is true in every process; all of them must ask."""
     if jax.process_count() == 1:

@@ -19,10 +19,11 @@ from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import adapt, start
+from gptjax.training.settings import read_settings
 
 
 def parse(tmp_path: Path, *argv: str) -> TrainConfig:
-    return train.parse([*argv, f"--out_dir={tmp_path / 'out'}"])
+    return read_settings([*argv, f"--out_dir={tmp_path / 'out'}"])[0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -238,10 +239,10 @@ def test_every_path_knows_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mo
         json.dumps(dataclasses.asdict(TrainConfig(seed=7)))
     )
     names = ("out_dir", "dataset", "tokenizer_dir", "init_from", "compile_cache", "replay")
-    config = train.parse([f"--{name}=~/{name}" for name in names])
+    config = read_settings([f"--{name}=~/{name}" for name in names])[0]
     for name in names:
         assert getattr(config, name) == f"{tmp_path}/{name}"
-    resumed = train.parse(["--out_dir", "~/run", "--init_from=resume"])
+    resumed = read_settings(["--out_dir", "~/run", "--init_from=resume"])[0]
     assert (resumed.seed, resumed.out_dir) == (7, f"{tmp_path}/run")
 
 
@@ -268,4 +269,4 @@ def test_a_home_that_is_not_there(
 @pytest.mark.parametrize("argv", ["--{}=", "--{} ''"])
 def test_an_empty_path_is_refused(name: str, argv: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}"):
-        train.parse(argv.format(name).replace("''", "").split(" "))
+        read_settings(argv.format(name).replace("''", "").split(" "))[0]

@@ -15,8 +15,9 @@ from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints import save as saving
 from gptjax.config import TrainConfig
 from gptjax.errors import CheckpointError, DiskError, NonFiniteError, UsageError
+from gptjax.sharding import abstract_tree
 from gptjax.training import optimizer
-from gptjax.training.step import TrainState, digest, init_state
+from gptjax.training.step import TrainState, digest, fresh_state
 
 from .conftest import init_params, tiny
 
@@ -25,7 +26,7 @@ CFG = tiny()
 
 def make_state(name: str = "adamw") -> TrainState:
     config = TrainConfig(model=CFG, optimizer=name)  # type: ignore[arg-type]
-    return init_state(CFG, optimizer.make_optimizer(config), jax.random.key(0))
+    return fresh_state(config, jax.random.key(0))
 
 
 def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 2) -> None:
@@ -40,7 +41,7 @@ def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 2) ->
 
 def target(tree: Any) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return checkpoint.abstract_tree(tree, jax.tree.map(lambda _: here, tree))
+    return abstract_tree(tree, jax.tree.map(lambda _: here, tree))
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)

@@ -15,8 +15,8 @@ from .test_training import PLAIN, train
 
 def test_a_nan_step_leaves_parameters_and_moments_as_they_were() -> None:
     before, _ = train(PLAIN[:3])
-    corrupt = faults.make_corrupt(faults.Fault("nan_grad", 3, 3))
-    after, losses = train(PLAIN[:4], corrupt=corrupt)
+    fault = faults.Fault("nan_grad", 3, 3)
+    after, losses = train(PLAIN[:4], fault=fault)
     same = jax.tree.map(
         np.array_equal, (before.params, before.opt_state), (after.params, after.opt_state)
     )
@@ -24,7 +24,7 @@ def test_a_nan_step_leaves_parameters_and_moments_as_they_were() -> None:
     assert int(after.step) == 4 and int(after.guard.skipped) == int(after.guard.in_a_row) == 1
     assert np.isnan(losses[3]) and np.isfinite(losses[:3]).all()
     # The next step counts again, on its own data.
-    further, losses = train(PLAIN[:5], corrupt=corrupt)
+    further, losses = train(PLAIN[:5], fault=fault)
     assert np.isfinite(losses[4]) and int(further.guard.in_a_row) == 0
     assert not np.array_equal(further.params["wte"]["embedding"], before.params["wte"]["embedding"])
 
@@ -36,7 +36,7 @@ def test_the_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "gptjax.training.step.judge", lambda *args: (jnp.array(True), judge(*args)[1])
     )
-    after, _ = train(PLAIN[:4], corrupt=faults.make_corrupt(faults.Fault("nan_grad", 3, 3)))
+    after, _ = train(PLAIN[:4], fault=faults.Fault("nan_grad", 3, 3))
     assert np.isnan(after.params["wte"]["embedding"]).all()
 
 

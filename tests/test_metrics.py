@@ -79,9 +79,9 @@ def test_peaks(kind: str, peak: float | None) -> None:
 def test_mfu_is_shown_where_the_peak_is_known() -> None:
     shown = []
     for peak in (None, 56.0):
-        recorder = metrics.Recorder(None, tokens_per_step=7, flops_per_token=2.0, peak=peak)
+        recorder = metrics.Recorder(tokens_per_step=7, flops_per_token=2.0, peak=peak)
         recorder.add(1.0)
-        record = recorder.write(0, 0.1, 1.0)
+        record = recorder.record(0, 0.1, 1.0)
         shown.append(("mfu" in record, metrics.describe(record).get("mfu")))
         shown.append(("mfu" in record, metrics.describe(record | {"mfu": 0.414}).get("mfu")))
     assert shown == [(False, None), (False, "41.4%"), (True, "-"), (True, "41.4%")]
@@ -91,14 +91,14 @@ def test_pace_of_steps_that_arrive_together(monkeypatch: pytest.MonkeyPatch) -> 
     """Ten steps a call: the first call compiled, the second took 10 s less 5 s of pause."""
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    recorder = metrics.Recorder(None, tokens_per_step=7, flops_per_token=2.0, peak=56.0)
+    recorder = metrics.Recorder(tokens_per_step=7, flops_per_token=2.0, peak=56.0)
     paces = []
     for now[0] in (100.0, 110.0):
         recorder.arrive(10)
         for _ in range(2):
             for _ in range(5):
                 recorder.add(1.0)
-            record = recorder.write(0, 0.1, 1.0)
+            record = recorder.record(0, 0.1, 1.0)
             paces.append((record["tokens_per_second"], record["mfu"]))
         recorder.pause(5.0)
     assert paces == [(None, None), (None, None), (14, 0.5), (14, 0.5)]

@@ -1,7 +1,6 @@
 """The step: accumulation, dispatch and devices change how it is computed, not what comes out."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,9 +10,10 @@ import pytest
 
 from gptjax import model, sharding
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.training import optimizer
+from gptjax.training import faults
 from gptjax.training.step import (
     TrainState,
+    abstract_state,
     digest,
     init_state,
     loss_and_grad,
@@ -32,19 +32,16 @@ def train(
     *,
     cfg: GPTConfig | None = None,
     n_devices: int = 1,
-    corrupt: Any = None,
+    fault: faults.Fault | None = None,
     **settings: Any,
 ) -> tuple[TrainState, list[float]]:
     """Train on windows (calls, K, A, B, T+1); the final state and all losses."""
     cfg = cfg or tiny()
-    fields = {"max_iters": 100, "warmup_iters": 0, "learning_rate": 1e-3, **settings}
-    tx = optimizer.make_optimizer(TrainConfig(model=cfg, **fields))
+    fields = {"max_iters": 100, "warmup_iters": 0, "learning_rate": 1e-3, "seed": 5, **settings}
+    config = TrainConfig(model=cfg, **fields)
     mesh = sharding.make_mesh(jax.devices()[:n_devices])
-    init = functools.partial(init_state, cfg, tx)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.tree_shardings(mesh, "data", shapes)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = make_train_step(cfg, tx, mesh, shardings, seed=5, corrupt=corrupt)
+    abstract = abstract_state(config, mesh)
+    state, step = init_state(config, abstract), make_train_step(config, abstract, fault)
     losses: list[float] = []
     for batch in windows:
         state, metrics = step(state, sharding.place(batch, mesh, axis=2))
@@ -124,13 +121,11 @@ def test_dropout_depends_on_seed_and_step_alone() -> None:
 def test_step_counts_and_norm_is_before_the_clip() -> None:
     cfg = tiny()
     config = TrainConfig(model=cfg, grad_clip=1e-3)
-    tx = optimizer.make_optimizer(config)
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    state = jax.jit(functools.partial(init_state, cfg, tx))(jax.random.key(0))
-    shardings = sharding.tree_shardings(mesh, "data", state)
+    abstract = abstract_state(config, sharding.make_mesh(jax.devices()[:1]))
+    state = init_state(config, abstract)
     _, grads = jax.jit(loss_and_grad, static_argnums=0)(cfg, state.params, PLAIN[0, 0], None)
     norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
-    step = make_train_step(cfg, tx, mesh, shardings, seed=0)
+    step = make_train_step(config, abstract)
     state, metrics = step(state, PLAIN[0])
     assert int(state.step) == 1
     assert metrics["grad_norm"].tolist() == pytest.approx([norm], rel=1e-4)
@@ -149,8 +144,8 @@ def test_evaluation_is_the_mean_loss_without_dropout() -> None:
     cfg = tiny(dropout=0.5)
     mesh = sharding.make_mesh(jax.devices()[:2])
     params = init_params(cfg, jax.random.key(0))
-    shardings = sharding.tree_shardings(mesh, "data", params)
-    found = make_eval_step(cfg, mesh, shardings)(params, sharding.place(WINDOWS[0], mesh, axis=0))
+    abstract = abstract_state(TrainConfig(model=cfg), mesh).params
+    found = make_eval_step(cfg, abstract)(params, sharding.place(WINDOWS[0], mesh, axis=0))
     plain = dataclasses.replace(cfg, dropout=0.0)
     logits = model.forward(plain, params, WINDOWS[0, :, :-1])[0]
     picked = np.take_along_axis(

@@ -281,12 +281,3 @@ def first_line(error: Exception) -> str:
         return "no space left on device"
     line = str(error).strip().partition("\n")[0]
     return line.partition(" [tensorstore_spec")[0] or type(error).__name__  # which is 2 kB
-
-
-def abstract_tree(shapes: Tree, shardings: Tree) -> Tree:
-    """Shapes with the places their arrays shall have: the target of a restore."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )

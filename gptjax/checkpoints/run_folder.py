@@ -11,6 +11,7 @@ from gptjax.checkpoints import restore as checkpoint
 from gptjax.config import TrainConfig, load_config
 from gptjax.errors import UsageError
 from gptjax.model import Params, init_params
+from gptjax.sharding import abstract_tree
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -44,6 +45,6 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
         raise UsageError(f"--checkpoint={which}: must be best, latest or one of {saved}")
     shapes = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
+    target = abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
     params = checkpoint.restore_params(run_dir, step, target)
     return Run(config, load_tokenizer(run_dir), params, step)

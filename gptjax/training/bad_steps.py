@@ -28,7 +28,7 @@ def windows_sha256(windows: np.ndarray) -> str:
 
 
 def norm_table(norms: Any) -> dict[str, list[float | str]]:
-    """The tree of `training.layer_norms` as {parameter: norm per layer}."""
+    """The tree of `step.norms_by_layer` as {parameter: norm per layer}."""
     values = (np.atleast_1d(leaf) for leaf in jax.tree.leaves(norms))
     return {
         path: [number(norm) for norm in leaf]
@@ -41,7 +41,9 @@ def write_bad_step(
     *,
     step: int,
     seed: int,
-    metrics: dict[str, Any],
+    loss: float,
+    grad_norm: float,
+    gradient_norms: Any,
     rows: list[tuple[int, int]],
     windows: np.ndarray,
 ) -> Path:
@@ -51,7 +53,9 @@ def write_bad_step(
         run_dir: the run folder.
         step: the number of the step.
         seed: of the run; dropout's key is fold_in(key(seed), step).
-        metrics: `loss`, `grad_norm` and `layer_norms` of the step, as numpy.
+        loss: of the step, in nats per token.
+        grad_norm: the global norm of its gradient.
+        gradient_norms: the tree of `step.norms_by_layer`.
         rows: (shard, start) of all processes' windows.
         windows: their tokens (A, B, T+1).
     """
@@ -59,12 +63,12 @@ def write_bad_step(
     path.parent.mkdir(exist_ok=True)
     record = {
         "step": step,
-        "loss": number(metrics["loss"]),
-        "grad_norm": number(metrics["grad_norm"]),
+        "loss": number(loss),
+        "grad_norm": number(grad_norm),
         "dropout_key": [seed, step],
         "rows": rows,
         "windows_sha256": windows_sha256(windows),
-        "layer_norms": norm_table(metrics["layer_norms"]),
+        "gradient_norms": norm_table(gradient_norms),
     }
     with replacing(path) as file:
         file.write(json.dumps(record).encode())
@@ -74,7 +78,7 @@ def write_bad_step(
 def read_bad_step(path: Path) -> BadStep:
     """What `write_bad_step` wrote; DataError if it is something else."""
     record = read_json(path)
-    norms = record.get("layer_norms")
+    norms = record.setdefault("gradient_norms", record.get("layer_norms"))  # version 0.1's name
     if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:
         raise DataError(f"{path} is not of a run's bad_steps folder")
     return record

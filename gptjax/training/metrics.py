@@ -86,12 +86,10 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 class Recorder:
     """Gathers the losses of single steps into the records of metrics.jsonl."""
 
-    def __init__(
-        self, path: Path | None, tokens_per_step: int, flops_per_token: float, peak: float | None
-    ):
-        """`peak` is the FLOP/s of all devices together, None where unknown; path None: no file."""
-        self.path, self.tokens_per_step = path, tokens_per_step
-        self.flops_per_token, self.peak = flops_per_token, peak
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None) -> None:
+        """Take the work of a step, and the peak FLOP/s of all devices together, None if unknown."""
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak = peak
         self.losses: list[float] = []
         self.began = time.monotonic()
         self.since: float | None = None  # None until the first call, which compiles, is done
@@ -119,10 +117,10 @@ class Recorder:
             self.timed += 1
             self.elapsed += self.step_seconds
 
-    def write(
+    def record(
         self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0
     ) -> dict[str, Any]:
-        """Append and return the record of the steps since the last one, which ends with `step`."""
+        """Return the record of the steps since the last one, which end with `step`."""
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         mean_loss = float(np.mean(finite)) if finite else None  # JSON knows no NaN
         pace = self.timed * self.tokens_per_step / self.elapsed if self.timed else None
@@ -138,8 +136,6 @@ class Recorder:
         if self.peak is not None:
             record["mfu"] = None if pace is None else pace * self.flops_per_token / self.peak
         self.losses, self.timed, self.elapsed = [], 0, 0.0
-        if self.path is not None:
-            append_metrics(self.path, record)
         return record
 
 

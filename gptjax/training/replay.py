@@ -1,36 +1,35 @@
 """A skipped step, run again with checks on."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from gptjax import sharding
-from gptjax.config import TrainConfig
 from gptjax.errors import DataError
 from gptjax.terminal.console import print_table
-from gptjax.training import bad_steps
-from gptjax.training.faults import Corrupt
-from gptjax.training.step import TrainState, layer_norms, loss_and_grad
+from gptjax.training import bad_steps, faults
+from gptjax.training.failures import check_host_memory
+from gptjax.training.feed import step_windows
+from gptjax.training.run import TrainingRun, init_or_restore
+from gptjax.training.step import abstract_state, loss_and_grad, make_train_step, norms_by_layer
 
 
-def replay(
-    config: TrainConfig,
-    record: bad_steps.BadStep,
-    state: TrainState,
-    train_step: Callable[..., Any],
-    windows_of: Callable[[int], np.ndarray],
-    corrupt: Corrupt | None,
-    mesh: Mesh,
-) -> int:
-    """Go on from `state` to the step of the record, then compute its gradient with checks on."""
-    step = record["step"]
+def replay(run: TrainingRun) -> int:
+    """Go on to the step of the record, compute its gradient with checks on, and print both.
+
+    Raises:
+        DataError: the record is of another model.
+        CheckpointError: no saved step before it is whole.
+    """
+    assert run.bad is not None
+    config, record, step, shards = run.config, run.bad, run.bad["step"], run.dataset.train
+    abstract = abstract_state(config, run.mesh)
+    check_host_memory(abstract)
+    state, _ = init_or_restore(run, abstract)
+    train_step = make_train_step(config, abstract, run.fault)
     for i in range(int(state.step), step):
-        state, _ = train_step(state, sharding.place(windows_of(i)[None], mesh, axis=2))
-    windows = windows_of(step)
+        windows = step_windows(config, shards, [i])
+        state, _ = train_step(state, sharding.place(windows, run.mesh, axis=2))
+    windows = step_windows(config, shards, [step])[0]
     same = bad_steps.windows_sha256(windows) == record["windows_sha256"]
     print(f"step {step}: {'the same tokens' if same else 'OTHER TOKENS than recorded'}")
     params = state.params
@@ -38,17 +37,17 @@ def replay(
     key = jax.random.fold_in(jax.random.key(config.seed), step) if dropout else None
     compute = jax.jit(loss_and_grad, static_argnums=0)
     loss, grads = compute(config.model, params, windows, key)
-    if corrupt is not None:
+    if (corrupt := faults.make_corrupt(run.fault)) is not None:
         loss, grads = corrupt(jnp.int32(step), loss, grads)
     print(f"loss {float(loss):.6g}, recorded {record['loss']}")
-    now = bad_steps.norm_table(layer_norms(grads))
-    sizes = bad_steps.norm_table(layer_norms(params))
-    if set(now) != set(record["layer_norms"]):
+    now = bad_steps.norm_table(norms_by_layer(grads))
+    sizes = bad_steps.norm_table(norms_by_layer(params))
+    if set(now) != set(record["gradient_norms"]):
         raise DataError(f"--replay={config.replay}: is of another model")
     rows = [
         [f"{name}[{i}]", f"{sizes[name][i]:.4g}", str(norm)[:10], str(then)[:10]]
         for name, norms in now.items()
-        for i, (norm, then) in enumerate(zip(norms, record["layer_norms"][name], strict=True))
+        for i, (norm, then) in enumerate(zip(norms, record["gradient_norms"][name], strict=True))
     ]
     print_table(
         ["parameter[layer]", "norm", "gradient's", "recorded"],

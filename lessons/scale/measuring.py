@@ -3,7 +3,6 @@
 B rows, T time.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +16,7 @@ from gptjax.config import GPTConfig, TrainConfig
 from gptjax.data import batches
 from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.presets import PRESETS
-from gptjax.training.optimizer import make_optimizer
-from gptjax.training.step import TrainState, init_state, make_train_step
+from gptjax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 GPT2 = {name: PRESETS[name].model for name in ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")}
 Measured = dict[str, Any]
@@ -60,19 +58,14 @@ def batch(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
 
 def make_step(config: TrainConfig) -> tuple[Any, Any]:
     """gptjax's training step on one device, and a function that makes its first state."""
-    optimizer = make_optimizer(config)
-    init = functools.partial(init_state, config.model, optimizer)
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    shardings = sharding.tree_shardings(mesh, "data", abstract)
-    step = make_train_step(config.model, optimizer, mesh, shardings, seed=0)
-    return step, jax.jit(init, out_shardings=shardings)
+    abstract = abstract_state(config, sharding.make_mesh(jax.devices()[:1]))
+    return make_train_step(config, abstract), lambda: init_state(config, abstract)
 
 
 def train(config: TrainConfig, data: Dataset) -> tuple[TrainState, list[float]]:
     """The state after all steps, and their losses."""
     step, init = make_step(config)
-    state, losses = init(jax.random.key(config.seed)), []
+    state, losses = init(), []
     for i in range(config.max_iters):
         state, metrics = step(state, batch(data, config, i)[None, None])
         losses.append(metrics["loss"])

@@ -1,0 +1,251 @@
+"""How a run begins: its settings, data and devices, its first state, and its folder."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import files, model, sharding
+from gptjax.checkpoints import record, restore, save
+from gptjax.checkpoints.run_folder import Run
+from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
+from gptjax.data.datasets import Dataset, load_dataset
+from gptjax.errors import UsageError
+from gptjax.terminal import cli, output
+from gptjax.terminal.console import TrainConsole, show_bytes
+from gptjax.tokenizer import Tokenizer, save_tokenizer
+from gptjax.training import bad_steps, faults, metrics, plan, start
+from gptjax.training.adapt import fit_batch
+from gptjax.training.failures import explain_failures
+from gptjax.training.step import TrainState, init_state
+
+
+class TrainingRun(NamedTuple):
+    """Hold what a run is made of, before any array of its state is."""
+
+    config: TrainConfig  # whose model has no "auto" left
+    stored: TrainConfig  # what config.json gets: the same, but for what "auto" stands for
+    run_dir: Path
+    dataset: Dataset
+    mesh: Mesh
+    console: TrainConsole
+    record: record.Record  # what belongs to each checkpoint, and is compared on resume
+    steps: list[int]  # the saved steps to go on from, oldest first; none in a new run
+    source: Run | None  # the model whose parameters a new run begins with
+    bad: bad_steps.BadStep | None  # the step to replay
+    fault: faults.Fault | None
+    stop_signals: list[int]  # grows when one comes
+    began: float  # time.monotonic()
+
+    @property
+    def primary(self) -> bool:
+        """Return whether this process is the one that writes and prints."""
+        return jax.process_index() == 0
+
+
+class Progress(NamedTuple):
+    """Hold how far a run had come when it began."""
+
+    step: int | None  # the step that was restored, None in a new run
+    val_loss: float | None  # after that step, None where it was not evaluated
+    best: float  # least validation loss, infinite where there is none
+
+
+# ---- Settings, data, devices ---------------------------------------------------------------------
+
+
+def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> TrainingRun:
+    """Find what to go on from, read the data, and settle what was left open in the settings.
+
+    From here on signals that ask to stop are only noted (see `cli.catch_stop_signals`).
+
+    Args:
+        config: the settings.
+        run_dir: the run folder, which is ours.
+        given: the flags that the user gave: these are honoured, or refused.
+
+    Raises:
+        UsageError: a setting cannot be honoured.
+        DataError: the data is damaged, too short or cannot be had.
+        CheckpointError: there is nothing to go on from.
+    """
+    began = time.monotonic()
+    fault = faults.planned_fault()
+    bad = bad_steps.read_bad_step(Path(config.replay)) if config.replay else None
+    steps, source = start.find_start(config, run_dir, bad)
+    check_flags(config, given, steps, replaying=bad is not None)
+    mesh = sharding.make_mesh()
+    fixed, how = ({"batch_size"}, " with --allow_change=batch_size") if steps else (given, "")
+    config, batch_note = fit_batch(config, mesh.devices.size, fixed, how)
+    cfg = config.model if source is None else start.model_of_source(config, source, given)
+    console = TrainConsole(config.max_iters, quiet=jax.process_index() > 0)
+    if batch_note:
+        console.note(batch_note)
+    tokenizer = start.choose_tokenizer(config, steps, source, run_dir)
+    dataset = read_dataset(config, cfg, tokenizer, console)
+    stop_signals = cli.catch_stop_signals()  # until here there is nothing to save
+    n_vocab = dataset.tokenizer.n_vocab
+    if "vocab_size" in given and cfg.vocab_size != n_vocab:
+        raise UsageError(
+            f"--vocab_size={cfg.vocab_size}: the tokenizer has {n_vocab} tokens, which decides; "
+            "leave the flag out"
+        )
+    stored = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
+    if source is not None:  # whose tokenizer counts, also when this run is resumed
+        stored = dataclasses.replace(stored, tokenizer="auto")
+    if steps and (run_dir / "config.json").is_file():
+        # What it was started from: a replay may have to start there again.
+        started = load_config(run_dir / "config.json")
+        stored = dataclasses.replace(stored, init_from=started.init_from)
+    config = dataclasses.replace(stored, model=model.resolve(stored.model))
+    shards = [*dataset.train, *dataset.val]
+    return TrainingRun(
+        config,
+        stored,
+        run_dir,
+        dataset,
+        mesh,
+        console,
+        record.make_record(config, config.model, shards, dataset.tokenizer, len(dataset.train)),
+        steps,
+        source,
+        bad,
+        fault,
+        stop_signals,
+        began,
+    )
+
+
+def check_flags(
+    config: TrainConfig, given: Container[str], steps: list[int], *, replaying: bool
+) -> None:
+    """Raise UsageError for a flag that makes no sense where the run begins."""
+    if replaying:
+        return
+    asked = {"max_iters": config.max_iters, "stop_step": config.stop_step or config.max_iters}
+    for name, last in asked.items():
+        if steps and last < steps[-1]:
+            raise UsageError(f"--{name}={last}: the run is at step {steps[-1]} already")
+    for name in ("resume_step", "allow_change"):
+        if name in given and config.init_from not in ("resume", "auto"):
+            raise UsageError(f"--{name}: goes with --init_from=resume or auto; leave the flag out")
+
+
+def read_dataset(
+    config: TrainConfig, cfg: GPTConfig, tokenizer: Tokenizer | str, console: TrainConsole
+) -> Dataset:
+    """Return the tokens of both splits, while the console shows how far it has come."""
+    with show_bytes(console.console) as progress:
+        return load_dataset(
+            config.dataset,
+            block_size=cfg.block_size,
+            val_dataset=config.val_dataset,
+            val_fraction=config.val_fraction,
+            tokenizer=tokenizer,
+            tokenizer_dir=config.tokenizer_dir,
+            decode_errors=config.decode_errors,
+            allow_special=config.allow_special,
+            notify=console.note,
+            progress=progress,
+        )
+
+
+# ---- The first state -----------------------------------------------------------------------------
+
+
+def init_or_restore(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, Progress]:
+    """Return the newest whole step of the run; a fresh state if it is new.
+
+    Raises:
+        CheckpointError: no saved step is whole.
+        UsageError: the settings are not those that the run was saved with.
+    """
+    if run.steps:
+        return restore_state(run, abstract)
+    state = init_state(run.config, abstract)
+    if run.source is not None:
+        params = run.source.params
+        block_size = run.config.model.block_size
+        params["wpe"]["embedding"] = params["wpe"]["embedding"][:block_size]
+        shardings = sharding.shardings_of(abstract.params)
+        state = state._replace(params=jax.device_put(params, shardings))
+    return state, Progress(None, None, math.inf)
+
+
+def restore_state(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, Progress]:
+    """Return the newest whole one of the steps to go on from; damaged ones are set aside."""
+    allowed = [name for name in run.config.allow_change.split(",") if name]
+
+    def accept(meta: restore.Meta) -> None:
+        record.check_record(meta["record"], run.record, allowed, run.console.note)
+
+    extra = {"opt_state": abstract.opt_state, "guard": abstract.guard}
+    restored = restore.restore_newest(
+        run.run_dir, (abstract.params, extra), accept, notify=run.console.note, only=run.steps
+    )
+    step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+    state = TrainState(step, restored.params, **restored.extra)
+    run.console.note(f"resuming at step {restored.step}")
+    meta = restored.meta
+    return state, Progress(restored.step, meta["val_loss"], meta["best_val_loss"] or math.inf)
+
+
+# ---- The folder ----------------------------------------------------------------------------------
+
+
+def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -> None:
+    """Write what the run is made of; forget what comes after the step that it goes on from.
+
+    Raises:
+        DiskError: there is not room enough for the checkpoints, unless config.force is set.
+    """
+    if run.primary:
+        if not run.config.force:
+            save.check_space(
+                run.run_dir,
+                (abstract.params, abstract.opt_state),
+                plan.count_saves(run.config),
+                "make room, lower --keep_checkpoints, or take --force to start all the same",
+            )
+        with files.replacing(run.run_dir / "config.json") as settings:
+            settings.write(to_json(run.stored).encode())
+        save_tokenizer(run.dataset.tokenizer, run.run_dir)
+        if progress.step is None:
+            (run.run_dir / "metrics.jsonl").write_text("")
+            (run.run_dir / "samples.txt").write_text("")
+        else:
+            file = run.run_dir / "metrics.jsonl"
+            metrics.drop_metrics_from(file, progress.step, run.console.note)
+    if progress.step is not None:
+        newer = [step for step in restore.steps(run.run_dir) if step > progress.step]
+        sharding.all_agree(True)  # before one process renames them, all have looked
+        for step in newer:
+            name = restore.set_aside(restore.folder(run.run_dir) / str(step), "aside")
+            run.console.note(f"step {step} is set aside as {name}")
+
+
+@contextlib.contextmanager
+def hold_folder(config: TrainConfig, run_dir: Path, given: Container[str]) -> Iterator[None]:
+    """Keep other processes out of the run folder meanwhile, and put failures into plain words.
+
+    What cannot be printed is written to unprinted.txt.
+
+    Raises:
+        OutputError: another process holds the folder.
+    """
+    settings = start.settings_to_go_on(run_dir, config.init_from, config.replay)
+    lock = files.locked(run_dir / ".lock") if jax.process_index() == 0 else contextlib.nullcontext()
+    with (
+        output.forgiving_output(run_dir / "unprinted.txt"),
+        lock,
+        explain_failures(config),
+        start.name_settings(settings, given),
+    ):
+        yield

@@ -1,0 +1,195 @@
+"""What a run says of itself: on the console, and in the files of its folder."""
+
+import contextlib
+import functools
+import operator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from gptjax import model
+from gptjax.checkpoints.save import Saver
+from gptjax.errors import NonFiniteError, plural
+from gptjax.files import append_line
+from gptjax.terminal import flags
+from gptjax.training import bad_steps, feed, metrics
+from gptjax.training.plan import is_due
+from gptjax.training.run import TrainingRun
+from gptjax.training.step import Metrics
+
+Sink = Callable[[dict[str, Any]], None]  # takes a record with `step`; see `metrics.Recorder`
+
+
+class RunLog:
+    """Record and show a run; the metrics of a call are fetched when the next one is under way.
+
+    Only the first of several processes shows and writes anything; all of them fetch.
+    """
+
+    def __init__(self, run: TrainingRun, saver: Saver, best: float, skipped: int) -> None:
+        """Take the run, what saves its steps, its least validation loss, and its skipped steps."""
+        config, cfg = run.config, run.config.model
+        self.run, self.config, self.saver, self.skipped = run, config, saver, skipped
+        self.best = best
+        self.fields = {"loss": "-", "val": "-"}  # shown beside the bar
+        self.pending: tuple[int, Metrics] | None = None  # first step and metrics of the last call
+        self.metrics_file = run.run_dir / "metrics.jsonl"
+        # What a tracker needs is a function here.
+        self.sinks: list[Sink] = [functools.partial(metrics.append_metrics, self.metrics_file)]
+        device, n_devices = jax.devices()[0].device_kind, run.mesh.devices.size
+        peak = metrics.peak_flops(device, cfg.dtype)
+        n_params = model.count_params(cfg)
+        tokens = config.batch_size * config.gradient_accumulation_steps * cfg.block_size
+        self.recorder = metrics.Recorder(
+            tokens, metrics.flops_per_token(cfg, n_params), peak and peak * n_devices
+        )
+        self.painter = ThreadPoolExecutor(max_workers=1)  # matplotlib takes 1 s at first, then 0.3
+        self.drawn: Future[None] | None = None
+        data = run.dataset
+        self.note(
+            f"{n_params:,} parameters, {cfg.dtype}, {cfg.attention} attention, on {n_devices} x "
+            f"{device}; {data.name}: {sum(map(len, data.train)):,} + {sum(map(len, data.val)):,} "
+            f"{data.tokenizer.kind} tokens; {tokens:,} per step"
+        )
+        if peak is None and jax.default_backend() != "cpu":
+            self.note(f"mfu is left out: the peak of {device} in {cfg.dtype} is not known")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for the picture and leave the last state of the bar on the screen."""
+        self.painter.shutdown()
+        self.run.console.close()
+
+    def note(self, text: str) -> None:
+        """Show a line, or several."""
+        self.run.console.note(text)
+
+    # ---- Steps -----------------------------------------------------------------------------------
+
+    def push(self, first: int, values: Metrics) -> None:
+        """Take the metrics of a call that began at step `first`, and report the call before it.
+
+        Raises:
+            NonFiniteError: as of `flush`.
+        """
+        self.flush()
+        self.pending = first, values
+
+    def flush(self) -> None:
+        """Fetch, record and show the metrics that were pushed last; waits for their call.
+
+        Raises:
+            NonFiniteError: too many steps in a row had to be skipped.
+        """
+        if self.pending is None:
+            return
+        (first, values), self.pending = self.pending, None
+        norms = values.pop("gradient_norms")  # fetched only where they are wanted
+        fetched = jax.device_get(values)
+        count = len(fetched["loss"])
+        self.recorder.arrive(count)
+        self.run.console.arrive(first + count)
+        for i in range(count):
+            now = {name: column[i] for name, column in fetched.items()}
+            if now["skipped"] > self.skipped:
+                self._capture(first + i, now, jax.tree.map(operator.itemgetter(i), norms))
+            self.skipped = int(now["skipped"])
+            self._report(first + i, now)
+
+    def _report(self, step: int, now: dict[str, Any]) -> None:
+        """Record and show a step; NonFiniteError if it was one too many to be skipped."""
+        self.recorder.add(float(now["loss"]))
+        log = is_due(self.config, step + 1, self.config.log_interval)
+        if log:
+            record = self.recorder.record(
+                step, float(now["learning_rate"]), float(now["grad_norm"]), self.skipped
+            )
+            self._emit(record)
+            self.fields |= metrics.describe(record)
+        self.run.console.update(step + 1, self.fields, log=log)
+        if now["in_a_row"] >= self.config.max_skips:
+            self.saver.settle()
+            n = int(now["in_a_row"])
+            raise NonFiniteError(
+                f"the last {n} {plural(n, 'step')} up to {step} had to be skipped, their loss "
+                f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
+                f"look at one by --replay; the last good checkpoint is step {self.saver.last}"
+            )
+
+    def _capture(self, step: int, now: dict[str, Any], norms: Any) -> None:
+        """Say that a step was skipped, and write down what it takes to run it again."""
+        text = f"step {step} skipped: loss {now['loss']:.4g}, grad norm {now['grad_norm']:.4g}"
+        if self.run.primary:
+            shards, config = self.run.dataset.train, self.config
+            path = bad_steps.write_bad_step(
+                self.run.run_dir,
+                step=step,
+                seed=config.seed,
+                loss=float(now["loss"]),
+                grad_norm=float(now["grad_norm"]),
+                gradient_norms=norms,
+                rows=feed.step_starts(config, shards, step, whole=True),
+                windows=feed.step_windows(config, shards, [step], whole=True)[0],
+            )
+            allowed = [f"--allow_change={config.allow_change}"] * bool(config.allow_change)
+            words = [f"--out_dir={self.run.run_dir}", f"--replay={path}", *allowed]
+            text += f"; {flags.command('train.py', *words)} runs it again"
+        self.note(text)
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        """Hand a record to all sinks."""
+        if self.run.primary:
+            for sink in self.sinks:
+                with self._unless_disk_fails():
+                    sink(record)
+
+    @contextlib.contextmanager
+    def _unless_disk_fails(self) -> Iterator[None]:
+        """Go on without what cannot be written: only checkpoints are worth ending a run."""
+        try:
+            yield
+        except OSError as error:
+            self.note(f"warning: not written: {error.strerror or error}")
+
+    # ---- Between steps ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of this block as training."""
+        began = time.monotonic()
+        yield
+        self.recorder.pause(time.monotonic() - began)
+
+    def validation(self, step: int, val_loss: float | None) -> None:
+        """Take the validation loss after `step` steps; None, of one cut short, says nothing."""
+        if val_loss is None:
+            return
+        self.best = min(self.best, val_loss)
+        self.fields["val"] = f"{val_loss:.4f}"
+        self.note(f"step {step}: val loss {val_loss:.4f}, best {self.best:.4f}")
+        self._emit({"step": step, "val_loss": val_loss})
+        if self.run.primary and (
+            self.drawn is None or self.drawn.running() or self.drawn.done()
+        ):  # one that still waits will show this point too
+            self.drawn = self.painter.submit(self._draw)
+
+    def _draw(self) -> None:
+        try:
+            records = metrics.read_metrics(self.metrics_file)
+            metrics.draw_losses(records, self.run.run_dir / "loss.png", self.config.loss_scale)
+        except Exception as error:  # no picture is worth ending a run
+            self.note(f"warning: loss.png is not drawn: {error}")
+
+    def sample(self, step: int, text: str | None) -> None:
+        """Take a text that the model wrote after `step` steps; None says nothing."""
+        if text is None:
+            return
+        text = f"---- sample after {step} {plural(step, 'step')} ----\n{text}\n----"
+        self.note(text)
+        with self._unless_disk_fails():
+            append_line(self.run.run_dir / "samples.txt", text)

@@ -1,0 +1,383 @@
+"""The parts that train.py puts together, each by itself and without a process."""
+
+import dataclasses
+import json
+import math
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import distributed, sharding
+from gptjax.checkpoints.record import make_record
+from gptjax.checkpoints.save import Saver
+from gptjax.config import TrainConfig
+from gptjax.data.batches import sample_batch
+from gptjax.data.datasets import Dataset
+from gptjax.errors import DataError, DiskError, NonFiniteError, UsageError
+from gptjax.terminal.console import TrainConsole
+from gptjax.tokenizer import ByteTokenizer
+from gptjax.training import faults, plan
+from gptjax.training.feed import BatchFeed, step_starts, step_windows
+from gptjax.training.run import (
+    Progress,
+    TrainingRun,
+    init_or_restore,
+    open_run,
+    prepare_folder,
+)
+from gptjax.training.run_log import RunLog
+from gptjax.training.step import TrainState, abstract_state, digest, init_state, make_train_step
+from gptjax.training.validation import validate, write_sample
+
+from .conftest import tiny
+
+TOKENS = np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint16)
+CFG = tiny(vocab_size=256)
+CONFIG = TrainConfig(
+    model=CFG, batch_size=8, max_iters=12, warmup_iters=2, learning_rate=1e-2, eval_interval=6
+)
+
+
+def change(**settings: Any) -> TrainConfig:
+    return dataclasses.replace(CONFIG, **settings)
+
+
+# ---- When something is due
+
+
+def test_what_is_due_when() -> None:
+    config = change(eval_interval=5, sample_interval=0, checkpoint_interval=4)
+    evaluated = [step for step in range(13) if plan.is_evaluation_due(config, step)]
+    assert evaluated == [0, 5, 10, 12]
+    assert [step for step in range(13) if plan.is_sample_due(config, step)] == [12]
+    assert [step for step in range(13) if plan.is_checkpoint_due(config, step)] == [4, 8, 12]
+    assert not plan.is_sample_due(change(sample_tokens=0), 12)
+    anything = [step for step in range(13) if plan.is_anything_due(config, step)]
+    assert anything == [0, 4, 5, 8, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        ({}, [5, 5, 1, 1]),
+        ({"eval_interval": 6, "sample_interval": 0, "checkpoint_interval": 0}, [5, 1, 5, 1]),
+        ({"eval_interval": 1, "sample_interval": 0, "checkpoint_interval": 0}, [1] * 12),
+        (
+            {"eval_interval": 0, "sample_interval": 0, "checkpoint_interval": 0, "stop_step": 3},
+            [1] * 3,
+        ),
+    ],
+    ids=str,
+)
+def test_a_call_ends_where_something_is_due(settings: dict[str, int], calls: list[int]) -> None:
+    never = {"eval_interval": 0, "sample_interval": 0, "checkpoint_interval": 0}
+    config, step, taken = change(**never | settings), 0, []
+    while count := plan.steps_of_next_call(config, step, per_call=5):
+        taken.append(count)
+        step += count
+    assert taken == calls and step == plan.last_step(config)
+
+
+def test_many_steps_need_no_memory_of_their_own() -> None:
+    """The learning rates of all steps were once computed at the start: 12 GB for 1e9 steps."""
+    config = change(max_iters=10**10, schedule="constant")
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    abstract = abstract_state(config, mesh)
+    step = make_train_step(config, abstract)
+    windows = sharding.place(step_windows(config, [TOKENS], [0, 1, 2]), mesh, axis=2)
+    _, values = step(init_state(config, abstract), windows)
+    assert values["learning_rate"].tolist() == pytest.approx([1e-2 / 3, 1e-2 * 2 / 3, 1e-2])
+
+
+def test_disk_space_is_asked_for_as_many_checkpoints_as_there_will_be() -> None:
+    assert plan.count_saves(change(checkpoint_interval=0)) == 2
+    assert plan.count_saves(change(checkpoint_interval=1, keep_checkpoints=3)) == 5
+
+
+def test_small_models_take_several_steps_at_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan.steps_per_call(CONFIG) == 1
+    assert plan.steps_per_call(change(steps_per_dispatch=7)) == 7
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert plan.steps_per_call(CONFIG) == 10
+
+
+# ---- Windows
+
+
+def test_the_feed_reads_what_the_steps_are_a_function_of() -> None:
+    config = change(gradient_accumulation_steps=2, eval_interval=4, sample_tokens=0)
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    feed = BatchFeed(config, [TOKENS], mesh, per_call=3)
+    windows = feed.windows(5)  # step 8 is due: 3 steps fit
+    assert windows is not None and windows.shape == (3, 2, 8, 17)
+    assert len(windows.sharding.device_set) == 2
+    shape = {"batch_size": 8, "block_size": 16, "n_vocab": 256}
+    for k, a in np.ndindex(3, 2):
+        expected = sample_batch([TOKENS], seed=1337, step=2 * (5 + k) + a, **shape)
+        np.testing.assert_array_equal(windows[k, a], expected)
+    busy = feed.windows(6)
+    assert busy is not None and len(busy) == 1  # an evaluation comes after step 8
+    assert feed.windows(12) is None
+
+
+def test_rows_of_a_step_are_where_its_windows_come_from() -> None:
+    config = change(gradient_accumulation_steps=2)
+    starts = step_starts(config, [TOKENS], 3, whole=True)
+    windows = step_windows(config, [TOKENS], [3], whole=True)
+    assert windows.shape == (1, 2, 8, 17)
+    for (shard, start), window in zip(starts, windows.reshape(-1, 17), strict=True):
+        assert shard == 0
+        np.testing.assert_array_equal(TOKENS[start : start + 17], window)
+
+
+def test_a_fault_of_the_data_comes_with_its_step() -> None:
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    feed = BatchFeed(CONFIG, [TOKENS], mesh, 1, faults.Fault("raise", 2, 2))
+    assert feed.windows(1) is not None
+    with pytest.raises(DataError):
+        feed.windows(2)
+
+
+# ---- The vote to stop
+
+
+def test_alone_a_signal_stops_at_once() -> None:
+    signals: list[int] = []
+    stop = distributed.StopVote(signals, sharding.make_mesh())
+    stop.cast()
+    assert not stop.count() and not stop.at_once()
+    signals.append(signal.SIGTERM)
+    assert stop.count() and stop.at_once()
+
+
+def test_with_others_all_stop_after_the_same_step() -> None:
+    """Whichever process got the signal: what counts is a vote that all of them have read."""
+    signals: list[int] = []
+    stop = distributed.StopVote(signals, sharding.make_mesh(), alone=False)
+    stop.cast()
+    assert not stop.count()
+    signals.append(signal.SIGTERM)
+    assert not stop.at_once() and not stop.count()
+    stop.cast()
+    assert not stop.count()  # this vote is on its way, while the step computes
+    stop.cast()
+    assert stop.count() and stop.count()
+
+
+# ---- Validation
+
+
+def test_validation_is_the_mean_over_its_windows() -> None:
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    seen: list[np.ndarray] = []
+
+    def losses(windows: jax.Array) -> jax.Array:
+        seen.append(np.asarray(windows))
+        return jnp.arange(8.0) + 100 * (len(seen) - 1)
+
+    config = change(eval_iters=0, batch_size=8)
+    shard = TOKENS[: 16 * 10 + 1]  # 10 windows: the second batch is padded with 6
+    found = validate(config, [shard], mesh, losses, lambda: False)
+    assert found == pytest.approx((sum(range(8)) + 100 + 101) / 10)
+    np.testing.assert_array_equal(np.concatenate(seen)[:10, 0], shard[:-1:16])
+
+
+def test_a_signal_breaks_validation_and_sample_off() -> None:
+    config = change(sample_tokens=40)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    asked = iter([False, True])
+    found = validate(config, [TOKENS], mesh, lambda w: jnp.zeros(8), lambda: next(asked))
+    assert found is None
+    params = init_state(config, abstract_state(config, mesh)).params
+    assert write_sample(config, params, ByteTokenizer(), lambda: True) is None
+    asked = iter([False, True])
+    cut = write_sample(config, params, ByteTokenizer(), lambda: next(asked))
+    whole = write_sample(config, params, ByteTokenizer(), lambda: False)
+    assert cut and whole and whole.startswith(cut.rstrip("\ufffd")) and len(cut) < len(whole)
+
+
+# ---- A run: opening, restoring, recording
+
+
+@pytest.fixture
+def opened(tmp_path: Path, restore_process: None) -> Iterator[TrainingRun]:
+    """A new run on a text, as train.py opens it."""
+    (tmp_path / "corpus.txt").write_text("the cat sat on the mat and the dog ran\n" * 60)
+    config = change(dataset=f"{tmp_path}/corpus.txt", out_dir=f"{tmp_path}/out")
+    (tmp_path / "out").mkdir()
+    yield open_run(config, tmp_path / "out", set())
+
+
+def test_opening_settles_what_was_left_open(opened: TrainingRun) -> None:
+    n_vocab = opened.dataset.tokenizer.n_vocab
+    assert opened.dataset.tokenizer.kind == "char" and 10 < n_vocab < 30
+    assert opened.config.model == dataclasses.replace(CFG, vocab_size=n_vocab)
+    assert (opened.steps, opened.source, opened.bad, opened.primary) == ([], None, None, True)
+    with pytest.raises(UsageError, match="--vocab_size=256"):
+        config = dataclasses.replace(opened.config, model=CFG)
+        open_run(config, opened.run_dir, {"vocab_size"})
+
+
+@pytest.mark.parametrize("name", ["resume_step", "allow_change"])
+def test_a_flag_that_needs_a_run_to_go_on_is_refused(opened: TrainingRun, name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}"):
+        open_run(opened.config, opened.run_dir, {name})
+
+
+def take_steps(run: TrainingRun, count: int) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Train without a log or a folder."""
+    abstract = abstract_state(run.config, run.mesh)
+    state, progress = init_or_restore(run, abstract)
+    feed = BatchFeed(run.config, run.dataset.train, run.mesh, 1, run.fault)
+    step, values = make_train_step(run.config, abstract, run.fault), []
+    for i in range(progress.step or 0, count):
+        windows = feed.windows(i)
+        assert windows is not None
+        state, metrics = step(state, windows)
+        values.append(metrics)
+    return state, values
+
+
+def save(run: TrainingRun, state: TrainState, step: int) -> None:
+    meta = {"val_loss": 2.5, "best_val_loss": 2.25, "record": run.record}
+    with Saver(run.run_dir, 3) as saver:
+        saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, meta)
+
+
+def test_what_is_restored_goes_on_as_if_nothing_had_been(opened: TrainingRun) -> None:
+    uninterrupted, _ = take_steps(opened, 6)
+    abstract = abstract_state(opened.config, opened.mesh)
+    prepare_folder(opened, abstract, Progress(None, None, math.inf))
+    save(opened, take_steps(opened, 3)[0], 3)
+    config = dataclasses.replace(opened.config, init_from="resume")
+    again = open_run(config, opened.run_dir, set())
+    state, progress = init_or_restore(again, abstract)
+    assert progress == (3, 2.5, 2.25) and int(state.step) == 3
+    assert digest(take_steps(again, 6)[0]) == digest(uninterrupted)
+
+
+def test_going_back_sets_newer_steps_and_records_aside(opened: TrainingRun) -> None:
+    abstract = abstract_state(opened.config, opened.mesh)
+    prepare_folder(opened, abstract, Progress(None, None, math.inf))
+    state = take_steps(opened, 2)[0]
+    save(opened, state, 2)
+    save(opened, state, 5)
+    lines = [{"step": step, "loss": 1.0} for step in (0, 1, 2, 3)]
+    (opened.run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    config = dataclasses.replace(opened.config, init_from="resume", resume_step=2)
+    again = open_run(config, opened.run_dir, {"resume_step"})
+    _, progress = init_or_restore(again, abstract)
+    prepare_folder(again, abstract, progress)
+    folders = {path.name for path in (opened.run_dir / "checkpoints").iterdir()}
+    assert {"2", "aside-5"} <= folders and "5" not in folders
+    kept = (opened.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [0, 1]
+
+
+def test_no_room_on_the_disk_is_said_before_the_first_step(
+    opened: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    abstract, fresh = abstract_state(opened.config, opened.mesh), Progress(None, None, math.inf)
+    with pytest.raises(DiskError, match="--force"):
+        prepare_folder(opened, abstract, fresh)
+    forced = opened._replace(config=dataclasses.replace(opened.config, force=True))
+    prepare_folder(forced, abstract, fresh)
+
+
+def make_run(tmp_path: Path, **settings: Any) -> TrainingRun:
+    """A run over token arrays, for its log."""
+    config = change(**settings)
+    dataset = Dataset("tokens", ByteTokenizer(), [TOKENS], [TOKENS[:200]])
+    record = make_record(config, config.model, [TOKENS], ByteTokenizer(), 1)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    fault = faults.planned_fault()
+    console = TrainConsole(config.max_iters)
+    return TrainingRun(
+        config, config, tmp_path, dataset, mesh, console, record, [], None, None, fault, [], 0.0
+    )
+
+
+def records(run: TrainingRun) -> list[dict[str, Any]]:
+    path = run.run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_the_log_is_one_call_behind(tmp_path: Path) -> None:
+    run = make_run(tmp_path, log_interval=2)
+    _, values = take_steps(run, 4)
+    seen: list[dict[str, Any]] = []
+    with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
+        log.sinks.append(seen.append)  # all that a tracker takes
+        for i in range(3):
+            log.push(i, values[i])
+        assert [record["step"] for record in records(run)] == [1]
+        log.push(3, values[3])
+        log.flush()
+        log.flush()  # of nothing
+        log.validation(4, 2.0)
+        log.validation(4, None)
+        log.sample(4, "a text")
+        log.sample(4, None)
+    assert records(run) == seen and [record["step"] for record in seen] == [1, 3, 4]
+    losses = [float(v["loss"][0]) for v in values]
+    assert seen[1]["loss"] == pytest.approx(np.mean(losses[2:]))
+    assert seen[1]["learning_rate"] == pytest.approx(float(values[3]["learning_rate"][0]))
+    assert seen[2] == {"step": 4, "val_loss": 2.0} and log.best == 2.0
+    assert "a text" in (tmp_path / "samples.txt").read_text()
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_skipped_step_is_written_down_and_too_many_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTJAX_FAULT", "nan_grad@1-3")
+    run = make_run(tmp_path, max_skips=3)
+    _, values = take_steps(run, 4)
+    with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
+        log.push(0, values[0])
+        log.push(1, values[1])
+        assert not (tmp_path / "bad_steps").exists()
+        log.push(2, values[2])
+        bad = json.loads((tmp_path / "bad_steps" / "1.json").read_text())
+        assert bad["gradient_norms"]["h/mlp/c_fc/kernel"] == ["nan", "nan"]
+        assert bad["rows"] == [list(row) for row in step_starts(run.config, [TOKENS], 1)]
+        log.push(3, values[3])
+        with pytest.raises(NonFiniteError):
+            log.flush()
+
+
+def test_a_disk_that_is_full_costs_lines_but_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, log_interval=1)
+    _, values = take_steps(run, 1)
+
+    def full(record: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
+        log.sinks.insert(0, full)
+        log.push(0, values[0])
+        log.flush()
+    assert [record["step"] for record in records(run)] == [0]
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_time_between_steps_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 10))
+    run = make_run(tmp_path)
+    with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
+        log.recorder.since = 100.0
+        monkeypatch.setattr("gptjax.training.run_log.time.monotonic", lambda: next(clock))
+        with log.paused():
+            pass
+        assert log.recorder.since == 110.0
+        monkeypatch.undo()
