@@ -66,12 +66,10 @@ def test_what_is_due_when() -> None:
     ("settings", "calls"),
     [
         ({}, [5, 5, 1, 1]),
-        ({"eval_interval": 6, "sample_interval": 0, "checkpoint_interval": 0}, [5, 1, 5, 1]),
-        ({"eval_interval": 1, "sample_interval": 0, "checkpoint_interval": 0}, [1] * 12),
-        (
-            {"eval_interval": 0, "sample_interval": 0, "checkpoint_interval": 0, "stop_step": 3},
-            [1] * 3,
-        ),
+        ({"eval_interval": 6}, [5, 1, 5, 1]),
+        ({"checkpoint_interval": 6}, [5, 1, 5, 1]),
+        ({"sample_interval": 1}, [1] * 12),
+        ({"stop_step": 4}, [1] * 4),
     ],
     ids=str,
 )
