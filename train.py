@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import math
 import operator
-import os
-import resource
 import signal
 import sys
 import time
@@ -22,10 +20,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import distributed, files, model, sampling, sharding
-from gptjax.checkpoints import restore as checkpoint
-from gptjax.checkpoints import save as saving
+from gptjax import distributed, files, memory, model, sampling, sharding
 from gptjax.checkpoints.record import ONCE, check_record, make_record
+from gptjax.checkpoints.restore import abstract_tree, restore_newest
+from gptjax.checkpoints.save import Saver, check_space
+from gptjax.checkpoints.steps import About, Meta, saved_steps, set_aside, step_folder
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
 from gptjax.data import batches
 from gptjax.data.datasets import load_dataset
@@ -33,9 +32,9 @@ from gptjax.errors import (
     REFUSALS,
     DiskError,
     NonFiniteError,
-    OutOfMemoryError,
     PeerError,
     UsageError,
+    first_line,
     plural,
 )
 from gptjax.presets import PRESETS
@@ -173,48 +172,23 @@ def unless_disk_fails(notify: Callable[[str], None]) -> Iterator[None]:
         notify(f"warning: not written: {error.strerror or error}")
 
 
-def check_host_memory(shapes: training.TrainState) -> None:
-    """MemoryError if the state cannot fit the host it is computed on.
-
-    XLA's CPU client may wait for ever for arrays that its threads could not allocate.
-    """
-    if jax.default_backend() != "cpu":
-        return
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    present = present if limit == resource.RLIM_INFINITY else min(present, limit)
-    needed = saving.tree_bytes(shapes)
-    if needed > present:
-        raise MemoryError(
-            f"parameters and optimizer state take {saving.megabytes(needed)}, this process may "
-            f"have {saving.megabytes(present)}"
-        )
-
-
 @contextlib.contextmanager
 def explain_failures(config: TrainConfig) -> Iterator[None]:
     """Turn what JAX says of too little memory, or of a lost process, into what to do about it."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:
-        said = str(error)
         if isinstance(error, REFUSALS):
             raise
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
-            lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in said
-            if jax.process_count() > 1 and lost:
-                raise PeerError(
-                    f"another process of this run is gone ({said.partition(chr(10))[0][:200]}); "
-                    "start them all again with --init_from=auto, in whatever number"
-                ) from error
-            raise
-        cfg = config.model
-        raise OutOfMemoryError(
-            f"out of memory ({said.partition(chr(10))[0][:200]}) with batch_size="
-            f"{config.batch_size}, block_size={cfg.block_size}, n_layer={cfg.n_layer}, n_embd="
-            f"{cfg.n_embd}; lower --batch_size and raise --gradient_accumulation_steps, lower "
-            "--block_size, or take --remat; what was saved is as it was"
-        ) from error
+        if explained := memory.explain(error, config):
+            raise explained from error
+        lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if jax.process_count() > 1 and lost:
+            raise PeerError(
+                f"another process of this run is gone ({first_line(error)[:200]}); start them all "
+                "again with --init_from=auto, in whatever number"
+            ) from error
+        raise
 
 
 def main(argv: list[str]) -> int:
@@ -305,19 +279,19 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
     init_state = functools.partial(training.init_state, cfg, optimizer)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(init_state, key)
-    check_host_memory(shapes)
+    memory.check_fits(shapes)
     shardings = sharding.tree_shardings(mesh, config.strategy, shapes)
     metrics_file = run_dir / "metrics.jsonl"
     val_loss, best, resume_step = None, math.inf, None
     if steps:
-        abstract = checkpoint.abstract_tree(shapes, shardings)
+        abstract = abstract_tree(shapes, shardings)
         allowed = [name for name in config.allow_change.split(",") if name]
 
-        def accept(meta: checkpoint.Meta) -> None:
+        def accept(meta: Meta) -> None:
             check_record(meta["record"], record, allowed, console.note)
 
         extra = {"opt_state": abstract.opt_state, "guard": abstract.guard}
-        restored = checkpoint.restore_newest(
+        restored = restore_newest(
             run_dir, (abstract.params, extra), accept, notify=console.note, only=steps
         )
         resume_step, meta = restored.step, restored.meta
@@ -346,7 +320,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         config.max_iters // config.checkpoint_interval if config.checkpoint_interval else 0
     )
     if primary and not config.force:  # the newest, the best, and the one being written
-        saving.check_space(
+        check_space(
             run_dir,
             (shapes.params, shapes.opt_state),
             min(saves, config.keep_checkpoints + 2),
@@ -362,10 +336,10 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         else:
             metrics.drop_metrics_from(metrics_file, resume_step, console.note)
     if resume_step is not None:
-        newer_steps = [step for step in checkpoint.steps(run_dir) if step > resume_step]
+        newer_steps = [step for step in saved_steps(run_dir) if step > resume_step]
         sharding.all_agree(True)  # before one process renames them, all have looked
         for newer in newer_steps:
-            name = checkpoint.set_aside(checkpoint.folder(run_dir) / str(newer), "aside")
+            name = set_aside(step_folder(run_dir, newer), "aside")
             console.note(f"step {newer} is set aside as {name}")
     eval_step = training.make_eval_step(cfg, mesh, shardings.params)
     n_params = model.count_params(cfg)
@@ -476,7 +450,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
     drawn: Future[None] | None = None
     step, saved_step = resume_step or 0, resume_step
     pending: tuple[int, dict[str, Any], Any] | None = None
-    saver = saving.Saver(run_dir, config.keep_checkpoints, console.note)
+    saver = Saver(run_dir, config.keep_checkpoints, console.note)
     saver.last = resume_step
     try:
         windows = next_windows(step)
@@ -513,13 +487,13 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
                     files.append_line(run_dir / "samples.txt", text)
             stop = stop or (alone and bool(stop_signals))  # perhaps one came meanwhile
             if step != saved_step and (stop or (step and due(step, config.checkpoint_interval))):
-                meta = {
+                about: About = {
                     "val_loss": val_loss if due(step, config.eval_interval) else None,
                     "best_val_loss": best if best < math.inf else None,
                     "record": record,
                 }
                 extra = {"opt_state": state.opt_state, "guard": state.guard}
-                saver.save(step, state.params, extra, meta)
+                saver.save(step, state.params, extra, about)
                 if config.wait_for_checkpoints:
                     saver.settle()
                 saved_step = step

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints.run_folder import load_run
+from gptjax.checkpoints.steps import saved_steps
 from gptjax.terminal import cli, output
 
 from .conftest import ROOT
@@ -168,7 +168,7 @@ def test_a_run_whose_reader_leaves_and_whose_session_ends_is_saved(
             break
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
-    saved = checkpoint.steps(out)
+    saved = saved_steps(out)
     assert len(saved) == 1 and saved[0] >= 5
     assert f"saved step {saved[0]} after SIGHUP" in unprinted.read_text()
     assert load_run(out).step == saved[0]  # every array is there, and of its hash

@@ -1,7 +1,6 @@
 """Evaluate a run: `gptjax evaluate RUN --task=lambada --data=lambada_test.jsonl`."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -17,7 +16,7 @@ from gptjax.checkpoints.run_folder import load_run
 from gptjax.commands import evaluation
 from gptjax.commands.evaluation import Result, Scorer, Settings
 from gptjax.config import require, require_range
-from gptjax.errors import DataError, UsageError
+from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
 from gptjax.terminal import cli, flags
 from gptjax.terminal.console import show_count
@@ -70,8 +69,7 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
     config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax evaluate RUN")
     if not run_dir:
         raise UsageError("no run folder: gptjax evaluate RUN --task=... --data=...")
-    near = difflib.get_close_matches(config.task, TASKS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(TASKS)}"
+    hint = did_you_mean(config.task, TASKS, f"must be one of {', '.join(TASKS)}")
     require(config.task in TASKS, "task", config.task, hint)
     require(
         config.stride == 0 or config.task == "wikitext2",

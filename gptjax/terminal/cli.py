@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import jax
 
-from gptjax.errors import REFUSALS, OutOfMemoryError, OutputError, UsageError
+from gptjax.errors import REFUSALS, OutOfMemoryError, OutputError, UsageError, first_line
 from gptjax.files import ELSEWHERE, cache_dir
 from gptjax.terminal import output
 
@@ -67,7 +67,7 @@ def backend_problem() -> str | None:
         jax.devices()
         return None
     except (RuntimeError, AssertionError) as error:  # an AssertionError: cuda without its plugin
-        said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        said = str(error) and first_line(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
     names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
     asked = "".join(f"{name}={os.environ[name]}: " for name in names if os.environ.get(name))
     nvidia = not asked or "cuda" in asked or "gpu" in asked
