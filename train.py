@@ -39,7 +39,7 @@ from gptjax.errors import (
 )
 from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags, output
-from gptjax.terminal.console import TrainConsole, show_bytes
+from gptjax.terminal.console import TrainConsole, show_progress
 from gptjax.terminal.nanogpt_flags import config_file_problem
 from gptjax.tokenizer import Tokenizer, decode, save_tokenizer
 from gptjax.training import bad_steps, faults, metrics
@@ -238,7 +238,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
     console = TrainConsole(config.max_iters, quiet=not primary)
     if batch_note:
         console.note(batch_note)
-    with show_bytes(console.console) as progress:
+    with show_progress(console.console) as progress:
         dataset = load_dataset(
             config.dataset,
             block_size=cfg.block_size,

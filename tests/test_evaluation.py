@@ -495,14 +495,14 @@ def test_progress_is_a_bar_on_a_terminal_and_rare_lines_elsewhere(
 ) -> None:
     now = iter([0.0, 1.0, 11.0, 11.0, 12.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.show_count("windows") as progress:
+    with console.show_progress(unit="windows") as progress:
         for done in (1, 2, 3):
-            progress(done, 3)
+            progress("", done, 3)
     assert capsys.readouterr() == ("", "2/3 windows\n")
     monkeypatch.undo()
     screen = io.StringIO()
     terminal = functools.partial(Console, file=screen, force_terminal=True, no_color=True)
     monkeypatch.setattr(console, "Console", lambda stderr: terminal())
-    with console.show_count("windows") as progress:
-        progress(2, 3)
+    with console.show_progress(unit="windows") as progress:
+        progress("", 2, 3)
     assert "2/3 windows" in re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())

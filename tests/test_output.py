@@ -72,13 +72,6 @@ def test_what_cannot_be_encoded_is_escaped(encoding: str, monkeypatch: pytest.Mo
     assert written.endswith("\\xe9\n" if encoding == "ascii" else "é\n")
 
 
-def test_the_bar_of_a_terminal_that_knows_no_lines() -> None:
-    from gptjax.terminal.console import bar_signs
-
-    assert bar_signs("utf-8") == ("━", "━")
-    assert bar_signs("latin-1") == bar_signs("ascii") == bar_signs("no such") == ("=", "-")
-
-
 def test_libraries_are_heard_once_and_in_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

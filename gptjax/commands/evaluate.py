@@ -19,7 +19,7 @@ from gptjax.config import require, require_range
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
 from gptjax.terminal import cli, flags
-from gptjax.terminal.console import show_count
+from gptjax.terminal.console import show_progress
 from gptjax.tokenizer import Tokenizer
 
 TASKS: dict[str, Callable[[Scorer, Tokenizer, str, Settings], Result]] = {
@@ -114,14 +114,15 @@ def main(argv: list[str]) -> int:
     cfg = dataclasses.replace(run.config.model, dtype=config.dtype, dropout=0.0, attention="auto")
     cfg = model.resolve(cfg)
     settings = make_settings(config, cfg.block_size)
-    with show_count("windows" if config.task == "wikitext2" else "texts") as progress:
+    unit = "windows" if config.task == "wikitext2" else "texts"
+    with show_progress(unit=unit) as progress:
         score = functools.partial(
             evaluation.score_texts,
             cfg,
             run.params,
             context=settings.context,
             batch_size=config.batch_size,
-            progress=progress,
+            progress=functools.partial(progress, ""),
         )
         try:
             result = TASKS[config.task](score, run.tokenizer, text, settings)
