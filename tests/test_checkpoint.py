@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from gptjax.checkpoints import restore, steps
 from gptjax.checkpoints.restore import abstract_tree, restore_newest, restore_params
-from gptjax.checkpoints.save import Saver, check_space
+from gptjax.checkpoints.save import NewestAndBest, Saver, check_space
 from gptjax.checkpoints.steps import (
     Meta,
     best_step,
@@ -77,6 +78,43 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     params = restore_params(tmp_path, 20, target(make_state().params))
     wte = init_params(CFG, jax.random.key(0))["wte"]["embedding"]
     assert np.array_equal(params["wte"]["embedding"], wte + 20)
+
+
+def test_the_best_step_of_a_resumed_run_is_kept_which_orbax_would_lose(tmp_path: Path) -> None:
+    """Why the policy is ours: `BestN` takes losses from files that only orbax's metrics make."""
+    policies = ocp.checkpoint_managers
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics["val_loss"],
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, best_fn=lambda metrics: metrics["val_loss"]
+    )
+    for name in ("orbax", "ours"):
+        save_steps(tmp_path / name, {10: 1.0, 20: 2.0}, keep=1)
+    with ocp.CheckpointManager(checkpoint_folder(tmp_path / "orbax"), options=options) as manager:
+        item = ocp.args.Composite(params=ocp.args.StandardSave({"w": np.zeros(2)}))
+        assert manager.save(30, args=item, metrics={"val_loss": 3.0})
+    save_steps(tmp_path / "ours", {30: 3.0}, keep=1)
+    assert saved_steps(tmp_path / "orbax") == [30]
+    assert saved_steps(tmp_path / "ours") == [10, 30]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("order", [[1, 2, 3, 4, 5], [3, 1, 5, 4, 2]])
+def test_what_is_kept(keep: int, order: list[int]) -> None:
+    def kept(losses: dict[int, float]) -> set[int]:
+        infos = [types.SimpleNamespace(step=step) for step in order]
+        answers = NewestAndBest(keep, losses).should_preserve(infos, context=None)
+        return {step for step, answer in zip(order, answers, strict=True) if answer}
+
+    newest = set(range(6 - keep, 6))
+    assert kept({1: 2.0, 2: 1.0, 3: 1.0, 4: 1.5}) == newest | {3}  # of two the newer
+    assert kept({2: 1.0, 3: float("inf")}) == newest | {2}  # one without a loss is never the best
+    assert kept({}) == newest
 
 
 def test_without_evaluation_the_newest_is_best(tmp_path: Path) -> None:
