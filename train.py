@@ -29,10 +29,10 @@ from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_
 from gptjax.data import batches
 from gptjax.data.datasets import load_dataset
 from gptjax.errors import (
-    REFUSALS,
     DiskError,
     NonFiniteError,
     PeerError,
+    Refusal,
     UsageError,
     first_line,
     plural,
@@ -178,7 +178,7 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:
-        if isinstance(error, REFUSALS):
+        if isinstance(error, Refusal):
             raise
         if explained := memory.explain(error, config):
             raise explained from error
@@ -519,7 +519,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         raise DiskError(f"step {step} is not saved, the last that is is {saver.last} ({run_dir})")
     if step < last_step or (step == config.max_iters and val_loss is None):
         number = stop_signals[0] if stop_signals else signal.SIGTERM
-        console.note(f"saved step {step} after {cli.signal_name(number)}")
+        console.note(f"saved step {step} after {signal.Signals(number).name}")
         return 128 + number
     if step < config.max_iters:
         console.note(f"saved step {step}, as --stop_step={step} says; --init_from=resume goes on")

@@ -4,7 +4,13 @@ import difflib
 from collections.abc import Iterable
 
 
-class InputError(ValueError):
+class Refusal(Exception):
+    """What a program says in a line before it ends with this exit code."""
+
+    exit_code: int
+
+
+class InputError(Refusal, ValueError):
     """What the user gave cannot be used as it is, for a `reason`.
 
     Where a `flag` of convert_gpt2.py lets it pass, the message says so, with a `note` on the flag.
@@ -28,52 +34,40 @@ class DataError(InputError):
     exit_code = 65
 
 
-class OutputError(OSError):
+class OutputError(Refusal, OSError):
     """The place to write to is not writable."""
 
     exit_code = 73
 
 
-class PeerError(RuntimeError):
+class PeerError(Refusal, RuntimeError):
     """Another process of the same run is gone."""
 
     exit_code = 70
 
 
-class OutOfMemoryError(MemoryError):
+class OutOfMemoryError(Refusal, MemoryError):
     """The device or the machine has less memory than this needs."""
 
     exit_code = 71
 
 
-class DiskError(OSError):
+class DiskError(Refusal, OSError):
     """The disk failed, or is full."""
 
     exit_code = 74
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Refusal, RuntimeError):
     """There is no saved state that could be used."""
 
     exit_code = 75
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(Refusal, FloatingPointError):
     """Numbers became NaN or infinite."""
 
     exit_code = 76
-
-
-REFUSALS = (
-    UsageError,
-    DataError,
-    PeerError,
-    OutOfMemoryError,
-    OutputError,
-    DiskError,
-    CheckpointError,
-    NonFiniteError,
-)
 
 
 def plural(count: int, one: str, many: str = "") -> str:

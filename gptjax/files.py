@@ -73,6 +73,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below; one that disappears meanwhile does not count."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).lstat().st_size
+    return total
+
+
 def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
     """Return the names of files, or the first and the last of more than three.
 
@@ -171,7 +181,7 @@ def download(
     if path.is_file() and file_sha256(path) == sha256:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
+    for last in (False, True):
         try:
             with (
                 urllib.request.urlopen(url, timeout=timeout) as response,
@@ -185,22 +195,19 @@ def download(
                     done += len(chunk)
                     progress(f"downloading {path.name}", done, total)
                 if done < total:
-                    raise Damaged(f"cut short after {done:,} of {total:,} {plural(total, 'byte')}")
-                if digest.hexdigest() != sha256:
-                    raise Damaged(f"sha256 {digest.hexdigest()}, expected {sha256}")
+                    got = f"{done:,} of {total:,} {plural(total, 'byte')}"
+                    raise DataError(f"cannot download {url}: cut short after {got}")
+                if (found := digest.hexdigest()) != sha256:
+                    raise DataError(f"cannot download {url}: sha256 {found}, expected {sha256}")
             return
-        except Damaged as error:
-            refusal = DataError(f"cannot download {url}: {error}")
+        except DataError:  # other bytes than were asked for: worth a second try
+            if last:
+                raise
         except urllib.error.HTTPError as error:
             error.close()
             raise DataError(f"cannot download {url}: {error}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(f"cannot download {url}: {error}") from error
-    raise refusal
-
-
-class Damaged(Exception):
-    """Bytes arrived, but not the ones that were asked for: worth a second try."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

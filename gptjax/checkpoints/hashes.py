@@ -36,12 +36,17 @@ def leaf_digests(tree: Any) -> Leaves:
         return dict(zip(leaf_paths(tree), pool.map(describe, leaves), strict=True))
 
 
-def first_difference(a: Leaves, b: Leaves) -> str | None:
-    """Return the path of the first leaf that differs, and what does; None if trees are equal."""
-    for path in [*a, *(path for path in b if path not in a)]:
-        if path not in a or path not in b:
-            return f"{path} is in one of them only"
-        for what in ("shape", "dtype", "sha256"):
-            if a[path][what] != b[path][what]:
-                return f"{what} mismatch in {path}"
+def first_difference(found: Leaves, wanted: Leaves) -> str | None:
+    """Return the first leaf in which two trees differ, and in what; None if they are equal.
+
+    What `wanted` does not say of a leaf may be anything, as its sha256 before there are numbers.
+    """
+    for path in [*found, *(path for path in wanted if path not in found)]:
+        if path not in wanted:
+            return f"it holds {path}, which is not wanted"
+        if path not in found:
+            return f"it does not hold {path}"
+        for what, value in wanted[path].items():
+            if found[path][what] != value:
+                return f"{path} has {what} {found[path][what]!s:.20}, wanted is {value!s:.20}"
     return None

@@ -129,7 +129,11 @@ def restore_items(
             f"{found}: its arrays were never merged, as gptjax 0.1 left them in a folder with *?[ "
             f"in its name; merge them: gptjax doctor {quote(str(run_dir))} --mend"
         )
-    if difference := first_shape_difference(targets, expected):
+    wanted: Leaves = {
+        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        for path, leaf in zip(leaf_paths(targets), jax.tree.leaves(targets), strict=True)
+    }
+    if difference := first_difference(expected, wanted):
         raise CheckpointError(
             f"{found}: {difference}; the settings are not those it was saved with"
         )
@@ -149,29 +153,9 @@ def restore_items(
             f"{found}: {first_line(error)} (its numbers could not be compared: the cause may also "
             "be the disk, its mount, or the installed packages)"
         ) from error
-    difference = first_difference(leaf_digests(items), expected)
-    if difference:
+    if difference := first_difference(leaf_digests(items), expected):
         raise DamagedStep(f"{found}: {difference}")
     return items
-
-
-def first_shape_difference(targets: dict[str, Tree], expected: Leaves) -> str | None:
-    """Return where the wanted arrays differ from the saved ones in path, shape or dtype."""
-    paths, leaves = leaf_paths(targets), jax.tree.leaves(targets)
-    wanted = {
-        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        for path, leaf in zip(paths, leaves, strict=True)
-    }
-    for path in [*expected, *(path for path in wanted if path not in expected)]:
-        if path not in wanted:
-            return f"it holds {path}, which is not wanted"
-        if path not in expected:
-            return f"it does not hold {path}"
-        for what in ("shape", "dtype"):
-            if expected[path][what] != wanted[path][what]:
-                there, here = expected[path][what], wanted[path][what]
-                return f"{path} has {what} {there}, wanted is {here}"
-    return None
 
 
 def abstract_tree(shapes: Tree, shardings: Tree) -> Tree:

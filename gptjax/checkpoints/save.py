@@ -31,6 +31,7 @@ from gptjax.checkpoints.steps import (
     step_folder,
 )
 from gptjax.errors import CheckpointError, DiskError, NonFiniteError, first_line
+from gptjax.files import folder_bytes
 from gptjax.memory import megabytes, tree_bytes
 from gptjax.sharding import all_agree
 
@@ -242,8 +243,7 @@ def require_whole(run_dir: Path, step: int) -> None:
 def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
     """Raise DiskError unless so many checkpoints of a tree, less those there are, fit the disk."""
     size = tree_bytes(tree)
-    saved = [path for step in named_like_steps(run_dir) for path in step.rglob("*")]
-    there = sum(path.stat().st_size for path in saved if path.is_file())
+    there = sum(map(folder_bytes, named_like_steps(run_dir)))
     needed, free = copies * size - there, shutil.disk_usage(run_dir).free
     if needed > free:
         raise DiskError(

@@ -27,14 +27,13 @@ from gptjax.commands.run_checks import (
     check_folder,
     check_lock,
     check_steps,
-    folder_bytes,
     mend,
     why_not_writable,
 )
 from gptjax.config import TrainConfig, require
 from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError, first_line, plural
-from gptjax.files import cache_dir, expand
+from gptjax.files import cache_dir, expand, folder_bytes
 from gptjax.memory import physical_memory
 from gptjax.terminal import flags
 from gptjax.terminal.console import printable

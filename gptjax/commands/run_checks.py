@@ -1,8 +1,6 @@
 """What `gptjax doctor` looks at in a run folder."""
 
-import contextlib
 import fcntl
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +12,7 @@ from gptjax.checkpoints.save import require_whole
 from gptjax.checkpoints.steps import checkpoint_folder, quarantined, saved_steps, step_folder
 from gptjax.config import TrainConfig, load_config
 from gptjax.errors import first_line
+from gptjax.files import folder_bytes
 
 GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two moments, in float32
 
@@ -107,13 +106,3 @@ def why_not_writable(folder: Path) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below; one that disappears meanwhile does not count."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += (Path(parent) / name).lstat().st_size
-    return total

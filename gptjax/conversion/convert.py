@@ -19,7 +19,7 @@ from gptjax.conversion import gguf, hub, huggingface, llmc, nanogpt, openai, sig
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.source_tokenizer import OWN_TOKENIZER, choose_tokenizer
 from gptjax.conversion.tensors import Source, read_params, with_activation
-from gptjax.errors import REFUSALS, DataError, InputError, OutputError, UsageError, first_line
+from gptjax.errors import DataError, InputError, OutputError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256
 from gptjax.memory import physical_memory
 from gptjax.tokenizer import GPT2Tokenizer, save_tokenizer, write_gpt2_files
@@ -252,7 +252,7 @@ def import_run(
             largest = max(leaf.nbytes for leaf in jax.tree.leaves(run.params))
             with Saver(temporary, strikes=1, largest=largest) as saver:
                 saver.save(0, run.params, None, about)
-        except REFUSALS:
+        except Refusal:
             raise
         except Exception as error:  # orbax passes on whatever its threads met
             raise OutputError(
