@@ -10,12 +10,11 @@ from pathlib import Path
 import gptjax  # noqa: F401  (before jax: it sets up the allocator)
 
 # isort: split
-from gptjax import distributed
-from gptjax.checkpoints.save import Saver
+from gptjax import distributed, memory
+from gptjax.checkpoints.save import About, Saver
 from gptjax.errors import DiskError, plural
 from gptjax.terminal import cli, flags
 from gptjax.training import plan
-from gptjax.training.failures import check_host_memory
 from gptjax.training.feed import BatchFeed
 from gptjax.training.replay import replay
 from gptjax.training.resume_check import resume_check
@@ -58,7 +57,7 @@ def train(run: TrainingRun) -> int:
     # ---- State: shapes first, then arrays where they belong --------------------------------------
     config, mesh = run.config, run.mesh
     abstract = abstract_state(config, mesh)
-    check_host_memory(abstract)
+    memory.check_fits(abstract)
     state, progress = init_or_restore(run, abstract)
     prepare_folder(run, abstract, progress)
     train_step = make_train_step(config, abstract, run.fault)
@@ -92,13 +91,10 @@ def train(run: TrainingRun) -> int:
 
                 leaving = leaving or stop.at_once()  # a signal may have come meanwhile
                 if step != saved and (leaving or plan.is_checkpoint_due(config, step)):
-                    meta = {
-                        "val_loss": val_loss,
-                        "best_val_loss": log.best if log.best < math.inf else None,
-                        "record": run.record,
-                    }
                     extra = {"opt_state": state.opt_state, "guard": state.guard}
-                    saver.save(step, state.params, extra, meta)
+                    best = log.best if log.best < math.inf else None
+                    about = About(val_loss=val_loss, best_val_loss=best, record=run.record)
+                    saver.save(step, state.params, extra, about)
                     if config.wait_for_checkpoints:
                         saver.settle()
                     saved = step
@@ -134,7 +130,7 @@ def report_end(run: TrainingRun, state: TrainState, step: int, val_loss: float |
         note(f"saved step {step}, as --stop_step={step} says; --init_from=resume goes on")
         return 0
     number = run.stop_signals[0] if run.stop_signals else signal.SIGTERM
-    note(f"saved step {step} after {cli.signal_name(number)}")
+    note(f"saved step {step} after {signal.Signals(number).name}")
     return 128 + number
 
 

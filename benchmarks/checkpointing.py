@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from gptjax import model, sharding
-from gptjax.checkpoints import save as saving
 from gptjax.checkpoints.hashes import json_sha256, leaf_digests
+from gptjax.checkpoints.save import Saver
 from gptjax.presets import PRESETS
 from gptjax.training.step import TrainState, abstract_state, init_state, make_train_step
 
@@ -46,7 +46,7 @@ def time_save(state: TrainState) -> tuple[float, float]:
     """Seconds of a save until it is on disk, and of its digests and meta."""
     extra = {"opt_state": state.opt_state, "guard": state.guard}
     with tempfile.TemporaryDirectory() as folder:
-        saver = saving.Saver(Path(folder))
+        saver = Saver(Path(folder))
         began = time.perf_counter()
         saver.save(1, state.params, extra, {"val_loss": None})
         saver.settle()
@@ -61,7 +61,7 @@ def time_steps(
     state: TrainState, step: Callable[..., Any], windows: Any, interval: int
 ) -> tuple[TrainState, float]:
     """Seconds of the steps, with a save each `interval` of them (0 = never)."""
-    with tempfile.TemporaryDirectory() as folder, saving.Saver(Path(folder), keep=2) as saver:
+    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), keep=2) as saver:
         began = time.perf_counter()
         for i in range(1, STEPS + 1):
             state, metrics = step(state, windows)

@@ -1,10 +1,9 @@
 """The command `gptjax`, or `python -m gptjax`: its first word names what to do."""
 
-import difflib
 import sys
 
 from gptjax.commands import doctor, evaluate
-from gptjax.errors import UsageError
+from gptjax.errors import UsageError, did_you_mean
 from gptjax.terminal import cli
 
 COMMANDS = {"evaluate": evaluate.main, "doctor": doctor.main}
@@ -18,8 +17,7 @@ def dispatch(argv: list[str]) -> int:
         print(f"usage: {USAGE}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"usage: {USAGE}"
+        hint = did_you_mean(name, COMMANDS, f"usage: {USAGE}")
         raise UsageError(f"unknown command {name}: {hint}" if name else f"usage: {USAGE}")
     return COMMANDS[name](rest)
 

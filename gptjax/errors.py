@@ -1,13 +1,23 @@
-"""The refusals that gptjax makes on purpose, each with the exit code its scripts end with."""
+"""The refusals that gptjax makes on purpose, each with its exit code, and words of messages."""
+
+import difflib
+from collections.abc import Iterable
 
 
-class InputError(ValueError):
+class Refusal(Exception):
+    """What a program says in a line before it ends with this exit code."""
+
+    exit_code: int
+
+
+class InputError(Refusal, ValueError):
     """What the user gave cannot be used as it is, for a `reason`.
 
     Where a `flag` of convert_gpt2.py lets it pass, the message says so, with a `note` on the flag.
     """
 
     def __init__(self, reason: str, flag: str = "", note: str = "") -> None:
+        """Word the message."""
         super().__init__(f"{reason}; pass {flag} ({note})" if flag else reason)
         self.reason, self.flag, self.note = reason, flag, note
 
@@ -24,54 +34,63 @@ class DataError(InputError):
     exit_code = 65
 
 
-class OutputError(OSError):
+class OutputError(Refusal, OSError):
     """The place to write to is not writable."""
 
     exit_code = 73
 
 
-class PeerError(RuntimeError):
+class PeerError(Refusal, RuntimeError):
     """Another process of the same run is gone."""
 
     exit_code = 70
 
 
-class OutOfMemoryError(MemoryError):
+class OutOfMemoryError(Refusal, MemoryError):
     """The device or the machine has less memory than this needs."""
 
     exit_code = 71
 
 
-class DiskError(OSError):
+class DiskError(Refusal, OSError):
     """The disk failed, or is full."""
 
     exit_code = 74
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Refusal, RuntimeError):
     """There is no saved state that could be used."""
 
     exit_code = 75
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(Refusal, FloatingPointError):
     """Numbers became NaN or infinite."""
 
     exit_code = 76
 
 
-REFUSALS = (
-    UsageError,
-    DataError,
-    PeerError,
-    OutOfMemoryError,
-    OutputError,
-    DiskError,
-    CheckpointError,
-    NonFiniteError,
-)
-
-
 def plural(count: int, one: str, many: str = "") -> str:
-    """What stands behind this number in a message: 1 token, 2 tokens; or `many`, where given."""
+    """Return what stands behind a number: 1 token, 2 tokens; or `many`, where it is given."""
     return one if count == 1 else many or f"{one}s"
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str, sign: str = "") -> str:
+    """Return a question with the known word that is most like this one.
+
+    Args:
+        word: what was typed.
+        known: the words that there are.
+        otherwise: what to say if none of them is like it.
+        sign: stands before the word that is found, as in `--name`.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {sign}{near[0]}?" if near else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, for a message of one line; the name of its class if nothing."""
+    if "No space left on device" in str(error):
+        return "no space left on device"
+    line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]  # is 2 kB
+    return line.rstrip() or type(error).__name__

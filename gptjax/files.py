@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import platformdirs
+
 from gptjax.errors import DataError, OutputError, UsageError, plural
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
@@ -37,21 +39,18 @@ def expand(path: str | Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """Return $GPTJAX_CACHE, or gptjax in $XDG_CACHE_HOME or in ~/.cache.
+    """Return $GPTJAX_CACHE, or gptjax in $XDG_CACHE_HOME or in the system's place for caches.
 
     Raises:
         OutputError: neither variable is set, and this user has no home folder.
     """
     if own := os.environ.get("GPTJAX_CACHE"):
         return expand(own)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "gptjax"
-    try:
-        return Path.home() / ".cache" / "gptjax"
-    except RuntimeError as error:  # a container's user who is in no passwd file
-        raise OutputError(
-            f"this user has no home folder to keep a cache in; {ELSEWHERE}"
-        ) from error
+    with contextlib.suppress(RuntimeError):  # a container's user who is in no passwd file
+        path = platformdirs.user_cache_path("gptjax", appauthor=False)
+        if path.is_absolute():  # older versions of platformdirs give the `~` back
+            return path
+    raise OutputError(f"this user has no home folder to keep a cache in; {ELSEWHERE}")
 
 
 @contextlib.contextmanager
@@ -69,21 +68,28 @@ def writing_to_cache() -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """Of the file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def temporary_beside(path: Path) -> Path:
-    """Return a new name in the same folder, for what shall take the place of `path`.
-
-    What is made there gets the modes that the user's umask says; those of `tempfile` are private.
-    """
-    return path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below; one that disappears meanwhile does not count."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).lstat().st_size
+    return total
 
 
 def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
-    """Their names, or the first and the last; with folders where a name among all occurs twice."""
+    """Return the names of files, or the first and the last of more than three.
+
+    Args:
+        paths: the files.
+        among: all that there are; where two of them share a name, whole paths are shown.
+    """
     every = {*paths, *among}
     unique = len({path.name for path in every}) == len(every)
     names = [path.name if unique else str(path) for path in paths]
@@ -93,14 +99,17 @@ def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[IO[bytes]]:
-    """Give a file that takes the place of `path` when the block ends well and `keep()`."""
-    temporary = temporary_beside(path)
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Give a file that takes the place of `path` when the block ends well.
+
+    It lies beside `path` until then, with the modes that the user's umask says; those of `tempfile`
+    are private.
+    """
+    temporary = path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         with temporary.open("xb") as file:
             yield file
-        if keep():
-            temporary.replace(path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -132,7 +141,9 @@ def append_line(path: Path, text: str) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of this file, which the kernel frees whatever becomes of the process.
 
-    On a network file system a lock may not reach other hosts; the file names its holder.
+    On a network file system a lock may not reach other hosts; the file names its holder. The
+    package filelock does not serve: its versions up to 3.20 empty the file before they ask for the
+    lock, and so forget its holder, and where there is no flock a kill -9 leaves its lock behind.
 
     Raises:
         OutputError: another process holds it.
@@ -170,7 +181,7 @@ def download(
     if path.is_file() and file_sha256(path) == sha256:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
+    for last in (False, True):
         try:
             with (
                 urllib.request.urlopen(url, timeout=timeout) as response,
@@ -184,26 +195,27 @@ def download(
                     done += len(chunk)
                     progress(f"downloading {path.name}", done, total)
                 if done < total:
-                    raise Damaged(f"cut short after {done:,} of {total:,} {plural(total, 'byte')}")
-                if digest.hexdigest() != sha256:
-                    raise Damaged(f"sha256 {digest.hexdigest()}, expected {sha256}")
+                    got = f"{done:,} of {total:,} {plural(total, 'byte')}"
+                    raise DataError(f"cannot download {url}: cut short after {got}")
+                if (found := digest.hexdigest()) != sha256:
+                    raise DataError(f"cannot download {url}: sha256 {found}, expected {sha256}")
             return
-        except Damaged as error:
-            refusal = DataError(f"cannot download {url}: {error}")
+        except DataError:  # other bytes than were asked for: worth a second try
+            if last:
+                raise
         except urllib.error.HTTPError as error:
             error.close()
             raise DataError(f"cannot download {url}: {error}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(f"cannot download {url}: {error}") from error
-    raise refusal
-
-
-class Damaged(Exception):
-    """Bytes arrived, but not the ones that were asked for: worth a second try."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for; DataError unless it is one, and small."""
+    """Return the JSON object in a file that nobody vouches for.
+
+    Raises:
+        DataError: it is no JSON object, a key occurs twice, or it is larger than `JSON_LIMIT`.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

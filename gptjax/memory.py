@@ -1,8 +1,84 @@
-"""How much memory the machine has."""
+"""How much memory there is, how much arrays take, and what to do where it is too little."""
 
+import math
 import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import TrainConfig
+from gptjax.errors import OutOfMemoryError, first_line
+
+# What a container may have, as it reads it itself: of version 2 of Linux's control groups, of 1.
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def physical_memory() -> int:
-    """Bytes of memory, whoever uses them now."""
+    """Return the bytes of memory of the machine, whoever uses them now."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def allowed_memory() -> int:
+    """Return the bytes that this process may have: the machine's, its container's, `ulimit -v`."""
+    limits = [physical_memory()]
+    for path in CGROUP_LIMITS:
+        if path.is_file() and (text := path.read_text().strip()).isdecimal():  # or it says "max"
+            limits.append(int(text))
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    return min(limits)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of the arrays of a tree, or of the arrays that its shapes stand for."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes for people: 12.3 MB."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def check_fits(state: Any) -> None:
+    """Refuse a state, or its shapes, that cannot fit into the host's memory.
+
+    Only where JAX computes on the CPU, whose client may wait for ever for arrays that its threads
+    could not allocate; other devices say so themselves.
+
+    Raises:
+        MemoryError: it cannot.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    needed, allowed = tree_bytes(state), allowed_memory()
+    if needed > allowed:
+        raise MemoryError(
+            f"parameters and optimizer state take {megabytes(needed)}, this process may have "
+            f"{megabytes(allowed)}"
+        )
+
+
+def explain(error: BaseException, config: TrainConfig) -> OutOfMemoryError | None:
+    """Return what to do about an error of too little memory; None of any other error.
+
+    Args:
+        error: what Python, JAX or XLA raised.
+        config: the settings of the run.
+    """
+    if isinstance(error, OutOfMemoryError):  # it says what to do
+        return None
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    cfg = config.model
+    return OutOfMemoryError(
+        f"out of memory ({first_line(error)[:200]}) with batch_size={config.batch_size}, "
+        f"block_size={cfg.block_size}, n_layer={cfg.n_layer}, n_embd={cfg.n_embd}; lower "
+        "--batch_size and raise --gradient_accumulation_steps, lower --block_size, or take "
+        "--remat; what was saved is as it was"
+    )

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import tiktoken
 
 from gptjax.errors import DataError, UsageError, plural
+from gptjax.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = ("encoder.json", "vocab.json", "tokenizer.json")  # OpenAI's, Hugging Face's
@@ -290,9 +290,8 @@ def write_gpt2_files(tokenizer: GPT2Tokenizer, folder: Path) -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.json") -> None:
     """Write the tokenizer's file, whole or not at all."""
-    temporary = folder / f"{name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(tokenizer.to_json()) + "\n", encoding="utf-8")
-    temporary.replace(folder / name)
+    with replacing(folder / name) as file:
+        file.write((json.dumps(tokenizer.to_json()) + "\n").encode())
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:

@@ -15,6 +15,7 @@ import pytest
 
 import sample
 import train
+from gptjax import errors
 from gptjax.commands.doctor import plugins
 from gptjax.config import (
     GPTConfig,
@@ -24,7 +25,7 @@ from gptjax.config import (
     load_config,
     to_json,
 )
-from gptjax.errors import REFUSALS, UsageError
+from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
 
@@ -322,7 +323,9 @@ def test_damaged_config_is_one_line(content: str, tmp_path: Path) -> None:
 
 
 def test_exit_codes_are_the_documented_ones() -> None:
-    codes = {refusal.__name__: refusal.exit_code for refusal in REFUSALS}  # type: ignore[attr-defined]
+    codes = {
+        name: kind.exit_code for name, kind in vars(errors).items() if hasattr(kind, "exit_code")
+    }
     assert codes == {
         "UsageError": 2,
         "DataError": 65,

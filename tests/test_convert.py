@@ -17,9 +17,10 @@ import pytest
 import convert_gpt2
 from benchmarks import importing
 from gptjax import model
-from gptjax.checkpoints import restore as checkpoint
-from gptjax.checkpoints import save as saving
+from gptjax.checkpoints import save
+from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.run_folder import load_run
+from gptjax.checkpoints.save import Saver
 from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
 from gptjax.conversion import convert, huggingface
 from gptjax.conversion.convert import SourceConfig
@@ -47,7 +48,7 @@ def make_run(path: Path, tokenizer: Tokenizer, **changes: Any) -> model.Params:
     params = scaled_params(cfg, jax.random.key(0))
     (path / "config.json").write_text(to_json(TrainConfig(model=cfg)))
     save_tokenizer(tokenizer, path)
-    with saving.Saver(path) as saver:
+    with Saver(path) as saver:
         saver.save(0, params, None, {"val_loss": None})
     return jax.device_get(params)
 
@@ -214,7 +215,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     def fail(*args: Any) -> None:
         raise RuntimeError("the disk is full\nand more")
 
-    monkeypatch.setattr(saving.Saver, "save", fail)
+    monkeypatch.setattr(save.Saver, "save", fail)
     with pytest.raises(OutputError, match=r"cannot write the weights .*: the disk is full$"):
         convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
     assert list((tmp_path / "runs").iterdir()) == []
@@ -240,7 +241,7 @@ def test_no_message_names_the_temporary_folder(
     make_run(tmp_path / "run", ByteTokenizer())
     new = tmp_path / "runs" / "new"
     for owner, name, failing in (
-        (saving.ocp.CheckpointManager, "save", fail_in_orbax),
+        (save.ocp.CheckpointManager, "save", fail_in_orbax),
         (convert, "save_tokenizer", fail_in_json),
         (huggingface, "save_file", fail_in_safetensors),
     ):
@@ -257,7 +258,7 @@ def test_no_message_names_the_temporary_folder(
 
 def test_sigterm_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(saving.Saver, "save", lambda *args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(save.Saver, "save", lambda *args: signal.raise_signal(signal.SIGTERM))
     argv = ["import", str(hf), f"--out_dir={tmp_path}/runs/new", "--tokenizer=byte"]
     try:
         with pytest.raises(SystemExit) as ended:
@@ -272,7 +273,7 @@ def test_too_little_room_is_said_of_the_folder_that_was_named(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskError, match=f"^--out_dir={tmp_path}/runs/new: 1 x "):
         convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
     assert list((tmp_path / "runs").iterdir()) == []
@@ -361,7 +362,7 @@ def test_a_model_larger_than_memory(hf: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_imported_run_has_nothing_to_resume(hf: Path, tmp_path: Path) -> None:
     convert.import_run(str(hf), tmp_path / "run", BYTE)
     with pytest.raises(CheckpointError, match="no optimizer state to resume with"):
-        checkpoint.restore_newest(tmp_path / "run", ({}, {}))
+        restore_newest(tmp_path / "run", ({}, {}))
 
 
 def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from gptjax import attention
-from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints.steps import step_folder
 from gptjax.commands import doctor
 from gptjax.commands.doctor import Finding
 from gptjax.config import TrainConfig, to_json
@@ -52,7 +52,7 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_dir(tmp_path: Path) -> Path:
     """A run folder with settings and two steps, the newest of 3000 bytes."""
     for step in (100, 200):
-        folder = checkpoint.folder(tmp_path) / str(step) / "params"
+        folder = step_folder(tmp_path, step) / "params"
         folder.mkdir(parents=True)
         (folder / "data").write_bytes(b"x" * 3000)
     (tmp_path / "config.json").write_text(to_json(TrainConfig(keep_checkpoints=3)))
@@ -79,7 +79,7 @@ def test_machine_in_order(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in [*ALWAYS, "disk"]]
     for step in (100, 200):  # nothing that can be restored
-        shutil.rmtree(checkpoint.folder(run_dir) / str(step))
+        shutil.rmtree(step_folder(run_dir, step))
     save_steps(run_dir, {100: None, 200: None})
     assert doctor.main([str(run_dir), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from gptjax import __main__ as command
 from gptjax import model
-from gptjax.checkpoints import save as saving
+from gptjax.checkpoints.save import Saver
 from gptjax.commands import evaluation
 from gptjax.commands.evaluation import Score, Settings, Text
 from gptjax.config import TrainConfig, to_json
@@ -335,7 +335,7 @@ def make_run(folder: Path, tokenizer: Any) -> Path:
     save_tokenizer(tokenizer, folder)
     params = jax.device_get(PARAMS)
     params["wte"]["embedding"] = params["wte"]["embedding"][: tokenizer.n_vocab]
-    saver = saving.Saver(folder, 2)
+    saver = Saver(folder, 2)
     for step, val_loss in ((3, 1.0), (7, 2.0)):
         scaled = jax.tree.map(lambda p, by=1 + step / 10: p * np.float32(by), params)
         saver.save(step, scaled, {"count": np.zeros(1)}, {"val_loss": val_loss})
@@ -495,14 +495,14 @@ def test_progress_is_a_bar_on_a_terminal_and_rare_lines_elsewhere(
 ) -> None:
     now = iter([0.0, 1.0, 11.0, 11.0, 12.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.show_count("windows") as progress:
+    with console.show_progress(unit="windows") as progress:
         for done in (1, 2, 3):
-            progress(done, 3)
+            progress("", done, 3)
     assert capsys.readouterr() == ("", "2/3 windows\n")
     monkeypatch.undo()
     screen = io.StringIO()
     terminal = functools.partial(Console, file=screen, force_terminal=True, no_color=True)
     monkeypatch.setattr(console, "Console", lambda stderr: terminal())
-    with console.show_count("windows") as progress:
-        progress(2, 3)
+    with console.show_progress(unit="windows") as progress:
+        progress("", 2, 3)
     assert "2/3 windows" in re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())

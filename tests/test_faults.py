@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints.steps import (
+    checkpoint_folder,
+    quarantined,
+    read_meta,
+    saved_steps,
+    step_folder,
+)
 from gptjax.errors import CheckpointError, UsageError
 from gptjax.training import resume_check
 
@@ -49,7 +55,7 @@ def resume(environment: Environment, out: Path, *argv: str, expect: int = 0) -> 
 
 
 def newest(out: Path) -> int:
-    return checkpoint.steps(out)[-1]
+    return saved_steps(out)[-1]
 
 
 def logged_losses(out: Path) -> np.ndarray:
@@ -137,7 +143,7 @@ def test_signals_at_random_moments(
         out = tmp_path / f"run{runs}"
         runs += 1
         while sent < times:
-            before = newest(out) if checkpoint.steps(out) else 0
+            before = newest(out) if saved_steps(out) else 0
             # Every fourth while it starts, the others while it trains.
             since, most = ("", starting) if sent % 4 == 0 else (" | loss ", 0.25 * whole)
             waits = sent % 2 == 1
@@ -146,7 +152,7 @@ def test_signals_at_random_moments(
             code, step, printed = disturb(
                 environment, argv, number, tmp_path / "log", seconds, since
             )
-            after = newest(out) if checkpoint.steps(out) else 0
+            after = newest(out) if saved_steps(out) else 0
             assert after >= before, printed
             if "state sha256=" in printed:  # it was done before the signal came
                 break
@@ -163,8 +169,8 @@ def test_signals_at_random_moments(
             argv = [*data, f"--out_dir={out}", "--init_from=auto"]
             printed = run(environment, "train.py", *argv).stdout
         assert digest(printed) == expected
-        assert list(checkpoint.folder(out).glob("*tmp*")) == []
-        assert checkpoint.quarantined(out) == []
+        assert list(checkpoint_folder(out).glob("*tmp*")) == []
+        assert quarantined(out) == []
     assert reacted >= times // 2
     assert max(lost[True]) <= 50
     assert max(lost[False]) <= 2 * 50  # what was done while the save was on its way is lost too
@@ -189,9 +195,9 @@ def test_killed_inside_the_save(
             env=environment,
             stdout=subprocess.DEVNULL,
         )
-        until = (checkpoint.steps(out) or [0])[-1] + 2
+        until = (saved_steps(out) or [0])[-1] + 2
         while process.poll() is None:
-            tmp = list(checkpoint.folder(out).glob("*.orbax-checkpoint-tmp"))
+            tmp = list(checkpoint_folder(out).glob("*.orbax-checkpoint-tmp"))
             if tmp and int(tmp[0].name.partition(".")[0]) >= until:
                 process.kill()
                 process.wait()
@@ -199,7 +205,7 @@ def test_killed_inside_the_save(
     assert torn >= 1
     done = run(environment, "train.py", *start, "--init_from=auto", "--checkpoint_interval=1")
     assert digest(done.stdout) == digest(whole)
-    assert list(checkpoint.folder(out).glob("*tmp*")) == []
+    assert list(checkpoint_folder(out).glob("*tmp*")) == []
 
 
 @slow
@@ -233,12 +239,10 @@ def test_two_runs_in_one_folder(
 
 @slow
 def test_a_flipped_bit_costs_one_interval(environment: Environment, out: Path, whole: str) -> None:
-    step = checkpoint.folder(out) / "40"
+    step = step_folder(out, 40)
     flip(max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
     done = resume(environment, out)
-    assert re.search(
-        r"warning: cannot use step 40 .*: sha256 mismatch in .*; moved to quar", done.stdout
-    )
+    assert re.search(r"warning: cannot use step 40 .*sha256 .*; moved to quar", done.stdout)
     assert "resuming at step 30" in done.stdout
     assert digest(done.stdout) == digest(whole)
 
@@ -248,7 +252,7 @@ def test_an_incomplete_copy_costs_one_interval(
     environment: Environment, out: Path, whole: str
 ) -> None:
     """Every second file of the newest step is missing (F14)."""
-    step = checkpoint.folder(out) / "40"
+    step = step_folder(out, 40)
     for path in sorted(path for path in step.rglob("*") if path.is_file())[::2]:
         path.unlink()
     done = resume(environment, out)
@@ -261,7 +265,7 @@ def test_strangers_in_the_folder_and_wrong_clocks(
     environment: Environment, out: Path, tmp_path: Path, whole: str
 ) -> None:
     """Steps are known by their number, whatever lies beside them and whatever the clock said."""
-    steps = checkpoint.folder(out)
+    steps = checkpoint_folder(out)
     for name in ("999", "nan", "35.orbax-checkpoint-tmp"):
         (steps / name).mkdir()
     (steps / "notes.txt").write_text("mine")
@@ -277,8 +281,8 @@ def test_strangers_in_the_folder_and_wrong_clocks(
 
 @slow
 def test_nothing_whole_never_starts_anew(environment: Environment, out: Path) -> None:
-    for step in checkpoint.steps(out):
-        shutil.rmtree(checkpoint.folder(out) / str(step) / "params")
+    for step in saved_steps(out):
+        shutil.rmtree(step_folder(out, step) / "params")
     for _ in range(2):
         for how in ("--init_from=auto", "--init_from=scratch"):
             done = run(
@@ -286,7 +290,7 @@ def test_nothing_whole_never_starts_anew(environment: Environment, out: Path) ->
                 "train.py",
                 f"--out_dir={out}",
                 how,
-                expect=2 if "scratch" in how and checkpoint.steps(out) else 75,
+                expect=2 if "scratch" in how and saved_steps(out) else 75,
             )
             assert "error: " in done.stderr
 
@@ -296,7 +300,7 @@ def test_back_to_an_older_step(environment: Environment, out: Path, whole: str) 
     done = resume(environment, out, "--resume_step=30")
     assert "step 40 is set aside as aside-40" in done.stdout
     assert digest(done.stdout) == digest(whole)
-    assert checkpoint.steps(out) == [30, 40] or checkpoint.steps(out) == [20, 30, 40]
+    assert saved_steps(out) == [30, 40] or saved_steps(out) == [20, 30, 40]
     refused = resume(environment, out, "--resume_step=33", expect=2)
     assert "--resume_step=33: must be one of" in refused.stderr
 
@@ -407,7 +411,7 @@ def test_a_nan_is_skipped_written_down_and_replayed(
         faulty, "train.py", f"--out_dir={out}", f"--replay={out}/bad_steps/12.json"
     ).stdout
     assert "step 12: the same tokens" in replayed and "loss nan, recorded nan" in replayed
-    assert checkpoint.steps(out) == [10, 15]
+    assert saved_steps(out) == [10, 15]
     # With the same fault a resumed run ends as an undisturbed one.
     ended = digest(resume(faulty, out).stdout)
     argv = [arg for arg in start if not arg.startswith("--out_dir")]
@@ -461,7 +465,7 @@ def test_a_signal_on_a_step_with_an_evaluation(
     step = newest(tmp_path / "out")
     lines = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     evaluated = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    assert checkpoint.read_meta(tmp_path / "out", step)["val_loss"] == evaluated.get(step)
+    assert read_meta(tmp_path / "out", step)["val_loss"] == evaluated.get(step)
 
 
 @slow
@@ -476,8 +480,8 @@ def test_a_tuned_run_is_resumed_and_replayed(
     run(faulty, "train.py", *argv, f"--out_dir={out}", "--stop_step=20")
     done = resume(faulty, out, "--stop_step=30")
     assert "resuming at step 20" in done.stdout
-    for step in checkpoint.steps(out)[:-1]:
-        shutil.rmtree(checkpoint.folder(out) / str(step))
+    for step in saved_steps(out)[:-1]:
+        shutil.rmtree(step_folder(out, step))
     replayed = run(
         environment, "train.py", f"--out_dir={out}", f"--replay={out}/bad_steps/3.json"
     ).stdout
@@ -501,8 +505,8 @@ def test_resume_check_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
         [{"leaves": {"params/x": leaf}}, {"leaves": {"params/x": {**leaf, "sha256": "b"}}}]
     )
     monkeypatch.setattr(resume_check, "train", lambda script, argv: None)
-    monkeypatch.setattr(checkpoint, "read_meta", lambda path, step: next(metas))
-    with pytest.raises(CheckpointError, match="sha256 mismatch in params/x"):
+    monkeypatch.setattr(resume_check, "read_meta", lambda path, step: next(metas))
+    with pytest.raises(CheckpointError, match="params/x has sha256 a, wanted is b"):
         resume_check.resume_check(ROOT / "train.py", [], 40)
     with pytest.raises(UsageError, match="at least 2"):
         resume_check.resume_check(ROOT / "train.py", [], 1)

@@ -5,6 +5,8 @@ import http.server
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +20,12 @@ import pytest
 from gptjax.data.datasets import DATASETS, load_dataset
 from gptjax.data.text import write_tokens
 from gptjax.errors import DataError, OutputError
-from gptjax.files import append_line, cache_dir, download, file_sha256, replacing
+from gptjax.files import append_line, cache_dir, download, file_sha256, locked, replacing
 from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import metrics
+
+from .conftest import ROOT
 
 BODY = b"To be, or not to be\n" * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -128,7 +132,29 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-# ---- Lines, modes, and where the cache is
+# ---- Locks, lines, modes, and where the cache is
+
+
+def test_a_lock_names_its_holder_until_a_kill_frees_it(tmp_path: Path) -> None:
+    """Also after others were refused: the packages that lock files empty them first, or did."""
+    path = tmp_path / ".lock"
+    hold = (
+        "import sys, time; from pathlib import Path; from gptjax.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    for _ in range(2):
+        said = f"in use by process {holder.pid} on "
+        with pytest.raises(OutputError, match=said) as error, locked(path):
+            pass
+        assert error.value.exit_code == 73
+    holder.kill()
+    holder.communicate()
+    with locked(path):
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_line_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
@@ -163,6 +189,8 @@ def test_files_and_folders_have_the_modes_of_the_umask(umask: int, tmp_path: Pat
     try:
         with replacing(tmp_path / "config.json") as file:
             file.write(b"{}")
+        with locked(tmp_path / ".lock"):
+            pass
         metrics.append_metrics(tmp_path / "metrics.jsonl", {"step": 1})
         metrics.drop_metrics_from(tmp_path / "metrics.jsonl", 2)
         ids = np.zeros(3, np.int32)
@@ -195,6 +223,10 @@ def test_the_cache_needs_no_home_where_it_is_named(
     monkeypatch.delenv("GPTJAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/data")
     assert cache_dir() == Path("/data/gptjax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *args, **kwargs: Path("~/x"))
+    with pytest.raises(OutputError, match="GPTJAX_CACHE"):  # as older versions of it say
+        cache_dir()
 
 
 def test_the_cache_may_be_named_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

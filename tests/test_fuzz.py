@@ -31,7 +31,7 @@ from gptjax.config import TrainConfig
 from gptjax.conversion import convert, huggingface, llmc
 from gptjax.conversion.convert import SourceConfig
 from gptjax.data.datasets import load_dataset
-from gptjax.errors import REFUSALS, DataError
+from gptjax.errors import DataError, Refusal
 from gptjax.terminal import cli, flags
 
 from .conftest import need, scaled_params, tiny
@@ -70,7 +70,7 @@ def is_read(attempt: Callable[[], object]) -> bool:
     """Whether the attempt ends well; False if it is refused in one line."""
     try:
         attempt()
-    except REFUSALS as error:
+    except Refusal as error:
         line = " ".join(str(error).split())  # as cli.run prints it
         assert len(line.splitlines()) == 1, f"not one line: {error!r}"
         return False

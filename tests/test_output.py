@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints.run_folder import load_run
+from gptjax.checkpoints.steps import saved_steps
 from gptjax.terminal import cli, output
 
 from .conftest import ROOT
@@ -70,13 +70,6 @@ def test_what_cannot_be_encoded_is_escaped(encoding: str, monkeypatch: pytest.Mo
     written = raw.getvalue().decode(encoding)
     assert written.startswith("\\u2501 \\U0001f642 \\udcff ")
     assert written.endswith("\\xe9\n" if encoding == "ascii" else "é\n")
-
-
-def test_the_bar_of_a_terminal_that_knows_no_lines() -> None:
-    from gptjax.terminal.console import bar_signs
-
-    assert bar_signs("utf-8") == ("━", "━")
-    assert bar_signs("latin-1") == bar_signs("ascii") == bar_signs("no such") == ("=", "-")
 
 
 def test_libraries_are_heard_once_and_in_a_line(
@@ -168,7 +161,7 @@ def test_a_run_whose_reader_leaves_and_whose_session_ends_is_saved(
             break
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
-    saved = checkpoint.steps(out)
+    saved = saved_steps(out)
     assert len(saved) == 1 and saved[0] >= 5
     assert f"saved step {saved[0]} after SIGHUP" in unprinted.read_text()
     assert load_run(out).step == saved[0]  # every array is there, and of its hash

@@ -13,7 +13,7 @@ import pytest
 import convert_gpt2
 import sample
 import train
-from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints.restore import require_extra
 from gptjax.checkpoints.run_folder import Run
 from gptjax.commands import doctor
 from gptjax.config import TrainConfig
@@ -161,6 +161,6 @@ def test_doctors_remedies(tmp_path: Path) -> None:
 def test_a_start_from_a_run_without_optimizer_state(tmp_path: Path) -> None:
     run_dir = tmp_path / ODD
     with pytest.raises(CheckpointError) as refused:
-        checkpoint.require_extra(run_dir, {"step": 0, "leaves": {}})
+        require_extra(run_dir, {"step": 0, "leaves": {}})
     flags = re.findall(r"from it with (.*) and another", str(refused.value))
     assert [shlex.split(flag) for flag in flags] == [[f"--init_from={run_dir}"]]

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.checkpoints import restore as checkpoint
-from gptjax.checkpoints import save as saving
-from gptjax.checkpoints import step_files
+from gptjax.checkpoints import restore, save, step_files
+from gptjax.checkpoints.restore import restore_newest
+from gptjax.checkpoints.save import Saver
+from gptjax.checkpoints.steps import checkpoint_folder, quarantined, saved_steps, step_folder
 from gptjax.commands import doctor, run_checks
 from gptjax.errors import CheckpointError, OutputError
 from gptjax.terminal import cli
@@ -28,9 +29,9 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "proj [v2]" / name
     save_steps(run_dir, {10: None, 20: 1.0})
     save_steps(run_dir, {30: None}, keep=1)  # opened anew
-    assert checkpoint.steps(run_dir) == [20, 30]
+    assert saved_steps(run_dir) == [20, 30]
     state = make_state()
-    found = checkpoint.restore_newest(run_dir, everything(state))
+    found = restore_newest(run_dir, everything(state))
     wte = np.asarray(state.params["wte"]["embedding"]) + 30
     assert np.array_equal(found.params["wte"]["embedding"], wte)
 
@@ -65,7 +66,7 @@ def test_no_place_for_a_link_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "[tmp]").mkdir()
     monkeypatch.setattr(step_files.tempfile, "gettempdir", lambda: str(tmp_path / "[tmp]"))
     with pytest.raises(OutputError, match=r"a sign such as .* TMPDIR"):
-        saving.Saver(tmp_path / "run[b]")
+        Saver(tmp_path / "run[b]")
 
 
 @pytest.fixture
@@ -73,8 +74,8 @@ def unmerged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What gptjax 0.1 left in such a folder: a step without manifests, called saved."""
     run_dir = tmp_path / "old[1]"
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "plain_path", lambda folder: folder)
-        patch.setattr(saving, "require_whole", lambda run_dir, step: None)
+        patch.setattr(save, "plain_path", lambda folder: folder)
+        patch.setattr(save, "require_whole", lambda run_dir, step: None)
         save_steps(run_dir, {10: None})
     assert not list(run_dir.glob("checkpoints/10/*/manifest.ocdbt"))
     return run_dir
@@ -83,25 +84,25 @@ def unmerged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_saved_means_that_it_can_be_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "plain_path", lambda folder: folder)
+    monkeypatch.setattr(save, "plain_path", lambda folder: folder)
     said: list[str] = []
-    saver = saving.Saver(tmp_path / "run[a]", notify=said.append)
+    saver = Saver(tmp_path / "run[a]", notify=said.append)
     state = make_state()
     saver.save(5, state.params, {"opt_state": state.opt_state}, {"val_loss": None})
     saver.close()
-    assert saver.last is None and checkpoint.steps(tmp_path / "run[a]") == []
+    assert saver.last is None and saved_steps(tmp_path / "run[a]") == []
     assert "step 5 was not saved" in said[0], said
 
 
 def test_an_unmerged_step_is_not_set_aside(unmerged: Path) -> None:
     with pytest.raises(CheckpointError, match=r"never merged.* --mend"):
-        checkpoint.restore_newest(unmerged, everything(make_state()))
-    assert checkpoint.steps(unmerged) == [10] and checkpoint.quarantined(unmerged) == []
+        restore_newest(unmerged, everything(make_state()))
+    assert saved_steps(unmerged) == [10] and quarantined(unmerged) == []
 
 
 @pytest.mark.parametrize("name", ["10", "quarantine-10"])
 def test_doctor_mends_it(unmerged: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = checkpoint.folder(unmerged)
+    folder = checkpoint_folder(unmerged)
     (folder / "10").rename(folder / name)
     finding = run_checks.check_steps(unmerged)
     assert finding.status == "FAIL" and finding.remedy == f"gptjax doctor '{unmerged}' --mend"
@@ -109,7 +110,7 @@ def test_doctor_mends_it(unmerged: Path, name: str, capsys: pytest.CaptureFixtur
     cli.run(doctor.main, [str(unmerged), "--mend", "--json"])
     assert run_checks.check_steps(unmerged).status == "ok"
     state = make_state()
-    found = checkpoint.restore_newest(unmerged, everything(state))
+    found = restore_newest(unmerged, everything(state))
     wte = np.asarray(state.params["wte"]["embedding"]) + 10
     assert np.array_equal(found.params["wte"]["embedding"], wte)
 
@@ -117,7 +118,7 @@ def test_doctor_mends_it(unmerged: Path, name: str, capsys: pytest.CaptureFixtur
 def test_doctor_sees_a_step_that_lacks_arrays(tmp_path: Path) -> None:
     save_steps(tmp_path, {10: None})
     assert run_checks.check_steps(tmp_path).status == "ok"
-    path = checkpoint.folder(tmp_path) / "10" / "extra" / "manifest.ocdbt"
+    path = step_folder(tmp_path, 10) / "extra" / "manifest.ocdbt"
     content = path.read_bytes()
     flip(path)
     assert run_checks.check_steps(tmp_path).status == "FAIL"
@@ -133,11 +134,11 @@ def test_other_shapes_are_not_damage(tmp_path: Path) -> None:
     more = {**params, "rope": params["wpe"]}
     for other, said in ((wider, "has shape"), (more, "does not hold params/rope/embedding")):
         with pytest.raises(CheckpointError, match=said):
-            checkpoint.restore_newest(tmp_path, (other, extra))
+            restore_newest(tmp_path, (other, extra))
     fewer = {name: value for name, value in params.items() if name != "wpe"}
     with pytest.raises(CheckpointError, match="holds params/wpe/embedding"):
-        checkpoint.restore_newest(tmp_path, (fewer, extra))
-    assert checkpoint.steps(tmp_path) == [10]
+        restore_newest(tmp_path, (fewer, extra))
+    assert saved_steps(tmp_path) == [10]
 
 
 def test_what_the_machine_cannot_read_is_not_set_aside(
@@ -149,15 +150,15 @@ def test_what_the_machine_cannot_read_is_not_set_aside(
         raise ValueError("PERMISSION_DENIED: Error opening file: Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp.CheckpointManager, "restore", refuse)
+        patch.setattr(restore.ocp.CheckpointManager, "restore", refuse)
         with pytest.raises(CheckpointError, match="Permission denied"):
-            checkpoint.restore_newest(tmp_path, everything(make_state()))
-    assert checkpoint.steps(tmp_path) == [10, 20]
+            restore_newest(tmp_path, everything(make_state()))
+    assert saved_steps(tmp_path) == [10, 20]
 
 
 def test_what_is_set_aside_says_that_the_cause_may_lie_elsewhere(tmp_path: Path) -> None:
     save_steps(tmp_path, {10: None, 20: None})
-    (checkpoint.folder(tmp_path) / "20" / "params" / "_METADATA").write_text("{")
+    (step_folder(tmp_path, 20) / "params" / "_METADATA").write_text("{")
     said: list[str] = []
-    checkpoint.restore_newest(tmp_path, everything(make_state()), notify=said.append)
+    restore_newest(tmp_path, everything(make_state()), notify=said.append)
     assert "moved to quarantine-20" in said[0] and "may also be the disk" in said[0]

@@ -8,24 +8,25 @@ from typing import Any
 import jax
 import numpy as np
 
-Leaves = dict[str, dict[str, Any]]  # path -> {"shape", "dtype", "sha256"}
+Leaf = dict[str, list[int] | str]  # "shape", "dtype" and "sha256"
+Leaves = dict[str, Leaf]  # by path
 
 
-def json_sha256(value: Any) -> str:
-    """Of a JSON value, however its keys are ordered."""
+def json_sha256(value: object) -> str:
+    """Return the sha256 of a JSON value, however its keys are ordered."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """The path of every leaf, such as `params/h/attn/c_attn/kernel`, in the tree's order."""
+    """Return the path of every leaf, such as `params/h/attn/c_attn/kernel`, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def leaf_digests(tree: Any) -> Leaves:
-    """Shape, dtype and sha256 of every leaf, by its path. Fetches the arrays."""
+    """Fetch the arrays of a tree; return shape, dtype and sha256 of every leaf by its path."""
 
-    def describe(leaf: Any) -> dict[str, Any]:
+    def describe(leaf: Any) -> Leaf:
         array = np.asarray(leaf)
         sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256.hexdigest()}
@@ -35,12 +36,17 @@ def leaf_digests(tree: Any) -> Leaves:
         return dict(zip(leaf_paths(tree), pool.map(describe, leaves), strict=True))
 
 
-def first_difference(a: Leaves, b: Leaves) -> str | None:
-    """Where two trees part: the path of a leaf and what differs in it; None if they are equal."""
-    for path in [*a, *(path for path in b if path not in a)]:
-        if path not in a or path not in b:
-            return f"{path} is in one of them only"
-        for what in ("shape", "dtype", "sha256"):
-            if a[path][what] != b[path][what]:
-                return f"{what} mismatch in {path}"
+def first_difference(found: Leaves, wanted: Leaves) -> str | None:
+    """Return the first leaf in which two trees differ, and in what; None if they are equal.
+
+    What `wanted` does not say of a leaf may be anything, as its sha256 before there are numbers.
+    """
+    for path in [*found, *(path for path in wanted if path not in found)]:
+        if path not in wanted:
+            return f"it holds {path}, which is not wanted"
+        if path not in found:
+            return f"it does not hold {path}"
+        for what, value in wanted[path].items():
+            if found[path][what] != value:
+                return f"{path} has {what} {found[path][what]!s:.20}, wanted is {value!s:.20}"
     return None

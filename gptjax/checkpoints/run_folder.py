@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax.checkpoints import restore as checkpoint
+from gptjax.checkpoints.restore import restore_params
+from gptjax.checkpoints.steps import best_step, require_steps
 from gptjax.config import TrainConfig, load_config
 from gptjax.errors import UsageError
 from gptjax.model import Params, init_params
@@ -34,9 +35,9 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
     if not (run_dir / "config.json").is_file():
         raise UsageError(f"no run folder ({run_dir}): it has no config.json; train.py makes one")
     config = load_config(run_dir / "config.json")
-    saved = checkpoint.require_steps(run_dir)
+    saved = require_steps(run_dir)
     if which == "best":
-        step = checkpoint.best_step(run_dir)
+        step = best_step(run_dir)
     elif which == "latest":
         step = saved[-1]
     elif re.fullmatch(r"\d+", which) and int(which) in saved:
@@ -46,5 +47,5 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
     shapes = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
-    params = checkpoint.restore_params(run_dir, step, target)
+    params = restore_params(run_dir, step, target)
     return Run(config, load_tokenizer(run_dir), params, step)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,43 +14,50 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
 
 from gptjax.checkpoints.hashes import json_sha256, leaf_digests
-from gptjax.checkpoints.restore import (
-    FORMAT,
-    Meta,
-    Notify,
-    Tree,
-    best_of,
-    empty_steps,
-    first_line,
-    folder,
-    loss_of,
-    numbered,
-    read_meta,
-    set_aside,
-    steps,
-)
+from gptjax.checkpoints.restore import Notify, Tree
 from gptjax.checkpoints.step_files import plain_path, stored_arrays
-from gptjax.errors import CheckpointError, DiskError, NonFiniteError
+from gptjax.checkpoints.steps import (
+    FORMAT,
+    About,
+    Meta,
+    best_of,
+    checkpoint_folder,
+    empty_folders,
+    loss_of,
+    named_like_steps,
+    read_meta,
+    saved_steps,
+    set_aside,
+    step_folder,
+)
+from gptjax.errors import CheckpointError, DiskError, NonFiniteError, first_line
+from gptjax.files import folder_bytes
+from gptjax.memory import megabytes, tree_bytes
 from gptjax.sharding import all_agree
 
 STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
 
 
 class NewestAndBest:
-    """Orbax's question which steps to keep: the newest few, and the one with the least val_loss."""
+    """A policy for orbax: preserve the newest few steps, and the one with the least val_loss.
+
+    Orbax's own `BestN` knows losses only by files of its own in each step. Steps that were saved
+    without these would lose the best one as soon as a run is resumed.
+    """
 
     def __init__(self, keep: int, val_losses: dict[int, float]) -> None:
+        """Take how many of the newest to keep, and the losses, to which others may be added."""
         self.keep, self.val_losses = keep, val_losses
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer per checkpoint, as orbax asks for them."""
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Return an answer for each checkpoint, as orbax asks for them."""
         saved = sorted(checkpoint.step for checkpoint in checkpoints)
         wanted = {*saved[-self.keep :], best_of(saved, self.val_losses)}
         return [checkpoint.step in wanted for checkpoint in checkpoints]
 
 
 class Saver:
-    """Saves steps in the background; `close()` waits for the last one, leaving without loses it.
+    """Save steps in the background; `close()` waits for the last one, leaving without loses it.
 
     A save that fails leaves nothing behind and is tried again at the next; `strikes` failures in a
     row end the run, and so does the first of a run of several processes, which would wait for each
@@ -66,7 +72,15 @@ class Saver:
         strikes: int = STRIKES,
         largest: int = 0,
     ) -> None:
-        """`largest`, the bytes of the largest array: compress no more than that at one time."""
+        """Open a run's checkpoints.
+
+        Args:
+            run_dir: the run folder.
+            keep: how many of the newest steps to keep, beside the best one.
+            notify: is told of each save that failed.
+            strikes: how many may fail in a row.
+            largest: bytes of the largest array; no more than that is compressed at one time.
+        """
         self.run_dir, self.keep, self.notify, self.strikes = run_dir, keep, notify, strikes
         self.handlers = None
         if largest:
@@ -77,9 +91,9 @@ class Saver:
         self.pending: tuple[int, float] | None = None  # step and val_loss of the save under way
         self.last: int | None = None
         self.val_losses: dict[int, float] = {}
-        for path in empty_steps(run_dir):  # they would make orbax drop every save
+        for path in empty_folders(run_dir):  # they would make orbax drop every save
             notify(f"warning: {path} is empty; moved to {set_aside(path, 'quarantine')}")
-        for step in steps(run_dir):
+        for step in saved_steps(run_dir):
             with contextlib.suppress(CheckpointError):  # damaged: restoring will say so
                 self.val_losses[step] = loss_of(read_meta(run_dir, step))
         self.manager = self._open()
@@ -90,25 +104,29 @@ class Saver:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        folder(self.run_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
-            plain_path(folder(self.run_dir)), options=options, item_handlers=self.handlers
+            plain_path(checkpoint_folder(self.run_dir)),
+            options=options,
+            item_handlers=self.handlers,
         )
 
     def __enter__(self) -> "Saver":
+        """Return the saver itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Close it."""
         self.close()
 
-    def save(self, step: int, params: Tree, extra: Tree, meta: Meta) -> None:
-        """Begin to save a step; returns once the arrays are copied.
+    def save(self, step: int, params: Tree, extra: Tree, about: About) -> None:
+        """Begin to save a step; return once the arrays are copied.
 
         Args:
             step: the number of the step.
             params: the parameters.
             extra: what else training goes on from, or None: a model that others trained has none.
-            meta: JSON, with `val_loss`.
+            about: what else is to be known of it.
 
         Raises:
             NonFiniteError: a parameter is not finite; such a step would be of no use.
@@ -120,17 +138,16 @@ class Saver:
         for leaf in jax.tree.leaves(params_):
             if not np.isfinite(leaf).all():
                 raise NonFiniteError(f"a parameter is not finite after step {step}: not saved")
-        assert "sha256" not in meta, "that is the digest of meta itself"
         self.size = tree_bytes((params, extra))
         leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
-        meta = {"format": FORMAT, "step": step, **meta, "leaves": leaves}
+        meta: Meta = {"format": FORMAT, "step": step, **about, "leaves": leaves}
         items = {
             "params": ocp_args.StandardSave(params),
             "meta": ocp_args.JsonSave({**meta, "sha256": json_sha256(meta)}),
         }
         if extra is not None:
             items["extra"] = ocp_args.StandardSave(extra)
-        self.pending = step, loss_of(meta)
+        self.pending = step, loss_of(about)
         if not self._has_room():
             self._fail(OSError("the disk is full"))
             return
@@ -147,7 +164,7 @@ class Saver:
             )
 
     def _has_room(self) -> bool:
-        """Whether all processes see room for a step, uncompressed; one alone may simply try."""
+        """Return whether all processes see room for a step, uncompressed; one alone may try."""
         if jax.process_count() == 1:
             return True
         # Where one of them fails to write, the others wait for it in orbax, for minutes.
@@ -181,11 +198,11 @@ class Saver:
             with contextlib.suppress(Exception):
                 self.manager.close()  # what it believes to have saved is no longer true
         for _ in range(20):  # orbax's threads may still be writing into it
-            for path in folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
+            for path in checkpoint_folder(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.02)
-        if alone and step in steps(self.run_dir):  # there, but it could not be restored
-            set_aside(folder(self.run_dir) / str(step), "quarantine")
+        if alone and step in saved_steps(self.run_dir):  # there, but it could not be restored
+            set_aside(step_folder(self.run_dir, step), "quarantine")
         free = shutil.disk_usage(self.run_dir).free
         text = (
             f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)}, "
@@ -213,34 +230,23 @@ def require_whole(run_dir: Path, step: int) -> None:
         CheckpointError: it is not there, its meta is damaged, or an array is missing.
         ValueError, OSError: a manifest is missing or damaged.
     """
-    if step not in steps(run_dir):
+    if step not in saved_steps(run_dir):
         raise CheckpointError("it is not there")
     leaves = read_meta(run_dir, step)["leaves"]
     counts = collections.Counter(path.partition("/")[0] for path in leaves)
     for item, count in counts.items():
-        stored = stored_arrays(folder(run_dir) / str(step) / item)
+        stored = stored_arrays(step_folder(run_dir, step) / item)
         if stored != count:
             raise CheckpointError(f"{stored} of its {count} arrays ({item}) can be found")
 
 
 def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
-    """DiskError unless so many checkpoints of this tree, less those there are, fit on the disk."""
+    """Raise DiskError unless so many checkpoints of a tree, less those there are, fit the disk."""
     size = tree_bytes(tree)
-    saved = [path for step in numbered(run_dir) for path in step.rglob("*")]
-    there = sum(path.stat().st_size for path in saved if path.is_file())
+    there = sum(map(folder_bytes, named_like_steps(run_dir)))
     needed, free = copies * size - there, shutil.disk_usage(run_dir).free
     if needed > free:
         raise DiskError(
             f"--out_dir={run_dir}: {copies} x {megabytes(size)} of weights and state "
             f"need {megabytes(needed)} more, {megabytes(free)} are free; {remedy}"
         )
-
-
-def tree_bytes(tree: Tree) -> int:
-    """What arrays, or their shapes, take."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def megabytes(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e6:,.1f} MB"

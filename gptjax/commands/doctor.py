@@ -21,21 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.attention import ATTENTION, choose_attention
-from gptjax.checkpoints import restore as checkpoint
 from gptjax.commands.run_checks import (
     Finding,
     check_disk,
     check_folder,
     check_lock,
     check_steps,
-    folder_bytes,
     mend,
     why_not_writable,
 )
 from gptjax.config import TrainConfig, require
 from gptjax.distributed import find_cluster
-from gptjax.errors import UsageError, plural
-from gptjax.files import cache_dir, expand
+from gptjax.errors import UsageError, first_line, plural
+from gptjax.files import cache_dir, expand, folder_bytes
+from gptjax.memory import physical_memory
 from gptjax.terminal import flags
 from gptjax.terminal.console import printable
 from gptjax.tokenizer import read_gpt2_files
@@ -138,7 +137,7 @@ def check_backend() -> Finding:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # an AssertionError: cuda without its plugin
         remedy = "unset JAX_PLATFORMS" if asked else "export JAX_PLATFORMS=cpu"
-        said = str(error) and checkpoint.first_line(error)
+        said = str(error) and first_line(error)
         return Finding("FAIL", f"{why}: {said or 'its plugin is not installed'}", remedy)
     why += f", plugins: {', '.join(plugins()) or 'none'}"
     if backend == "cpu" and nvidia_is_here():
@@ -159,8 +158,7 @@ def check_devices() -> Finding:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return Finding("ok", f"{text}, JAX may take {limit / 1e9:.1f} GB of each")
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Finding("ok", f"{text}, {host / 1e9:.1f} GB of host memory")
+    return Finding("ok", f"{text}, {physical_memory() / 1e9:.1f} GB of host memory")
 
 
 def check_matmul() -> Finding:
@@ -184,7 +182,7 @@ def check_cudnn() -> Finding:
         results = [jax.jit(ATTENTION[name])(*qkv) for name in ("cudnn", "xla")]
         fast, reference = (np.asarray(result, np.float32) for result in results)
     except Exception as error:  # cuDNN is missing, too old, or at odds with the driver
-        return Finding("FAIL", f"attention does not run: {checkpoint.first_line(error)}", remedy)
+        return Finding("FAIL", f"attention does not run: {first_line(error)}", remedy)
     difference = np.max(np.abs(fast - reference))
     text = f"attention differs from xla's by {difference:.2g}"
     # bfloat16 is 1/64 apart at the largest values, from 2 to 4
@@ -265,7 +263,7 @@ def attempt(check: Check, *args: Path, debug: bool) -> tuple[str, Finding]:
     except Exception as error:
         if debug:
             raise
-        text = f"{type(error).__name__}: {checkpoint.first_line(error)}"
+        text = f"{type(error).__name__}: {first_line(error)}"
         return name, Finding("FAIL", text, "gptjax doctor --debug")
 
 

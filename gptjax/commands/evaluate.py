@@ -1,7 +1,6 @@
 """Evaluate a run: `gptjax evaluate RUN --task=lambada --data=lambada_test.jsonl`."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -17,10 +16,10 @@ from gptjax.checkpoints.run_folder import load_run
 from gptjax.commands import evaluation
 from gptjax.commands.evaluation import Result, Scorer, Settings
 from gptjax.config import require, require_range
-from gptjax.errors import DataError, UsageError
+from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
 from gptjax.terminal import cli, flags
-from gptjax.terminal.console import show_count
+from gptjax.terminal.console import show_progress
 from gptjax.tokenizer import Tokenizer
 
 TASKS: dict[str, Callable[[Scorer, Tokenizer, str, Settings], Result]] = {
@@ -70,8 +69,7 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
     config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax evaluate RUN")
     if not run_dir:
         raise UsageError("no run folder: gptjax evaluate RUN --task=... --data=...")
-    near = difflib.get_close_matches(config.task, TASKS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(TASKS)}"
+    hint = did_you_mean(config.task, TASKS, f"must be one of {', '.join(TASKS)}")
     require(config.task in TASKS, "task", config.task, hint)
     require(
         config.stride == 0 or config.task == "wikitext2",
@@ -116,14 +114,15 @@ def main(argv: list[str]) -> int:
     cfg = dataclasses.replace(run.config.model, dtype=config.dtype, dropout=0.0, attention="auto")
     cfg = model.resolve(cfg)
     settings = make_settings(config, cfg.block_size)
-    with show_count("windows" if config.task == "wikitext2" else "texts") as progress:
+    unit = "windows" if config.task == "wikitext2" else "texts"
+    with show_progress(unit=unit) as progress:
         score = functools.partial(
             evaluation.score_texts,
             cfg,
             run.params,
             context=settings.context,
             batch_size=config.batch_size,
-            progress=progress,
+            progress=functools.partial(progress, ""),
         )
         try:
             result = TASKS[config.task](score, run.tokenizer, text, settings)

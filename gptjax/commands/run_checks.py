@@ -1,18 +1,18 @@
 """What `gptjax doctor` looks at in a run folder."""
 
-import contextlib
 import fcntl
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from shlex import quote
 from typing import Literal, NamedTuple
 
-from gptjax.checkpoints import restore as checkpoint
-from gptjax.checkpoints import save as saving
 from gptjax.checkpoints import step_files
+from gptjax.checkpoints.save import require_whole
+from gptjax.checkpoints.steps import checkpoint_folder, quarantined, saved_steps, step_folder
 from gptjax.config import TrainConfig, load_config
+from gptjax.errors import first_line
+from gptjax.files import folder_bytes
 
 GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two moments, in float32
 
@@ -32,7 +32,7 @@ def check_folder(run_dir: Path) -> Finding:
     if reason := why_not_writable(run_dir):
         remedy = f"chmod u+rwx {quote(str(run_dir))}"
         return Finding("FAIL", f"cannot write to {run_dir}: {reason}", remedy)
-    saved = ", ".join(map(str, checkpoint.steps(run_dir))) or "none yet"
+    saved = ", ".join(map(str, saved_steps(run_dir))) or "none yet"
     return Finding("ok", f"{run_dir} can be written to; steps: {saved}")
 
 
@@ -40,11 +40,11 @@ def check_disk(folder: Path) -> Finding:
     """Free disk against what a run's checkpoints take, or one of GPT-2 where there is none."""
     free = shutil.disk_usage(folder).free
     needed, what = GPT2_CHECKPOINT, "a checkpoint of GPT-2 124M takes"
-    if saved := checkpoint.steps(folder):
+    if saved := saved_steps(folder):
         settings = folder / "config.json"
         config = load_config(settings) if settings.is_file() else TrainConfig()
         count = config.keep_checkpoints + 2  # the best one, and the one being written
-        needed = count * folder_bytes(checkpoint.folder(folder) / str(saved[-1]))
+        needed = count * folder_bytes(step_folder(folder, saved[-1]))
         what = f"{count} checkpoints take"
     text = f"{free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB"
     remedy = f"du -sh {quote(str(folder))}/*"
@@ -56,20 +56,20 @@ def check_steps(run_dir: Path) -> Finding:
     if waiting := [path.name for path in unmerged_steps(run_dir)]:
         text = f"never merged, so that nothing can be read: {', '.join(waiting)}"
         return Finding("FAIL", text, f"gptjax doctor {quote(str(run_dir))} --mend")
-    saved = checkpoint.steps(run_dir)
+    saved = saved_steps(run_dir)
     for step in saved:
         try:
-            saving.require_whole(run_dir, step)
+            require_whole(run_dir, step)
         except Exception as error:  # of orbax, of tensorstore, or ours
             remedy = "train.py --init_from=resume sets it aside and takes an older one"
-            return Finding("FAIL", f"step {step}: {checkpoint.first_line(error)}", remedy)
+            return Finding("FAIL", f"step {step}: {first_line(error)}", remedy)
     return Finding("ok", f"{len(saved)} saved, all arrays of each are there")
 
 
 def unmerged_steps(run_dir: Path) -> list[Path]:
     """The steps, those set aside as damaged included, whose arrays orbax never merged."""
-    names = [*map(str, checkpoint.steps(run_dir)), *checkpoint.quarantined(run_dir)]
-    paths = [checkpoint.folder(run_dir) / name for name in names]
+    names = [*map(str, saved_steps(run_dir)), *quarantined(run_dir)]
+    paths = [checkpoint_folder(run_dir) / name for name in names]
     return [path for path in paths if step_files.unmerged_items(path)]
 
 
@@ -106,13 +106,3 @@ def why_not_writable(folder: Path) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below; one that disappears meanwhile does not count."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += (Path(parent) / name).lstat().st_size
-    return total

@@ -11,14 +11,15 @@ from typing import Literal
 
 import jax
 
-from gptjax.checkpoints import save as saving
 from gptjax.checkpoints.run_folder import Run, load_run
+from gptjax.checkpoints.save import Saver, check_space
+from gptjax.checkpoints.steps import About
 from gptjax.config import Activation, TrainConfig, to_json
 from gptjax.conversion import gguf, hub, huggingface, llmc, nanogpt, openai, signatures
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.source_tokenizer import OWN_TOKENIZER, choose_tokenizer
 from gptjax.conversion.tensors import Source, read_params, with_activation
-from gptjax.errors import REFUSALS, DataError, InputError, OutputError, UsageError
+from gptjax.errors import DataError, InputError, OutputError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256
 from gptjax.memory import physical_memory
 from gptjax.tokenizer import GPT2Tokenizer, save_tokenizer, write_gpt2_files
@@ -240,22 +241,23 @@ def import_run(
     run = read_source(source, name)
     digests = {path.name: file_sha256(path) for path in source.files}
     del source  # with the pages of its files, before the writing takes its own memory
-    meta = {"val_loss": None, "imported": name, "files": digests}
+    about: About = {"val_loss": None, "imported": name, "files": digests}
     with new_folder(out_dir) as temporary:
         settings = dataclasses.replace(run.config, out_dir=str(out_dir))
         (temporary / "config.json").write_text(to_json(settings))
         save_tokenizer(run.tokenizer, temporary)
         try:
-            saving.check_space(temporary, run.params)
+            check_space(temporary, run.params)
             # All at once would take as much memory again; one after another takes no longer.
             largest = max(leaf.nbytes for leaf in jax.tree.leaves(run.params))
-            with saving.Saver(temporary, strikes=1, largest=largest) as saver:
-                saver.save(0, run.params, None, meta)
-        except REFUSALS:
+            with Saver(temporary, strikes=1, largest=largest) as saver:
+                saver.save(0, run.params, None, about)
+        except Refusal:
             raise
         except Exception as error:  # orbax passes on whatever its threads met
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise OutputError(f"cannot write the weights ({out_dir}): {reason}") from error
+            raise OutputError(
+                f"cannot write the weights ({out_dir}): {first_line(error)}"
+            ) from error
     return run, digests
 
 
@@ -298,5 +300,5 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
     refuse_existing(out_dir)
     run = load_run(run_dir, which)
     with new_folder(out_dir) as temporary:
-        saving.check_space(temporary, run.params)
+        check_space(temporary, run.params)
         EXPORTS[to](temporary, run)

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptjax.errors import REFUSALS, DataError, UsageError
+from gptjax.errors import DataError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256, read_json
 
 
@@ -124,9 +124,8 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
             f"{name} has no config.json on the Hub; gptjax reads Hugging Face's format there, with "
             "model.safetensors beside it"
         ) from error
-    except REFUSALS:
+    except Refusal:
         raise
     except Exception as error:  # of the Hub's server, or of whatever carries its answers
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(f"cannot download {name} from the Hub: {reason}") from error
+        raise DataError(f"cannot download {name} from the Hub: {first_line(error)}") from error
     return folder

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptjax.errors import REFUSALS, DiskError, OutputError
+from gptjax.errors import DiskError, OutputError, Refusal
 from gptjax.files import locked
 
 LOCK = ".lock"  # of a temporary folder while it is written
@@ -43,7 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             (temporary / LOCK).unlink()
             temporary.replace(path)
-    except REFUSALS as error:
+    except Refusal as error:
         text = str(error).replace(str(temporary), str(path)).replace(temporary.name, path.name)
         raise type(error)(text) from error
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.conversion.signatures import stranger
-from gptjax.errors import DataError, UsageError
+from gptjax.errors import DataError, UsageError, first_line
 from gptjax.memory import physical_memory
 
 MINIMUM = (2, 10)  # older ones have known holes in weights_only
@@ -45,8 +45,7 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
     try:  # not mapped: pages of a mapping stay, a tensor that was copied is let go
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, OSError, ...
-        text = str(error).strip()
-        reason = text.partition("\n")[0] or type(error).__name__
+        text, reason = str(error).strip(), first_line(error)
         if match := re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text):
             args = "'model_args': vars(model.config)"
             save = f"torch.save({{'model': model.state_dict(), {args}}}, 'ckpt.pt')"

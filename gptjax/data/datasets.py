@@ -6,7 +6,6 @@ bytes of a download or tokenisation.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from gptjax.config import TrainConfig
 from gptjax.data.dataset_files import choose_splits, find_files, hold_tokens
 from gptjax.data.text import tokenise
 from gptjax.data.token_files import open_tokens
-from gptjax.errors import DataError, UsageError, plural
+from gptjax.errors import DataError, UsageError, did_you_mean, plural
 from gptjax.files import (
     Progress,
     cache_dir,
@@ -141,10 +140,8 @@ def find(
     files = find_files(dataset, flag, both, notify)
     if files:
         return (files[0].name if files == [Path(dataset).expanduser()] else dataset), files
-    near = difflib.get_close_matches(
-        dataset, [*DATASETS, *(p.name for p in Path("data").glob("*"))], n=1
-    )
-    hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(DATASETS)}"
+    known = [*DATASETS, *(path.name for path in Path("data").glob("*"))]
+    hint = did_you_mean(dataset, known, f"the names are {', '.join(DATASETS)}")
     raise UsageError(f"--{flag}={dataset}: no such name, file, folder or glob; {hint}")
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import jax
 
-from gptjax.errors import REFUSALS, OutOfMemoryError, OutputError, UsageError
+from gptjax.errors import OutOfMemoryError, OutputError, Refusal, UsageError, first_line
 from gptjax.files import ELSEWHERE, cache_dir
 from gptjax.terminal import output
 
@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         code = main(argv) or 0
         sys.stdout.flush()
         return code
-    except REFUSALS as error:
+    except Refusal as error:
         code, text = error.exit_code, str(error)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         output.let_go(sys.stdout)
@@ -67,7 +67,7 @@ def backend_problem() -> str | None:
         jax.devices()
         return None
     except (RuntimeError, AssertionError) as error:  # an AssertionError: cuda without its plugin
-        said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        said = str(error) and first_line(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
     names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
     asked = "".join(f"{name}={os.environ[name]}: " for name in names if os.environ.get(name))
     nvidia = not asked or "cuda" in asked or "gpu" in asked
@@ -92,7 +92,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def catch_stop_signals() -> list[int]:
-    """From now on signals that ask to stop only add their number to the list that this returns.
+    """Let signals that ask to stop only add their number to the list that this returns.
 
     A second SIGINT ends the process at once, with exit code 130, whatever it is doing: Python's own
     handlers would wait until XLA has compiled, so a thread watches for it.
@@ -121,7 +121,7 @@ def catch_stop_signals() -> list[int]:
 
 @contextlib.contextmanager
 def delay_interrupt() -> Iterator[list[int]]:
-    """Meanwhile the first SIGINT only adds its number to this list; the second interrupts.
+    """Let the first SIGINT only add its number to a list, and the second interrupt, meanwhile.
 
     Python may crash at its end if it interrupted JAX before, with a computation under way.
     """
@@ -140,11 +140,6 @@ def delay_interrupt() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def signal_name(number: int) -> str:
-    """SIGTERM for 15."""
-    return signal.Signals(number).name
 
 
 def use_compile_cache(folder: str) -> None:

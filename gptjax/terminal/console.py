@@ -4,10 +4,9 @@ import contextlib
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,61 +22,41 @@ from gptjax.files import Progress as ReportProgress
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped, so that it cannot command a terminal."""
+    """Return the text with control characters escaped, so that it cannot command a terminal."""
     return "".join(
         repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
     )
 
 
-def bar_signs(encoding: str) -> tuple[str, str]:
-    """Return what a bar is drawn with, done and left, on a terminal of this encoding."""
-    try:
-        "━".encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return "=", "-"
-    return "━", "━"
-
-
 @contextlib.contextmanager
-def show_bytes(console: Console) -> Iterator[ReportProgress]:
-    """A function (what, done, total) that shows a download or a tokenisation while it goes on."""
-    if not console.is_terminal:
-        yield lambda what, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        yield lambda what, done, total: progress.update(
-            task, description=what, completed=done, total=total or None
-        )
+def show_progress(console: Console | None = None, unit: str = "") -> Iterator[ReportProgress]:
+    """Give a function (what, done, total) that shows how far something has come.
 
-
-@contextlib.contextmanager
-def show_count(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that shows on stderr how far a count has come.
-
-    Where there is no terminal, as a line every ten seconds.
+    Args:
+        console: where; by default standard error.
+        unit: what is counted, if it is not bytes. Where there is no terminal, a count is a line on
+            standard error every ten seconds; bytes are not shown.
     """
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
+    console, last = console or Console(stderr=True), time.monotonic()
+    count = (MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    amount = count if unit else (DownloadColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount)
+    progress = Progress(*columns, console=console, transient=True)
+    task = progress.add_task("", total=None)
 
-    def report(done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= 10:
+        progress.update(task, description=what, completed=done, total=total or None)
+        if unit and not console.is_terminal and time.monotonic() - last >= 10:
             last = time.monotonic()
             print(f"{done}/{total} {unit}", file=sys.stderr, flush=True)
 
-    yield report
+    with progress if console.is_terminal else contextlib.nullcontext():
+        yield report
 
 
 def print_table(header: list[str], rows: list[list[str]], failed: list[bool]) -> None:
-    """A table on stdout, the failed rows in red where there are colours."""
+    """Print a table on standard output, the failed rows in red where there are colours."""
     table = Table(box=None, pad_edge=False)
     for column in header:
         table.add_column(column, overflow="fold")
@@ -88,16 +67,26 @@ def print_table(header: list[str], rows: list[list[str]], failed: list[bool]) ->
 
 
 class TrainConsole:
-    """Shows a run: `update` after each step, `note` for everything else."""
+    """Show a run: `update` after each step, `note` for everything else."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
-        """`quiet`: show nothing, as all but one of several processes do."""
-        self.quiet = quiet
+        """Show nothing yet.
+
+        Args:
+            total: the steps of the run.
+            quiet: show nothing ever, as all but one of several processes do.
+        """
+        self.quiet, self.total = quiet, total
         self.console = Console(highlight=False, quiet=quiet)
-        self.total = total
-        self.first: tuple[int, float] | None = None  # step and time when the first call was done
-        self.step_seconds: float | None = None  # on average since then
-        self.live: Live | None = None  # begun by the first update
+        # Only the bar gives way. The pace is that of an hour: an evaluation is not all of it.
+        self.progress = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(30),
+            TextColumn("{task.description}"),
+            console=self.console,
+            speed_estimate_period=3600,
+        )
+        self.task = self.progress.add_task("", total=total)
 
     def note(self, text: str) -> None:
         """Print a line, or several, above the bar."""
@@ -108,58 +97,29 @@ class TrainConsole:
         else:
             print(text, flush=True)
 
+    def arrive(self, step: int) -> None:
+        """Count the steps up to `step` as done; the first call, which compiled, sets no pace."""
+        self.progress.update(self.task, completed=step)
+
     def update(self, step: int, fields: dict[str, str], *, log: bool) -> None:
-        """Show `step` steps done with these fields, the important ones first.
+        """Show these fields of a step, the important ones first.
 
         Where there is no terminal, only with `log`.
         """
         if self.quiet:
             return
-        eta = {"eta": self.eta(step)}
+        left = TimeRemainingColumn(compact=True).render(self.progress.tasks[0])
+        texts, eta = [f"{name} {value}" for name, value in fields.items()], f"eta {left.plain}"
         if self.console.is_terminal:
-            if self.live is None:
-                self.live = Live(console=self.console, refresh_per_second=4)
-                self.live.start()
-            self.live.update(self.bar(step, fields | eta))
+            room = self.console.width - len(f"{self.total}/{self.total} ━━━━ ")
+            longer = ["  ".join([*texts[:count], eta]) for count in range(len(texts) + 1)]
+            fits = [text for text in longer if len(text) <= room]
+            self.progress.update(self.task, description=fits[-1] if fits else eta)
+            self.progress.start()
         elif log:
-            shown = [f"{name} {value}" for name, value in (fields | eta).items()]
-            print(" | ".join([f"step {step}/{self.total}", *shown]), flush=True)
-
-    def arrive(self, step: int) -> None:
-        """A call that ends with `step` is done; the first of them, which compiled, sets no pace."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = step, now
-        elif step > self.first[0]:
-            self.step_seconds = (now - self.first[1]) / (step - self.first[0])
-
-    def eta(self, step: int) -> str:
-        """Time left at the pace so far."""
-        if self.step_seconds is None:
-            return "-"
-        seconds = round(self.step_seconds * (self.total - step))
-        hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-    def bar(self, step: int, fields: dict[str, str]) -> Text:
-        """A line that fits the terminal: the bar, then as many fields as there is room for."""
-        counter = f"{step}/{self.total} "
-        width = self.console.width - len(counter) - 1
-        shown: list[str] = []
-        for name, value in fields.items():
-            if len("  ".join([*shown, f"{name} {value}"])) > width - 6:
-                break
-            shown.append(f"{name} {value}")
-        status = "  ".join(shown)
-        room = max(0, min(30, width - len(status) - 1))
-        full = room * step // max(1, self.total)
-        done, left = bar_signs(self.console.encoding)
-        return Text.assemble(
-            counter, (done * full, "green"), (left * (room - full), "dim"), " ", status
-        )
+            print(" | ".join([f"step {step}/{self.total}", *texts, eta]), flush=True)
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        if self.progress.live.is_started:
+            self.progress.stop()

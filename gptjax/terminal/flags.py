@@ -1,7 +1,6 @@
 """The command line: flags into the fields of a config, and back into a line to type."""
 
 import dataclasses
-import difflib
 import shlex
 from collections.abc import Container
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import tyro
 
 from gptjax.config import flatten, require
-from gptjax.errors import UsageError
+from gptjax.errors import UsageError, did_you_mean
 from gptjax.files import expand
 from gptjax.terminal import nanogpt_flags
 
@@ -65,8 +64,7 @@ def read_flags(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
         if name not in known or not token.startswith("--"):
             if name in nanogpt_flags.FLAGS:
                 raise UsageError(f"{token}: {nanogpt_flags.FLAGS[name]}")
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+            hint = did_you_mean(name, known, "--help lists the flags", sign="--")
             raise UsageError(f"unknown flag {flag}: {hint}")
         kind, several = known[name], get_origin(known[name]) is tuple
         values = [value] if equals else []

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from gptjax import sharding
+from gptjax import memory, sharding
 from gptjax.errors import DataError
 from gptjax.terminal.console import print_table
 from gptjax.training import bad_steps, faults
-from gptjax.training.failures import check_host_memory
 from gptjax.training.feed import step_windows
 from gptjax.training.run import TrainingRun, init_or_restore
 from gptjax.training.step import abstract_state, loss_and_grad, make_train_step, norms_by_layer
@@ -23,7 +22,7 @@ def replay(run: TrainingRun) -> int:
     assert run.bad is not None
     config, record, step, shards = run.config, run.bad, run.bad["step"], run.dataset.train
     abstract = abstract_state(config, run.mesh)
-    check_host_memory(abstract)
+    memory.check_fits(abstract)
     state, _ = init_or_restore(run, abstract)
     train_step = make_train_step(config, abstract, run.fault)
     for i in range(int(state.step), step):

@@ -5,8 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints.hashes import first_difference
+from gptjax.checkpoints.steps import read_meta
 from gptjax.errors import CheckpointError, UsageError
 
 
@@ -33,7 +33,7 @@ def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
         train(script, [*argv, f"--out_dir={one}"])
         train(script, [*argv, f"--out_dir={two}", f"--stop_step={half}"])
         train(script, [*argv, f"--out_dir={two}", "--init_from=resume", "--stop_step=0"])
-        leaves = [checkpoint.read_meta(path, max_iters)["leaves"] for path in (one, two)]
+        leaves = [read_meta(path, max_iters)["leaves"] for path in (two, one)]
     difference = first_difference(*leaves)
     if difference:
         raise CheckpointError(

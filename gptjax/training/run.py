@@ -13,13 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import files, model, sharding
-from gptjax.checkpoints import record, restore, save
+from gptjax.checkpoints import record
+from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.run_folder import Run
+from gptjax.checkpoints.save import check_space
+from gptjax.checkpoints.steps import Meta, saved_steps, set_aside, step_folder
 from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
 from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.errors import UsageError
 from gptjax.terminal import cli, output
-from gptjax.terminal.console import TrainConsole, show_bytes
+from gptjax.terminal.console import TrainConsole, show_progress
 from gptjax.tokenizer import Tokenizer, save_tokenizer
 from gptjax.training import bad_steps, faults, metrics, plan, start
 from gptjax.training.adapt import fit_batch
@@ -142,7 +145,7 @@ def read_dataset(
     config: TrainConfig, cfg: GPTConfig, tokenizer: Tokenizer | str, console: TrainConsole
 ) -> Dataset:
     """Return the tokens of both splits, while the console shows how far it has come."""
-    with show_bytes(console.console) as progress:
+    with show_progress(console.console) as progress:
         return load_dataset(
             config.dataset,
             block_size=cfg.block_size,
@@ -183,11 +186,11 @@ def restore_state(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, P
     """Return the newest whole one of the steps to go on from; damaged ones are set aside."""
     allowed = [name for name in run.config.allow_change.split(",") if name]
 
-    def accept(meta: restore.Meta) -> None:
+    def accept(meta: Meta) -> None:
         record.check_record(meta["record"], run.record, allowed, run.console.note)
 
     extra = {"opt_state": abstract.opt_state, "guard": abstract.guard}
-    restored = restore.restore_newest(
+    restored = restore_newest(
         run.run_dir, (abstract.params, extra), accept, notify=run.console.note, only=run.steps
     )
     step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
@@ -208,7 +211,7 @@ def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -
     """
     if run.primary:
         if not run.config.force:
-            save.check_space(
+            check_space(
                 run.run_dir,
                 (abstract.params, abstract.opt_state),
                 plan.count_saves(run.config),
@@ -224,10 +227,10 @@ def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -
             file = run.run_dir / "metrics.jsonl"
             metrics.drop_metrics_from(file, progress.step, run.console.note)
     if progress.step is not None:
-        newer = [step for step in restore.steps(run.run_dir) if step > progress.step]
+        newer = [step for step in saved_steps(run.run_dir) if step > progress.step]
         sharding.all_agree(True)  # before one process renames them, all have looked
         for step in newer:
-            name = restore.set_aside(restore.folder(run.run_dir) / str(step), "aside")
+            name = set_aside(step_folder(run.run_dir, step), "aside")
             run.console.note(f"step {step} is set aside as {name}")
 
 

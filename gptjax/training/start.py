@@ -5,8 +5,13 @@ import dataclasses
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints.run_folder import Run
+from gptjax.checkpoints.steps import (
+    checkpoint_folder,
+    quarantined,
+    require_steps,
+    saved_steps,
+)
 from gptjax.config import GPTConfig, TrainConfig, load_config
 from gptjax.conversion.convert import SourceConfig, load_start
 from gptjax.errors import CheckpointError, UsageError
@@ -19,12 +24,12 @@ def find_start(
     config: TrainConfig, run_dir: Path, bad: BadStep | None
 ) -> tuple[list[int], Run | None]:
     """The steps to go on from, oldest first, or the run to take parameters and tokenizer from."""
-    saved = checkpoint.steps(run_dir)
+    saved = saved_steps(run_dir)
     if bad is not None:  # from a step before it, or from where the run began
         before = [step for step in saved if step <= bad["step"]]
         return before, None if before else find_source(config)
     if config.init_from == "resume" or (config.init_from == "auto" and saved):
-        checkpoint.require_steps(run_dir)
+        require_steps(run_dir)
         if config.resume_step < 0:
             return saved, None
         if config.resume_step not in saved:
@@ -35,10 +40,10 @@ def find_start(
             f"--out_dir={run_dir}: holds a run up to step {saved[-1]}; take --init_from=resume to "
             "go on with it, or another --out_dir"
         )
-    damaged = checkpoint.quarantined(run_dir)
+    damaged = quarantined(run_dir)
     if damaged:
         raise CheckpointError(
-            f"{checkpoint.folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
+            f"{checkpoint_folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
             "another --out_dir to start anew"
         )
     return [], find_source(config)

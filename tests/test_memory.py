@@ -1,0 +1,68 @@
+"""What a process may have of memory, what does not fit, and what is said of too little."""
+
+import resource
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import memory
+from gptjax.config import TrainConfig
+from gptjax.errors import DataError, OutOfMemoryError
+
+from .conftest import tiny
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine of 4,000 bytes without any limit; the file that may hold a container's."""
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 1000}.get)
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda what: unlimited)
+    return tmp_path / "limit"
+
+
+def test_a_process_may_have_the_least_of_its_limits(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert memory.physical_memory() == memory.allowed_memory() == 4000
+    for text, allowed in (("max\n", 4000), ("3000\n", 3000), ("9223372036854771712\n", 4000)):
+        machine.write_text(text)
+        assert memory.allowed_memory() == allowed
+    machine.write_text("3000\n")
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda what: (2000, 2000))
+    assert memory.allowed_memory() == 2000 and memory.physical_memory() == 4000
+
+
+def test_a_state_that_cannot_fit_is_refused(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = {"a": jax.ShapeDtypeStruct((30, 30), np.float32), "b": np.zeros(200, np.int16)}
+    assert memory.tree_bytes(fits) == 4000
+    memory.check_fits(fits)
+    more = {**fits, "c": np.zeros((), np.int8)}
+    with pytest.raises(MemoryError, match=r"take 0\.0 MB"):
+        memory.check_fits(more)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    memory.check_fits(more)  # its memory is not the host's
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no\nroom"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")],
+)
+def test_too_little_memory_is_explained_in_a_line(error: Exception) -> None:
+    config = TrainConfig(model=tiny(block_size=48), batch_size=96)
+    explained = memory.explain(error, config)
+    assert isinstance(explained, OutOfMemoryError) and "\n" not in str(explained)
+    for part in (str(error).partition("\n")[0], "batch_size=96", "block_size=48", "--remat"):
+        assert part in str(explained)
+
+
+def test_other_errors_are_not_about_memory() -> None:
+    for error in (RuntimeError("INTERNAL"), DataError("short"), OutOfMemoryError("known")):
+        assert memory.explain(error, TrainConfig()) is None
+
+
+def test_bytes_for_people() -> None:
+    assert memory.megabytes(1_234_567_890) == "1,234.6 MB"
