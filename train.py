@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from gptjax import distributed, files, model, sampling, sharding
 from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints import save as saving
-from gptjax.checkpoints.record import ONCE, check_record, make_record
-from gptjax.config import GPTConfig, SampleConfig, TrainConfig, load_config, to_json
+from gptjax.checkpoints.record import check_record, make_record
+from gptjax.config import GPTConfig, SampleConfig, TrainConfig
+from gptjax.config_file import load_config, to_json
 from gptjax.data import batches
 from gptjax.data.datasets import load_dataset
 from gptjax.errors import (
@@ -39,6 +40,7 @@ from gptjax.errors import (
     plural,
 )
 from gptjax.presets import PRESETS
+from gptjax.settings import names, once
 from gptjax.terminal import cli, flags, output
 from gptjax.terminal.console import TrainConsole, show_bytes
 from gptjax.terminal.nanogpt_flags import config_file_problem
@@ -51,6 +53,7 @@ from gptjax.training.replay import replay
 from gptjax.training.resume_check import resume_check
 from gptjax.training.start import (
     choose_tokenizer,
+    crop_context,
     find_start,
     model_of_source,
     name_settings,
@@ -61,8 +64,8 @@ from gptjax.training.start import (
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
 
 
-def parse(argv: list[str]) -> TrainConfig:
-    """Flags over the preset; on resume, over the settings that the run was started with."""
+def parse(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Return the flags over the preset, or on resume over the run's settings; and the flags."""
     preset = "quickstart"
     if argv and not argv[0].startswith("-"):
         preset, *argv = argv
@@ -70,12 +73,13 @@ def parse(argv: list[str]) -> TrainConfig:
         problem = config_file_problem(preset)
         raise UsageError(problem or f"unknown preset {preset}: there are {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
-    config, given = PRESETS[preset], flags.given(argv)
+    config = PRESETS[preset]
+    given = flags.read(TrainConfig, argv, config, about)
     run_dir = files.expand(given.get("out_dir") or config.out_dir)
     settings = settings_to_go_on(run_dir, given.get("init_from"), given.get("replay"))
     if settings is not None:
-        once = {name: getattr(config, name) for name in ONCE}
-        config = dataclasses.replace(load_config(settings), **once)
+        fresh = {name: getattr(config, name) for name in names(TrainConfig, once)}
+        config = dataclasses.replace(load_config(settings), **fresh)
     else:
         source = given.get("init_from", config.init_from)
         config = with_shape_of(config, str(files.expand(source)))
@@ -83,7 +87,7 @@ def parse(argv: list[str]) -> TrainConfig:
         for note in notes:
             output.note(note)
     with name_settings(settings, given):
-        return flags.parse(TrainConfig, argv, config, about)
+        return flags.apply(config, given), given
 
 
 def batch_of(config: TrainConfig, i: int, whole: bool = False) -> dict[str, int]:
@@ -219,7 +223,7 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit code."""
-    config = parse(argv)
+    config, given = parse(argv)
     if config.resume_check:
         print(resume_check(Path(__file__), [*argv, "--resume_check=False"], config.max_iters))
         return 0
@@ -232,7 +236,6 @@ def main(argv: list[str]) -> int:
         if jax.process_index() == 0:
             stack.enter_context(files.locked(run_dir / ".lock"))
         stack.enter_context(explain_failures(config))
-        given = flags.given(argv)
         settings = settings_to_go_on(run_dir, config.init_from, config.replay)
         stack.enter_context(name_settings(settings, given))
         return train(config, run_dir, given)
@@ -331,8 +334,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
         options = {"xla_backend_optimization_level": 1} if on_cpu else None
         state = jax.jit(init_state, out_shardings=shardings, compiler_options=options)(key)
         if source is not None:
-            params = source.params
-            params["wpe"]["embedding"] = params["wpe"]["embedding"][: cfg.block_size]
+            params = crop_context(source.params, shapes.params)
             state = state._replace(params=jax.device_put(params, shardings.params))
 
     corrupt = faults.make_corrupt(fault)
@@ -375,7 +377,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
     recorder = metrics.Recorder(
         metrics_file if primary else None,
         tokens_per_step,
-        metrics.flops_per_token(cfg, n_params),
+        metrics.flops_per_token(cfg),
         peak and peak * n_devices,
     )
     console.note(
@@ -468,7 +470,7 @@ def train(config: TrainConfig, run_dir: Path, given: Container[str]) -> int:
     def draw() -> None:
         try:
             records = metrics.read_metrics(metrics_file)
-            metrics.draw_losses(records, run_dir / "loss.png", config.loss_scale)
+            metrics.draw_losses(records, run_dir / "loss.png", config.loss_axis)
         except Exception as error:  # no picture is worth ending a run
             console.note(f"warning: loss.png is not drawn: {error}")
 

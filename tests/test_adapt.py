@@ -22,7 +22,7 @@ from gptjax.training import adapt, start
 
 
 def parse(tmp_path: Path, *argv: str) -> TrainConfig:
-    return train.parse([*argv, f"--out_dir={tmp_path / 'out'}"])
+    return train.parse([*argv, f"--out_dir={tmp_path / 'out'}"])[0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -238,10 +238,10 @@ def test_every_path_knows_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mo
         json.dumps(dataclasses.asdict(TrainConfig(seed=7)))
     )
     names = ("out_dir", "dataset", "tokenizer_dir", "init_from", "compile_cache", "replay")
-    config = train.parse([f"--{name}=~/{name}" for name in names])
+    config, _ = train.parse([f"--{name}=~/{name}" for name in names])
     for name in names:
         assert getattr(config, name) == f"{tmp_path}/{name}"
-    resumed = train.parse(["--out_dir", "~/run", "--init_from=resume"])
+    resumed, _ = train.parse(["--out_dir", "~/run", "--init_from=resume"])
     assert (resumed.seed, resumed.out_dir) == (7, f"{tmp_path}/run")
 
 

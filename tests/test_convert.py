@@ -20,7 +20,8 @@ from gptjax import model
 from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints import save as saving
 from gptjax.checkpoints.run_folder import load_run
-from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config_file import load_config, to_json
 from gptjax.conversion import convert, huggingface
 from gptjax.conversion.convert import SourceConfig
 from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError

@@ -288,7 +288,7 @@ def test_cudnn_is_refused_where_it_cannot_run(
 def torch_logits_and_gradient(cfg: GPTConfig, params: model.Params) -> tuple[np.ndarray, dict]:
     """Logits of TOKENS from the PyTorch twin, and its gradient by our names."""
     torch = need("torch")
-    from benchmarks.torch_gpt import TorchGPT, copy_params, named_gradients
+    from .torch_gpt import TorchGPT, copy_params, named_gradients
 
     twin = TorchGPT(cfg)
     copy_params(params, twin)

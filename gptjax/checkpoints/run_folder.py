@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 
 from gptjax.checkpoints import restore as checkpoint
-from gptjax.config import TrainConfig, load_config
+from gptjax.config import TrainConfig
+from gptjax.config_file import load_config
 from gptjax.errors import UsageError
 from gptjax.model import Params, init_params
 from gptjax.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints import save as saving
 from gptjax.checkpoints import step_files
-from gptjax.config import TrainConfig, load_config
+from gptjax.config import TrainConfig
+from gptjax.config_file import load_config
 
 GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two moments, in float32
 
