@@ -237,7 +237,8 @@ def first_shape_difference(targets: dict[str, Tree], expected: Leaves) -> str | 
         path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         for path, leaf in zip(paths, leaves, strict=True)
     }
-    for path in [*expected, *(path for path in wanted if path not in expected)]:
+    # Parameters first: an optimizer's paths, which end in theirs, say less.
+    for path in sorted(expected | wanted, key=lambda path: not path.startswith("params/")):
         if path not in wanted:
             return f"it holds {path}, which is not wanted"
         if path not in expected:

@@ -57,7 +57,7 @@ TPU_LOCK = Path("/tmp/libtpu_lockfile")
 class Config:
     """What `gptjax doctor` needs."""
 
-    json: bool = once(False, "Print the findings as JSON.")
+    json: bool = once(False, "Print the findings as JSON.", section="Findings")
     mend: bool = once(
         False, "Merge the steps of RUN that were saved but never merged, before looking."
     )
