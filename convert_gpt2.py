@@ -14,7 +14,7 @@ import gptjax  # before jax: it sets up the allocator
 # isort: split
 from gptjax import model
 from gptjax.checkpoints.run_folder import load_run
-from gptjax.config import require
+from gptjax.config import DEBUG
 from gptjax.conversion.convert import (
     SourceConfig,
     export_run,
@@ -27,10 +27,12 @@ from gptjax.conversion.verify import Check, check_sizes, first_difference, verif
 from gptjax.errors import DataError, UsageError
 from gptjax.files import expand
 from gptjax.presets import PRESETS
+from gptjax.settings import once, require
 from gptjax.terminal import cli, flags
 from gptjax.terminal.console import print_table
 
 PROG = "convert_gpt2.py"
+CHECKPOINT = "best (by validation loss), latest, or the number of a step."
 USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN
        python convert_gpt2.py export RUN --to=hf|llmc|gguf --out_dir=DIR
        python convert_gpt2.py verify RUN --against=SOURCE
@@ -45,44 +47,44 @@ ckpt.pt or llm.c's .bin. RUN is a run folder, which train.py --init_from=RUN and
 class ImportConfig(SourceConfig):
     """Make a run folder of a model in any format."""
 
-    out_dir: str = ""
-    """the run folder to make"""
-    debug: bool = False
-    """show a traceback where an error would be one line"""
+    out_dir: str = once("", "Run folder to make.", section="Result", path=True)
+    debug: bool = once(False, DEBUG)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """Write a run's model in another format."""
 
-    to: str = "hf"
-    """hf (transformers), llmc (llm.c's .bin) or gguf (llama.cpp)"""
-    out_dir: str = ""
-    """the folder to make"""
-    checkpoint: str = "best"
-    """best, latest or the number of a step"""
-    debug: bool = False
-    """show a traceback where an error would be one line"""
+    to: str = once(
+        "hf",
+        "Format: hf (transformers), llmc (llm.c's .bin) or gguf (llama.cpp).",
+        section="Result",
+    )
+    out_dir: str = once("", "Folder to make.", path=True)
+    checkpoint: str = once("best", CHECKPOINT)
+    debug: bool = once(False, DEBUG)
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig(SourceConfig):
     """Compare a run with transformers' model of the same weights."""
 
-    against: str = ""
-    """the source that the run was imported from, or was exported to"""
-    checkpoint: str = "best"
-    """best, latest or the number of a step"""
-    self_test: bool = False
-    """compare on random weights, which needs neither a run nor the network"""
-    size: str = "gpt2"
-    """of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl"""
-    verbose: bool = False
-    """every comparison, not only those that fail"""
-    json: bool = False
-    """the report as JSON, with every comparison"""
-    debug: bool = False
-    """show a traceback where an error would be one line"""
+    against: str = once(
+        "",
+        "The source that the run was imported from, or was exported to.",
+        section="Comparison",
+        path=True,
+    )
+    checkpoint: str = once("best", CHECKPOINT)
+    self_test: bool = once(
+        False, "Compare on random weights, which needs neither a run nor the network."
+    )
+    size: str = once(
+        "gpt2", "Size of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl."
+    )
+    verbose: bool = once(False, "Show every comparison, not only those that fail.")
+    json: bool = once(False, "Print the report as JSON, with every comparison.")
+    debug: bool = once(False, DEBUG)
 
 
 def import_command(name: str, argv: list[str]) -> int:

@@ -11,11 +11,12 @@ import jax
 
 from gptjax import model, sampling
 from gptjax.checkpoints.run_folder import load_run
-from gptjax.config import DType, GPTConfig, SampleConfig, require, require_range
+from gptjax.config import COMPILE_CACHE, DEBUG, DType, GPTConfig, SampleConfig
 from gptjax.conversion.convert import load_start
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.files import expand
 from gptjax.presets import PRESETS
+from gptjax.settings import once, require, require_range
 from gptjax.terminal import cli, flags
 from gptjax.terminal.console import printable
 from gptjax.terminal.output import note
@@ -26,43 +27,46 @@ from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 class Config:
     """What `sample.py` needs."""
 
-    out_dir: str = "out"
-    """the run folder to sample from"""
-    init_from: str = "resume"
-    """resume = the run in out_dir; scratch = an untrained model of the preset, over bytes; else a
-    name on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what convert_gpt2.py imports"""
-    preset: str = "quickstart"
-    """whose model --init_from=scratch makes"""
-    checkpoint: str = "best"
-    """best (by validation loss), latest, or a step"""
-    start: tuple[str, ...] = ()
-    """prompts, one or several; FILE:path reads one from a file; "" starts from nothing; when none
-    is given "\\n", or nothing where the vocabulary has no newline"""
-    num_samples: int = 1
-    """samples per prompt"""
-    max_new_tokens: int = 500
-    """tokens per sample"""
-    seed: int = 1337
-    """of the draws; a sample depends on prompt, seed and its number, not on the others"""
+    out_dir: str = once("out", "Run folder to sample from.", section="Model", path=True)
+    init_from: str = once(
+        "resume",
+        "resume takes the run in out_dir, scratch an untrained model of the preset, over bytes. "
+        "Anything else names a model on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what "
+        "convert_gpt2.py imports.",
+        path=True,
+    )
+    preset: str = once("quickstart", "Preset whose model --init_from=scratch makes.")
+    checkpoint: str = once("best", "best (by validation loss), latest, or the number of a step.")
+    dtype: DType = once(
+        "auto",
+        "Type that the model computes in. auto takes bfloat16 on a GPU or TPU, and float32 on a "
+        "CPU.",
+    )
+    start: tuple[str, ...] = once(
+        (),
+        "Prompts, one or several. FILE:path reads one from a file, and an empty one starts from "
+        "nothing. When none is given it is a new line, or nothing where the vocabulary has none.",
+        section="Text",
+    )
+    num_samples: int = once(1, "Samples of each prompt.")
+    max_new_tokens: int = once(500, "Tokens of each sample.")
+    seed: int = once(
+        1337,
+        "Seed of the draws. A sample depends on prompt, seed and its number, not on the others.",
+    )
+    stop: tuple[str, ...] = once((), "Strings that end a sample; they are not printed.")
+    ignore_eot: bool = once(False, "Go on after the end-of-text token instead of stopping there.")
+    allow_special: bool = once(False, "Read <|endoftext|> in a prompt as that token, not as text.")
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
-    stop: tuple[str, ...] = ()
-    """strings that end a sample; they are not printed"""
-    ignore_eot: bool = False
-    """go on after the end-of-text token instead of stopping there"""
-    allow_special: bool = False
-    """read <|endoftext|> in a prompt as that token, not as text"""
-    interactive: bool = False
-    """ask for prompt after prompt; Ctrl-C stops the text that is being written; an empty line,
-    Ctrl-D or Ctrl-C at the prompt ends"""
-    raw: bool = False
-    """print control characters as they are, also on a terminal"""
-    dtype: DType = "auto"
-    """compute dtype: auto, float32, bfloat16 or float16"""
-    compile_cache: str = "auto"
-    """folder of compiled programs; auto = xla in the cache folder, which is ~/.cache/gptjax or what
-    the variable GPTJAX_CACHE names; off = compile every time"""
-    debug: bool = False
-    """show a traceback where an error would be one line"""
+    interactive: bool = once(
+        False,
+        "Ask for prompt after prompt. Ctrl-C stops the text that is being written; an empty line, "
+        "Ctrl-D or Ctrl-C at the prompt ends.",
+        section="Terminal and machine",
+    )
+    raw: bool = once(False, "Print control characters as they are, also on a terminal.")
+    compile_cache: str = once("auto", COMPILE_CACHE, path=True)
+    debug: bool = once(False, DEBUG)
 
     def __post_init__(self) -> None:
         require_range(self, "num_samples", 1)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.torch_gpt import TorchGPT, make_adamw, train_step
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.data import batches
 from gptjax.data.datasets import load_dataset
 from gptjax.training.optimizer import make_schedule
+from tests.torch_gpt import TorchGPT, make_adamw, train_step
 
 
 def run_recipe(dataset: str) -> tuple[float, float]:

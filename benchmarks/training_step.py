@@ -73,7 +73,7 @@ def make_torch_step(config: TrainConfig, device: str, side: str) -> Callable[[np
     """The same with the twin."""
     import torch
 
-    from benchmarks import torch_gpt
+    from tests import torch_gpt
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     name = "cuda" if device == "gpu" else "cpu"

@@ -20,6 +20,7 @@ XLA is up to twice as slow on (B, T, D), on CPU and GPU alike.
 import dataclasses
 import functools
 import math
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -157,11 +158,22 @@ def init_params(cfg: GPTConfig, key: Array) -> Params:
     }
 
 
-def count_params(cfg: GPTConfig) -> int:
-    """Parameters of the model without the padding rows of wte: 124,439,808 for GPT-2 small."""
-    shapes = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
-    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    return total - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.n_embd
+@functools.lru_cache(maxsize=32)
+def param_shapes(cfg: GPTConfig) -> Params:
+    """Return the tree of parameters as shapes and types, with nothing computed."""
+    return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+
+
+def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:
+    """Return how many parameters the model has, padding rows left out: 124,439,808 for GPT-2 small.
+
+    Args:
+        cfg: the model.
+        without: entries of the tree, such as wpe, that are left out too.
+    """
+    shapes = param_shapes(dataclasses.replace(cfg, vocab_multiple=1))
+    counted = [part for name, part in shapes.items() if name not in without]
+    return sum(leaf.size for leaf in jax.tree.leaves(counted))
 
 
 def unstack_layers(params: Params, n_layer: int) -> Params:

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gptjax  # noqa: F401
 
@@ -23,6 +23,7 @@ import pytest
 
 from gptjax import model
 from gptjax.config import GPTConfig
+from gptjax.settings import fields_of
 from gptjax.terminal import cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,6 +77,13 @@ def tiny(**changes: object) -> GPTConfig:
         "vocab_multiple": 8,
     }
     return model.resolve(GPTConfig(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def other_values(name: str, cfg: GPTConfig) -> list[Any]:
+    """Return what a setting of the model may be besides what it is: every other choice, or more."""
+    kind, value = fields_of(GPTConfig)[name].type, getattr(cfg, name)
+    choices = (True, False) if kind is bool else get_args(kind)
+    return [choice for choice in choices if choice != value] if choices else [2 * value]
 
 
 init_params = jax.jit(model.init_params, static_argnums=0)  # one compilation, not one an operation

@@ -21,7 +21,8 @@ from gptjax.checkpoints import save
 from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.checkpoints.save import Saver
-from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config_file import load_config, to_json
 from gptjax.conversion import convert, huggingface
 from gptjax.conversion.convert import SourceConfig
 from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError

@@ -20,7 +20,8 @@ from gptjax import attention
 from gptjax.checkpoints.steps import step_folder
 from gptjax.commands import doctor
 from gptjax.commands.doctor import Finding
-from gptjax.config import TrainConfig, to_json
+from gptjax.config import TrainConfig
+from gptjax.config_file import to_json
 
 from .conftest import ROOT, need
 from .test_checkpoint import save_steps

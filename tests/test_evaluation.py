@@ -25,7 +25,8 @@ from gptjax import model
 from gptjax.checkpoints.save import Saver
 from gptjax.commands import evaluation
 from gptjax.commands.evaluation import Score, Settings, Text
-from gptjax.config import TrainConfig, to_json
+from gptjax.config import TrainConfig
+from gptjax.config_file import to_json
 from gptjax.errors import DataError, NonFiniteError
 from gptjax.terminal import cli, console
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, load_gpt2_tokenizer, save_tokenizer

@@ -15,8 +15,10 @@ from gptjax import attention, functions, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
+from gptjax.loss import loss_fn
+from gptjax.settings import architecture, names
 
-from .conftest import init_params, need, scaled_params, tiny
+from .conftest import init_params, need, other_values, scaled_params, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 16))
 
@@ -285,30 +287,31 @@ def test_cudnn_is_refused_where_it_cannot_run(
 # ---- Against PyTorch -----------------------------------------------------------------------------
 
 
-def torch_logits_and_gradient(cfg: GPTConfig, params: model.Params) -> tuple[np.ndarray, dict]:
-    """Logits of TOKENS from the PyTorch twin, and its gradient by our names."""
+def torch_results(cfg: GPTConfig, params: model.Params) -> tuple[np.ndarray, float, dict]:
+    """Logits and loss of TOKENS from the PyTorch twin, and the loss's gradient by our names."""
     torch = need("torch")
-    from benchmarks.torch_gpt import TorchGPT, copy_params, named_gradients
+    from .torch_gpt import TorchGPT, copy_params, mean_loss, named_gradients
 
     twin = TorchGPT(cfg)
     copy_params(params, twin)
     out = twin(torch.tensor(TOKENS))[..., : cfg.vocab_size]
-    out.square().mean().backward()
-    return out.detach().numpy(), named_gradients(twin)
+    loss = mean_loss(lambda tokens: twin(tokens)[..., : cfg.vocab_size], torch.tensor(TOKENS))
+    loss.backward()
+    return out.detach().numpy(), loss.item(), named_gradients(twin)
 
 
 def check_against_torch(cfg: GPTConfig) -> None:
     params = scaled_params(cfg, jax.random.key(3))
-    expected, gradients = torch_logits_and_gradient(cfg, params)
+    expected, expected_loss, gradients = torch_results(cfg, params)
     found = logits(cfg, params)
     ok = max_difference(expected, found) <= 1e-5 * max(1, np.abs(expected).max())
     assert ok
     assert np.array_equal(expected.argmax(-1), found.argmax(-1))
 
-    def probe(params: model.Params) -> jax.Array:
-        return jnp.square(model.forward(cfg, params, TOKENS)[0][..., : cfg.vocab_size]).mean()
-
-    for path, ours in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(probe))(params)):
+    gradient = jax.jit(jax.value_and_grad(loss_fn, argnums=1), static_argnums=0)
+    loss, grads = gradient(cfg, params, TOKENS)
+    assert abs(loss - expected_loss) <= 1e-5 * expected_loss
+    for path, ours in jax.tree_util.tree_leaves_with_path(grads):
         theirs = gradients[jax.tree_util.keystr(path, simple=True, separator="/")]
         ok = max_difference(ours, theirs) <= 1e-5 * np.abs(theirs).max()
         assert ok, path
@@ -338,9 +341,16 @@ def test_cudnn_attention_is_attention() -> None:
         assert ok, (name, error, allowed)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"activation": "gelu"}], ids=str)
-def test_logits_and_gradients_are_pytorchs(changes: dict[str, Any]) -> None:
-    check_against_torch(tiny(**changes))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_layer", 2),
+        *((name, v) for name in names(GPTConfig, architecture) for v in other_values(name, tiny())),
+    ],
+)
+def test_logits_loss_and_gradients_are_pytorchs(name: str, value: Any) -> None:
+    """With every value of every architecture option."""
+    check_against_torch(tiny(**{name: value}))
 
 
 def with_gradient(function: Any, backward: Any) -> Any:

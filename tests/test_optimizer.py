@@ -114,7 +114,7 @@ def parameters_after_20_steps(tx: optax.GradientTransformation, batches: np.ndar
 def difference_to_torch(tx: optax.GradientTransformation, config: TrainConfig) -> float:
     """Largest difference of any parameter after 20 steps of AdamW with clipping."""
     torch = need("torch")
-    from benchmarks.torch_gpt import TorchGPT, copy_params, make_adamw, named_gradients, train_step
+    from .torch_gpt import TorchGPT, copy_params, make_adamw, named_gradients, train_step
 
     batches = np.random.default_rng(0).integers(0, 61, (20, 4, 17))
     twin = TorchGPT(CFG)

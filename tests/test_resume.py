@@ -1,6 +1,6 @@
 """What a resumed run may change, and what it may not."""
 
-import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoints.record import (
+    COMPARED,
+    FIXED,
     GUARDED,
-    IGNORED,
-    ONCE,
     Record,
     check_record,
     make_record,
@@ -18,6 +18,7 @@ from gptjax.checkpoints.record import (
 )
 from gptjax.config import TrainConfig
 from gptjax.errors import UsageError
+from gptjax.settings import fields_of, flatten, names, once
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 from .conftest import tiny
@@ -117,7 +118,23 @@ def test_a_large_file_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert token_fingerprint(TOKENS[:-1]) != token_fingerprint(TOKENS)
 
 
-def test_what_is_ignored_exists() -> None:
-    """What is not compared exists; every other flag, also a new one, is."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert ONCE <= IGNORED <= names
+def test_the_lists_that_the_roles_make() -> None:
+    """Written out once here: a role that changes by accident shows."""
+    assert set(FIXED) == {
+        *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
+        *("activation", "optimizer"),
+    }
+    assert set(GUARDED) == {
+        *("seed", "batch_size", "gradient_accumulation_steps", "dtype", "dropout"),
+        *("data", "tokenizer"),
+    }
+    assert set(names(TrainConfig, once)) == {
+        *("resume_step", "allow_change", "stop_step", "force", "resume_check", "replay", "debug"),
+        *("coordinator_address", "num_processes", "process_id", "distributed"),
+    }
+    assert set(flatten(TrainConfig())) - set(COMPARED) - set(names(TrainConfig, once)) == {
+        *("dataset", "val_dataset", "val_fraction", "tokenizer", "tokenizer_dir"),
+        *("out_dir", "init_from", "compile_cache", "heartbeat_timeout", "wait_for_checkpoints"),
+    }
+    help = fields_of(TrainConfig)["allow_change"].metadata["help"]
+    assert [name for name in GUARDED if not re.search(rf"\b{name}\b", help)] == []

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoints.record import check_record, make_record
-from gptjax.config import TrainConfig, load_config
+from gptjax.config import TrainConfig
+from gptjax.config_file import load_config
 from gptjax.errors import DataError, UsageError
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, decode, save_tokenizer
 

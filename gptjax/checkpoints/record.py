@@ -11,29 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.config import GPTConfig, TrainConfig, flatten
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config_file import complete
 from gptjax.errors import UsageError
+from gptjax.settings import architecture, experiment, flatten, names, run, state
 from gptjax.tokenizer import Tokenizer, fingerprint
 
 Record = dict[str, Any]
 
-# What decides the shapes of the state, or what is computed with the same shapes.
-FIXED = {
-    *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
-    *("activation", "optimizer"),
-}
-LATER = {"activation": "gelu_tanh"}  # settings that records of older runs lack: what they computed
-# What makes it another experiment.
-GUARDED = {"seed", "batch_size", "gradient_accumulation_steps", "dtype", "dropout"}
-GUARDED |= {"data", "tokenizer"}
-# What is said of one start of a run, and not of the next.
-ONCE = {"resume_step", "allow_change", "stop_step", "force", "resume_check", "replay", "debug"}
-ONCE |= {"coordinator_address", "num_processes", "process_id", "distributed"}
-# What says where and how a run is started, not what it computes.
-IGNORED = ONCE | {"out_dir", "init_from", "compile_cache", "heartbeat_timeout"}
-IGNORED |= {"wait_for_checkpoints"}
-# The tokens themselves are compared.
-IGNORED |= {"dataset", "val_dataset", "val_fraction", "tokenizer", "tokenizer_dir"}
+FIXED = names(TrainConfig, architecture, state)
+GUARDED = [*names(TrainConfig, experiment), "data", "tokenizer"]
+COMPARED = names(TrainConfig, architecture, state, experiment, run)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLED = 256  # blocks of a token file that its fingerprint reads
@@ -77,7 +65,7 @@ def make_record(
     """
     settings = flatten(dataclasses.replace(config, model=cfg))
     return {
-        "settings": {name: value for name, value in settings.items() if name not in IGNORED},
+        "settings": {name: settings[name] for name in COMPARED},
         "data": [token_fingerprint(tokens) for tokens in shards],
         "n_train": n_train,
         "tokenizer": fingerprint(tokenizer),
@@ -94,22 +82,21 @@ def make_record(
 def check_record(
     old: Record, new: Record, allow_change: Sequence[str], notify: Callable[[str], None]
 ) -> None:
-    """Whether a run saved under `old` may go on under `new`; tells what changes.
+    """Refuse to go on under `new` with a run saved under `old`, or tell what changes.
 
     Raises:
-        UsageError: shapes differ, or what makes it another experiment and is not allowed to.
+        UsageError: the model or the state would be another, or the experiment without leave.
     """
     split = old.get("n_train") is not None  # older runs did not record it
     before, now = (
         {
-            **LATER,
-            **record["settings"],
+            **complete(TrainConfig, record["settings"]),
             "data": [*record["data"], record.get("n_train") if split else None],
             "tokenizer": record["tokenizer"],
         }
         for record in (old, new)
     )
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in (*COMPARED, "data", "tokenizer") if before[name] != now[name]]
     unknown = [name for name in allow_change if name not in GUARDED]
     if unknown:
         raise UsageError(f"--allow_change={unknown[0]}: must be among {', '.join(sorted(GUARDED))}")
@@ -117,7 +104,7 @@ def check_record(
     def show(name: str) -> str:
         if name in ("data", "tokenizer"):
             return f"another {name}"
-        return f"{name}={before.get(name)}, you asked for {now[name]}"
+        return f"{name}={before[name]}, you asked for {now[name]}"
 
     fixed = [show(name) for name in changed if name in FIXED]
     if fixed:
@@ -134,7 +121,7 @@ def check_record(
         if name in ("data", "tokenizer"):
             notify(f"resuming with {show(name)}")
         else:
-            notify(f"resuming with {name}={now[name]}, it was {before.get(name)}")
+            notify(f"resuming with {name}={now[name]}, it was {before[name]}")
     for kind in ("versions", "machine"):
         for name, value in new[kind].items():
             if old[kind].get(name) != value:

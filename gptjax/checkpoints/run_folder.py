@@ -9,7 +9,8 @@ import jax
 
 from gptjax.checkpoints.restore import restore_params
 from gptjax.checkpoints.steps import best_step, require_steps
-from gptjax.config import TrainConfig, load_config
+from gptjax.config import TrainConfig
+from gptjax.config_file import load_config
 from gptjax.errors import UsageError
 from gptjax.model import Params, init_params
 from gptjax.sharding import abstract_tree

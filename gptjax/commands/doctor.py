@@ -30,11 +30,12 @@ from gptjax.commands.run_checks import (
     mend,
     why_not_writable,
 )
-from gptjax.config import TrainConfig, require
+from gptjax.config import TrainConfig
 from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError, first_line, plural
 from gptjax.files import cache_dir, expand, folder_bytes
 from gptjax.memory import physical_memory
+from gptjax.settings import once, require
 from gptjax.terminal import flags
 from gptjax.terminal.console import printable
 from gptjax.tokenizer import read_gpt2_files
@@ -55,12 +56,11 @@ TPU_LOCK = Path("/tmp/libtpu_lockfile")
 class Config:
     """What `gptjax doctor` needs."""
 
-    json: bool = False
-    """print the findings as JSON"""
-    mend: bool = False
-    """merge the steps of RUN that were saved but never merged, before looking"""
-    debug: bool = False
-    """stop at a check that raises, with its traceback"""
+    json: bool = once(False, "Print the findings as JSON.", section="Findings")
+    mend: bool = once(
+        False, "Merge the steps of RUN that were saved but never merged, before looking."
+    )
+    debug: bool = once(False, "Stop at a check that raises, with its traceback.")
 
 
 # ---- The machine ---------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from gptjax import model
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.commands import evaluation
 from gptjax.commands.evaluation import Result, Scorer, Settings
-from gptjax.config import require, require_range
+from gptjax.config import COMPILE_CACHE, DEBUG
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
+from gptjax.settings import once, require, require_range
 from gptjax.terminal import cli, flags
 from gptjax.terminal.console import show_progress
 from gptjax.tokenizer import Tokenizer
@@ -34,27 +35,28 @@ ABOUT = "Evaluate a model by a published protocol. The first word is its run fol
 class Config:
     """What `gptjax evaluate` needs."""
 
-    task: str = ""
-    """wikitext2, lambada or hellaswag"""
-    data: str = ""
-    """the task's file: a raw text for wikitext2, JSON lines for the others"""
-    checkpoint: str = "best"
-    """best (by validation loss), latest, or a step"""
-    context: int = 0
-    """tokens that a prediction sees at most; 0 = the model's block_size"""
-    stride: int = 0
-    """wikitext2: tokens between windows; 0 = context (they do not overlap)"""
-    limit: int = 0
-    """take the first rows only (wikitext2: tokens), so many; 0 = all"""
-    batch_size: int = 8
-    """texts per forward pass"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute dtype; auto = bfloat16 on GPU and TPU, float32 on CPU"""
-    compile_cache: str = "auto"
-    """folder of compiled programs; auto = xla in the cache folder, which is ~/.cache/gptjax or what
-    the variable GPTJAX_CACHE names; off = compile every time"""
-    debug: bool = False
-    """show a traceback where an error would be one line"""
+    task: str = once("", "wikitext2, lambada or hellaswag.", section="Task")
+    data: str = once(
+        "", "File of the task: a raw text for wikitext2, JSON lines for the others.", path=True
+    )
+    context: int = once(0, "Tokens that a prediction sees at most; 0 = the model's block_size.")
+    stride: int = once(
+        0, "Tokens between windows of wikitext2; 0 = context, so that they do not overlap."
+    )
+    limit: int = once(0, "Take only so many rows (of wikitext2 tokens), the first; 0 = all.")
+    checkpoint: str = once(
+        "best",
+        "best (by validation loss), latest, or the number of a step.",
+        section="Model and machine",
+    )
+    batch_size: int = once(8, "Texts in a forward pass.")
+    dtype: Literal["auto", "float32", "bfloat16"] = once(
+        "auto",
+        "Type that the model computes in. auto takes bfloat16 on a GPU or TPU, and float32 on a "
+        "CPU.",
+    )
+    compile_cache: str = once("auto", COMPILE_CACHE, path=True)
+    debug: bool = once(False, DEBUG)
 
     def __post_init__(self) -> None:
         require_range(self, "context stride limit", 0)

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 from gptjax.checkpoints import step_files
 from gptjax.checkpoints.save import require_whole
 from gptjax.checkpoints.steps import checkpoint_folder, quarantined, saved_steps, step_folder
-from gptjax.config import TrainConfig, load_config
+from gptjax.config import TrainConfig
+from gptjax.config_file import load_config
 from gptjax.errors import first_line
 from gptjax.files import folder_bytes
 

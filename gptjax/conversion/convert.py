@@ -14,7 +14,8 @@ import jax
 from gptjax.checkpoints.run_folder import Run, load_run
 from gptjax.checkpoints.save import Saver, check_space
 from gptjax.checkpoints.steps import About
-from gptjax.config import Activation, TrainConfig, to_json
+from gptjax.config import TOKENIZER_DIR, Activation, TrainConfig
+from gptjax.config_file import to_json
 from gptjax.conversion import gguf, hub, huggingface, llmc, nanogpt, openai, signatures
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.source_tokenizer import OWN_TOKENIZER, choose_tokenizer
@@ -22,6 +23,7 @@ from gptjax.conversion.tensors import Source, read_params, with_activation
 from gptjax.errors import DataError, InputError, OutputError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256
 from gptjax.memory import physical_memory
+from gptjax.settings import once
 from gptjax.tokenizer import GPT2Tokenizer, save_tokenizer, write_gpt2_files
 
 WEIGHT_SUFFIXES = (
@@ -40,23 +42,32 @@ PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
 class SourceConfig:
     """How a source is opened."""
 
-    revision: str = ""
-    """branch, tag or commit of a model on the Hub; empty = main"""
-    allow_pickle: bool = False
-    """read pickles (.bin, .pt): their tensors only, with PyTorch 2.10 or newer"""
-    tokenizer: str = "auto"
-    """gpt2, byte, or a run folder to take it from; auto = the source's own, or gpt2 for a
-    vocabulary of its size"""
-    tokenizer_dir: str = ""
-    """folder with vocab.bpe + encoder.json (or merges.txt + vocab.json), for gpt2 offline"""
-    activation: Literal["auto", Activation] = "auto"
-    """of the MLP, where the file does not say it: nanoGPT computes gelu (exact) since June 2023 and
-    gelu_tanh before; auto = gelu for nanoGPT, else gelu_tanh"""
-    sha256: str = ""
-    """what the weight file must have: a flipped bit is a valid number"""
-    accept_fields: str = ""
-    """fields of its config.json that gptjax does not know and that you know to change nothing,
-    with commas between them"""
+    revision: str = once(
+        "", "Branch, tag or commit of a model on the Hub; empty = main.", section="Source"
+    )
+    allow_pickle: bool = once(
+        False, "Read pickles (.bin, .pt): their tensors only, with PyTorch 2.10 or newer."
+    )
+    tokenizer: str = once(
+        "auto",
+        "gpt2, byte, or a run folder to take it from. auto takes the source's own, or gpt2 for a "
+        "vocabulary of its size.",
+        path=True,
+    )
+    tokenizer_dir: str = once("", TOKENIZER_DIR, path=True)
+    activation: Literal["auto", Activation] = once(
+        "auto",
+        "Nonlinearity of the MLP, where the file does not say it: nanoGPT computes gelu, the exact "
+        "one, since June 2023, and gelu_tanh before. auto takes gelu for nanoGPT, else gelu_tanh.",
+    )
+    sha256: str = once(
+        "", "sha256 that the weight file must have, since a flipped bit is a valid number."
+    )
+    accept_fields: str = once(
+        "",
+        "Fields of its config.json that gptjax does not know and that you know to change nothing, "
+        "with commas between.",
+    )
 
     def accepted(self) -> list[str]:
         """The names in `accept_fields`."""

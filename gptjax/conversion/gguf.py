@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import GPTConfig, require
+from gptjax.config import GPTConfig
 from gptjax.conversion.tensors import Params, is_linear, named_tensors
 from gptjax.errors import UsageError
+from gptjax.settings import require
 from gptjax.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_merges, gpt2_spelling
 
 NAMES = {  # ours, behind h.#. where there is one -> GGUF's for the architecture gpt2

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gptjax.config import GPTConfig, require
+from gptjax.config import GPTConfig
 from gptjax.conversion.tensors import Params, Source, is_linear, make_config, named_tensors, slots
 from gptjax.errors import DataError
+from gptjax.settings import require
 
 MAGIC = 20240326
 HEADER = 256 * 4

@@ -11,32 +11,33 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
-from gptjax.config import Activation, GPTConfig, require
+from gptjax.config import Activation, GPTConfig
 from gptjax.errors import DataError, plural
+from gptjax.model import Params, param_shapes
+from gptjax.settings import architecture, names, require
 from gptjax.tokenizer import Tokenizer
 
-Params = dict[str, Any]
-
-# our path -> published name with # for the layer, its axes (letters as in model.py, and E = 3D)
+# our path -> published name, with # for the layer
 TENSORS = {
-    "wte/embedding": ("wte.weight", "VD"),
-    "wpe/embedding": ("wpe.weight", "SD"),
-    "h/ln_1/scale": ("h.#.ln_1.weight", "D"),
-    "h/ln_1/bias": ("h.#.ln_1.bias", "D"),
-    "h/attn/c_attn/kernel": ("h.#.attn.c_attn.weight", "DE"),
-    "h/attn/c_attn/bias": ("h.#.attn.c_attn.bias", "E"),
-    "h/attn/c_proj/kernel": ("h.#.attn.c_proj.weight", "DD"),
-    "h/attn/c_proj/bias": ("h.#.attn.c_proj.bias", "D"),
-    "h/ln_2/scale": ("h.#.ln_2.weight", "D"),
-    "h/ln_2/bias": ("h.#.ln_2.bias", "D"),
-    "h/mlp/c_fc/kernel": ("h.#.mlp.c_fc.weight", "DF"),
-    "h/mlp/c_fc/bias": ("h.#.mlp.c_fc.bias", "F"),
-    "h/mlp/c_proj/kernel": ("h.#.mlp.c_proj.weight", "FD"),
-    "h/mlp/c_proj/bias": ("h.#.mlp.c_proj.bias", "D"),
-    "ln_f/scale": ("ln_f.weight", "D"),
-    "ln_f/bias": ("ln_f.bias", "D"),
+    "wte/embedding": "wte.weight",
+    "wpe/embedding": "wpe.weight",
+    "h/ln_1/scale": "h.#.ln_1.weight",
+    "h/ln_1/bias": "h.#.ln_1.bias",
+    "h/attn/c_attn/kernel": "h.#.attn.c_attn.weight",
+    "h/attn/c_attn/bias": "h.#.attn.c_attn.bias",
+    "h/attn/c_proj/kernel": "h.#.attn.c_proj.weight",
+    "h/attn/c_proj/bias": "h.#.attn.c_proj.bias",
+    "h/ln_2/scale": "h.#.ln_2.weight",
+    "h/ln_2/bias": "h.#.ln_2.bias",
+    "h/mlp/c_fc/kernel": "h.#.mlp.c_fc.weight",
+    "h/mlp/c_fc/bias": "h.#.mlp.c_fc.bias",
+    "h/mlp/c_proj/kernel": "h.#.mlp.c_proj.weight",
+    "h/mlp/c_proj/bias": "h.#.mlp.c_proj.bias",
+    "ln_f/scale": "ln_f.weight",
+    "ln_f/bias": "ln_f.bias",
 }
 HEAD = "lm_head.weight"  # (V, D), where a file stores the head apart from wte
 LIMITS = {  # size -> the largest that is believed
@@ -46,6 +47,7 @@ LIMITS = {  # size -> the largest that is believed
     "block_size": 1_000_000,
     "vocab_size": 10_000_000,
 }
+SAID = (*LIMITS, "vocab_multiple", "bias", "activation")  # settings that its formats can say
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 SHOWN = 6  # problems of one kind
 # What PyTorch's wrappers put into a name, also in the middle of it; GPT-2 has no such part.
@@ -161,18 +163,19 @@ def is_linear(name: str) -> bool:
 
 
 def slots(cfg: GPTConfig) -> Iterator[Slot]:
-    """Every tensor that a model of this shape has, each once."""
-    D = cfg.n_embd
-    size = {"V": cfg.vocab_size, "S": cfg.block_size, "D": D, "E": 3 * D, "F": 4 * D}
-    for path, (name, axes) in TENSORS.items():
-        shape = tuple(size[axis] for axis in axes)
-        if path.endswith("/bias") and not cfg.bias:
+    """Yield every tensor that a model of this shape has, each once, wte without its padding."""
+    leaves = jax.tree.leaves_with_path(param_shapes(dataclasses.replace(cfg, vocab_multiple=1)))
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
+    }
+    for path, name in TENSORS.items():
+        if path not in shapes:  # a bias of a model without
             continue
         if path.startswith("h/"):
             for layer in range(cfg.n_layer):
-                yield Slot(path, layer, name.replace("#", str(layer)), shape)
+                yield Slot(path, layer, name.replace("#", str(layer)), shapes[path][1:])
         else:
-            yield Slot(path, None, name, shape)
+            yield Slot(path, None, name, shapes[path])
 
 
 def find(params: Params, path: str) -> Any:
@@ -284,7 +287,14 @@ def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndar
     """Published names with float32 arrays, without the padding rows of wte.
 
     A model without biases gets zeros for them, since GPT-2's formats know none without.
+
+    Raises:
+        UsageError: the model is another than GPT-2 in something that its formats cannot say.
     """
+    for name in names(GPTConfig, architecture):
+        ours, theirs = getattr(cfg, name), getattr(GPTConfig(), name)
+        rule = f"GPT-2's formats know {name}={theirs} only"
+        require(name in SAID or ours == theirs, name, ours, rule)
     fetched: tuple[str, np.ndarray] = ("", np.empty(0))
     for slot in slots(dataclasses.replace(cfg, bias=True)):
         if slot.path.endswith("/bias") and not cfg.bias:

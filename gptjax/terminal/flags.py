@@ -1,16 +1,15 @@
 """The command line: flags into the fields of a config, and back into a line to type."""
 
-import dataclasses
+import argparse
 import shlex
-from collections.abc import Container
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import tyro
-
-from gptjax.config import flatten, require
+from gptjax.config_file import RENAMED
 from gptjax.errors import UsageError, did_you_mean
 from gptjax.files import expand
+from gptjax.settings import change, fields_of, flatten, require
 from gptjax.terminal import nanogpt_flags
 
 T = TypeVar("T")
@@ -19,39 +18,35 @@ T = TypeVar("T")
 def parse(
     config_class: type[T], argv: list[str], default: T, description: str, prog: str | None = None
 ) -> T:
-    """Flags --name=value or --name value, with - and _ alike, over a default.
-
-    Raises:
-        UsageError: a flag is unknown or its value is not of its type or range.
-        SystemExit: --help was shown.
-    """
-    if {"-h", "--help"} & set(argv):
-        shown = {name: escape(value) for name, value in flatten(default).items()}
-        tyro.cli(
-            config_class,
-            args=["--help"],
-            default=change(default, shown),
-            description=description,
-            prog=prog,
-            use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        )
-    found = read_flags(argv, kinds(default))
-    return expand_paths(change(default, found), found)
+    """Return the default, changed by flags; arguments and errors as of `read` and `apply`."""
+    return apply(default, read(config_class, argv, default, description, prog))
 
 
-def read_flags(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
-    """The settings that flags give; the last of a flag counts, of one that takes several all do.
+def read(
+    config_class: type[T], argv: list[str], default: T, description: str, prog: str | None = None
+) -> dict[str, Any]:
+    """Read flags --name=value or --name value, with - and _ alike.
+
+    The last of a flag counts; of one that takes several values all do.
 
     Args:
+        config_class: the config whose fields the flags are.
         argv: the words of the command line.
-        known: the type of each setting.
+        default: the values that --help shows.
+        description: what the program does, for --help.
+        prog: how it is called, for --help.
+
+    Returns:
+        The value of each flag that was given, of its type, its range not yet checked.
 
     Raises:
         UsageError: a flag is unknown, has no value or one that is not of its type.
+        SystemExit: --help was shown.
     """
-    given: dict[str, Any] = {}
-    words = list(argv)
+    if {"-h", "--help"} & set(argv):
+        print_help(default, description, prog)
+        raise SystemExit(0)
+    fields, given, words = fields_of(config_class), dict[str, Any](), list(argv)
     while words:
         token = words.pop(0)
         flag, equals, value = token.partition("=")
@@ -61,13 +56,10 @@ def read_flags(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(
                 problem or f"unexpected word {token!r}: flags are --name=value; see --help"
             )
-        if name not in known or not token.startswith("--"):
-            if name in nanogpt_flags.FLAGS:
-                raise UsageError(f"{token}: {nanogpt_flags.FLAGS[name]}")
-            hint = did_you_mean(name, known, "--help lists the flags", sign="--")
-            raise UsageError(f"unknown flag {flag}: {hint}")
-        kind, several = known[name], get_origin(known[name]) is tuple
-        values = [value] if equals else []
+        if name not in fields or not token.startswith("--"):
+            raise UsageError(unknown(token, name, fields))
+        kind = fields[name].type
+        several, values = get_origin(kind) is tuple, [value] if equals else []
         while words and not words[0].startswith("--") and (several or not values):
             values.append(words.pop(0))
         if not values and kind is bool:
@@ -81,8 +73,19 @@ def read_flags(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def unknown(token: str, name: str, fields: Mapping[str, Any]) -> str:
+    """Return what to say of a flag that there is not."""
+    if name in RENAMED:
+        today = RENAMED[name]
+        return f"{token}: " + (f"is called --{today} now" if today else "is gone; leave it out")
+    if name in nanogpt_flags.FLAGS:
+        return f"{token}: {nanogpt_flags.FLAGS[name]}"
+    hint = did_you_mean(name, fields, "--help lists the flags", sign="--")
+    return f"unknown flag {token.partition('=')[0]}: {hint}"
+
+
 def read_value(name: str, kind: Any, text: str) -> Any:
-    """A value of this type from its text."""
+    """Return the value of this type that a text stands for, or raise UsageError."""
     choices = {"True": True, "False": False} if kind is bool else {c: c for c in get_args(kind)}
     shown = text if len(text) <= 60 else f"{text[:60]}..."
     if choices:
@@ -96,75 +99,62 @@ def read_value(name: str, kind: Any, text: str) -> Any:
         raise UsageError(f"--{name}={shown}: must be {rule}") from None
 
 
-def escape(value: Any) -> Any:
-    """A text, or several, with control characters as their escapes; any other value as it is."""
-    if isinstance(value, tuple):
-        return tuple(map(escape, value))
-    return repr(value)[1:-1] if isinstance(value, str) and not value.isprintable() else value
-
-
-def kinds(config: Any) -> dict[str, Any]:
-    """The types of the settings by name, those of the configs inside included."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        found |= kinds(value) if dataclasses.is_dataclass(value) else {field.name: field.type}
-    return found
-
-
-def change(config: T, given: dict[str, Any]) -> T:
-    """The config with these settings, those of the configs inside included."""
-    inside = {
-        name: change(value, given)
-        for name, value in vars(config).items()
-        if dataclasses.is_dataclass(value)
-    }
-    own = {name: value for name, value in given.items() if name in vars(config)}
-    return dataclasses.replace(config, **inside, **own)  # type: ignore[type-var]
-
-
-# Flags that may hold the path of a file or folder.
-PATHS = {"out_dir", "dataset", "init_from", "tokenizer_dir", "compile_cache", "replay"}
-PATHS |= {"val_dataset", "tokenizer", "against", "data"}
-
-
-def expand_paths(config: T, given: Container[str]) -> T:
-    """Return the config with the user's home folder for `~` in its paths.
+def apply(default: T, given: Mapping[str, Any]) -> T:
+    """Return the default with what was given, and the home folder for `~` in its paths.
 
     Raises:
-        UsageError: an empty path was given where there must be one.
+        UsageError: a value is out of range, or a path is empty where there must be one.
     """
-    changes: dict[str, str] = {}
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if field.name not in PATHS or not isinstance(value, str):
-            continue
-        if not value and field.name in given and field.default:
-            raise UsageError(f"--{field.name}= is empty: give a value, or leave the flag out")
-        if value.startswith("~"):
-            changes[field.name] = str(expand(value))
-    return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
+    config = change(default, given)
+    paths: dict[str, str] = {}
+    for name, field in fields_of(default).items():
+        if field.metadata["path"]:
+            value = getattr(config, name)
+            if not value and name in given and field.default:
+                raise UsageError(f"--{name}= is empty: give a value, or leave the flag out")
+            if value.startswith("~"):
+                paths[name] = str(expand(value))
+    return change(config, paths)
 
 
-def given(argv: list[str]) -> dict[str, str]:
-    """Return what each flag says, the last of a kind, before anything is checked."""
-    found: dict[str, str] = {}
-    for i, token in enumerate(argv):
-        name, equals, value = token.partition("=")
-        if name.startswith("--"):
-            following = "".join(argv[i + 1 : i + 2])
-            found[name[2:].replace("-", "_")] = value if equals else following
-    return found
+def print_help(default: Any, description: str, prog: str | None = None) -> None:
+    """Print each flag with what it says of itself and its default, as wide as the terminal is."""
+    parser = argparse.ArgumentParser(
+        prog, usage="%(prog)s [--flags]", description=description, add_help=False
+    )
+    values = flatten(default)
+    section: Any = parser
+    for name, field in fields_of(default).items():
+        if field.metadata["section"]:
+            section = parser.add_argument_group(field.metadata["section"])
+        choices = ("True", "False") if field.type is bool else get_args(field.type)
+        kind = getattr(field.type, "__name__", "").upper()
+        if get_origin(field.type) is tuple:
+            kind = "STR ..."
+        elif choices:
+            kind = f"{{{','.join(choices)}}}"
+        text = f"{field.metadata['help']} (default: {show(values[name])})".replace("%", "%%")
+        section.add_argument(f"--{name}", metavar=kind, help=text)
+    parser.print_help()
+
+
+def show(value: Any) -> str:
+    """Return a value as --help shows it, with control characters as their escapes."""
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value)) or "none"
+    if isinstance(value, str):
+        return repr(value)[1:-1] if value else "empty"
+    return str(value)
 
 
 def command(script: str, *words: str) -> str:
-    """The line that runs one of the scripts from the current directory, quoted for a shell."""
+    """Return the line that runs a script from the current directory, quoted for a shell."""
     path = Path(__file__).parent.parent.parent / script
     here = not path.is_file() or (Path(script).is_file() and path.samefile(script))
     return shlex.join(["python", script if here else str(path), *words])
 
 
 def changed(config: Any, default: Any) -> list[str]:
-    """The flags that change the fields of the default to what the config has in them."""
+    """Return the flags that change the default to this config."""
     now = flatten(config)
     return [f"--{name}={now[name]}" for name, v in flatten(default).items() if now[name] != v]

@@ -1,54 +1,45 @@
 """Values that nobody gave, made to fit the values that somebody did."""
 
 import dataclasses
-import math
 from collections.abc import Container, Mapping
+from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.errors import UsageError
 
 
-def adapt_preset(config: TrainConfig, given: Mapping[str, str]) -> tuple[TrainConfig, list[str]]:
-    """Change a preset where its own values would collide with flags that are still to be read.
+def adapt_preset(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """Change a preset where its own values would collide with the flags that were given.
 
     Args:
         config: the preset.
-        given: each flag's value as it was typed; what is no number is left to the parser.
+        given: the flags' values, which may still be out of range: then nothing is changed.
 
     Returns:
         The preset, and a sentence for each change. What was given is never changed.
     """
     notes: list[str] = []
     model = config.model
-    width = number(given.get("n_embd"))
-    if width is not None and width >= 1 and width % model.n_head and "n_head" not in given:
+    width = given.get("n_embd", 0)
+    if width > 0 and width % model.n_head and "n_head" not in given:
         divisors = [n for n in range(1, 2 * model.n_head) if width % n == 0]
         heads = min(divisors, key=lambda n: abs(n - model.n_head))
-        notes.append(f"n_head is {heads}: {model.n_head} does not divide --n_embd={width:.0f}")
-        model = dataclasses.replace(model, n_embd=int(width), n_head=heads)
+        notes.append(f"n_head is {heads}: {model.n_head} does not divide --n_embd={width}")
+        model = dataclasses.replace(model, n_embd=width, n_head=heads)
 
     warmup, min_lr = config.warmup_iters, config.min_lr
     for flag in ("max_iters", "lr_decay_iters"):
-        steps = number(given.get(flag))
+        steps = given.get(flag, -1)
         off = flag == "lr_decay_iters" and steps == 0
-        if steps is None or steps < 0 or off or "warmup_iters" in given or warmup <= steps:
+        if steps < 0 or off or "warmup_iters" in given or warmup <= steps:
             continue
-        notes.append(f"warmup_iters is {int(steps) // 10}, a tenth of --{flag}, not {warmup}")
-        warmup = int(steps) // 10
-    rate = number(given.get("learning_rate"))
-    if rate is not None and 0 < rate < min_lr and "min_lr" not in given:
+        notes.append(f"warmup_iters is {steps // 10}, a tenth of --{flag}, not {warmup}")
+        warmup = steps // 10
+    rate = given.get("learning_rate", 0.0)
+    if 0 < rate < min_lr and "min_lr" not in given:
         notes.append(f"min_lr is {rate / 10:g}, a tenth of --learning_rate, not {min_lr:g}")
         min_lr = rate / 10
     return dataclasses.replace(config, model=model, warmup_iters=warmup, min_lr=min_lr), notes
-
-
-def number(text: str | None) -> float | None:
-    """Return a flag's text as a finite number, None if it is none."""
-    try:
-        value = math.nan if text is None else float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def fit_batch(

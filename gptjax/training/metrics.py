@@ -11,6 +11,7 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.files import append_line, replacing
+from gptjax.model import count_params
 
 # Device -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation, from the makers'
 # data sheets. A name is a whole one: an RTX 4070 Ti, or a part (MIG) of an A100, is another device.
@@ -65,13 +66,13 @@ NO_MATTER = {"NVIDIA", "GEFORCE", "TESLA", "SXM", "SXM4", "SXM5", "HBM2", "HBM2E
 NO_MATTER |= {"40GB", "80GB", "120GB", "141GB", "144G", "480GB"}
 
 
-def flops_per_token(cfg: GPTConfig, n_params: int) -> int:
+def flops_per_token(cfg: GPTConfig) -> int:
     """Training FLOPs per token, forward and backward: 6N + 12LHQT without position embeddings.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, as nanoGPT counts it (attention not halved for
     causality, activation recomputation not counted).
     """
-    n = n_params - cfg.block_size * cfg.n_embd
+    n = count_params(cfg, without=("wpe",))
     return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
 

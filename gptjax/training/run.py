@@ -18,7 +18,8 @@ from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.run_folder import Run
 from gptjax.checkpoints.save import check_space
 from gptjax.checkpoints.steps import Meta, saved_steps, set_aside, step_folder
-from gptjax.config import GPTConfig, TrainConfig, load_config, to_json
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config_file import load_config, to_json
 from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.errors import UsageError
 from gptjax.terminal import cli, output
@@ -174,9 +175,7 @@ def init_or_restore(run: TrainingRun, abstract: TrainState) -> tuple[TrainState,
         return restore_state(run, abstract)
     state = init_state(run.config, abstract)
     if run.source is not None:
-        params = run.source.params
-        block_size = run.config.model.block_size
-        params["wpe"]["embedding"] = params["wpe"]["embedding"][:block_size]
+        params = start.crop_context(run.source.params, abstract.params)
         shardings = sharding.shardings_of(abstract.params)
         state = state._replace(params=jax.device_put(params, shardings))
     return state, Progress(None, None, math.inf)

@@ -44,7 +44,7 @@ class RunLog:
         n_params = model.count_params(cfg)
         tokens = config.batch_size * config.gradient_accumulation_steps * cfg.block_size
         self.recorder = metrics.Recorder(
-            tokens, metrics.flops_per_token(cfg, n_params), peak and peak * n_devices
+            tokens, metrics.flops_per_token(cfg), peak and peak * n_devices
         )
         self.painter = ThreadPoolExecutor(max_workers=1)  # matplotlib takes 1 s at first, then 0.3
         self.drawn: Future[None] | None = None
@@ -181,7 +181,7 @@ class RunLog:
     def _draw(self) -> None:
         try:
             records = metrics.read_metrics(self.metrics_file)
-            metrics.draw_losses(records, self.run.run_dir / "loss.png", self.config.loss_scale)
+            metrics.draw_losses(records, self.run.run_dir / "loss.png", self.config.loss_axis)
         except Exception as error:  # no picture is worth ending a run
             self.note(f"warning: loss.png is not drawn: {error}")
 

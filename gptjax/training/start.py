@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+import jax
+
 from gptjax.checkpoints.run_folder import Run
 from gptjax.checkpoints.steps import (
     checkpoint_folder,
@@ -12,10 +14,12 @@ from gptjax.checkpoints.steps import (
     require_steps,
     saved_steps,
 )
-from gptjax.config import GPTConfig, TrainConfig, load_config
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config_file import load_config
 from gptjax.conversion.convert import SourceConfig, load_start
 from gptjax.errors import CheckpointError, UsageError
-from gptjax.terminal.flags import PATHS
+from gptjax.model import Params
+from gptjax.settings import architecture, fields_of, names
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 from gptjax.training.bad_steps import BadStep
 
@@ -64,7 +68,7 @@ def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None
         if settings is None or not flag.startswith("--") or flag[2:] in given:
             raise
         where = f"{flag} comes from {settings}"
-        if flag[2:] in PATHS:
+        if fields_of(TrainConfig)[flag[2:]].metadata["path"]:
             where += (
                 ", and a path counts from where the run was started: go there, or pass it again"
             )
@@ -86,8 +90,8 @@ def with_shape_of(config: TrainConfig, init_from: str) -> TrainConfig:
     if not (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
         return config
     theirs = load_config(path / "config.json").model
-    shape = {name: getattr(theirs, name) for name in SHAPE if name != "block_size"}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
+    theirs = dataclasses.replace(theirs, block_size=config.model.block_size)
+    return dataclasses.replace(config, model=with_architecture_of(config.model, theirs))
 
 
 def find_source(config: TrainConfig) -> Run | None:
@@ -97,11 +101,10 @@ def find_source(config: TrainConfig) -> Run | None:
     return load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
 
 
-# What a model is made of: it comes with the parameters, whatever the preset says.
-SHAPE = (
-    *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "bias"),
-    "activation",
-)
+def with_architecture_of(cfg: GPTConfig, theirs: GPTConfig) -> GPTConfig:
+    """Return the model that their parameters belong to, for the rest as `cfg`."""
+    taken = {name: getattr(theirs, name) for name in names(GPTConfig, architecture)}
+    return dataclasses.replace(cfg, **taken)
 
 
 def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> GPTConfig:
@@ -111,10 +114,10 @@ def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> 
     Raises:
         UsageError: a flag that was given asks for another model or tokenizer than the source's.
     """
-    shape = {name: getattr(source.config.model, name) for name in SHAPE}
+    cfg = with_architecture_of(config.model, source.config.model)
     where = f"the model that --init_from={config.init_from} names"
-    for name, theirs in shape.items():
-        ours = getattr(config.model, name)
+    for name in names(GPTConfig, architecture):
+        ours, theirs = getattr(config.model, name), getattr(cfg, name)
         fits = ours <= theirs if name == "block_size" else ours == theirs
         if name in given and not fits:
             rule = f"allows at most {theirs}" if name == "block_size" else f"has {name}={theirs}"
@@ -124,8 +127,18 @@ def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> 
         raise UsageError(
             f"--tokenizer={config.tokenizer}: {where} has its own ({kind}); leave the flag out"
         )
-    shape["block_size"] = min(config.model.block_size, shape["block_size"])
-    return dataclasses.replace(config.model, **shape)
+    block_size = min(config.model.block_size, cfg.block_size)
+    return dataclasses.replace(cfg, block_size=block_size)
+
+
+def crop_context(params: Params, shapes: Params) -> Params:
+    """Return a source's parameters without the positions behind this run's block_size.
+
+    Args:
+        params: of a model that differs in block_size alone, as `model_of_source` sees to.
+        shapes: of this run's parameters; what is longer there ends where these end.
+    """
+    return jax.tree.map(lambda p, to: p[tuple(map(slice, to.shape))], params, shapes)
 
 
 def choose_tokenizer(

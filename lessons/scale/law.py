@@ -34,7 +34,7 @@ def demand(name: str, cfg: GPTConfig) -> dict[str, float | str]:
         "tokens": tokens,
         "flops": 6 * n * tokens,
         "hours": 6 * n * tokens / (MFU * PEAK_FLOPS["H100"]) / 3600,
-        "exact_hours": flops_per_token(cfg, n) * tokens / (MFU * PEAK_FLOPS["H100"]) / 3600,
+        "exact_hours": flops_per_token(cfg) * tokens / (MFU * PEAK_FLOPS["H100"]) / 3600,
         "loss": chinchilla_loss(n, tokens),
     }
 

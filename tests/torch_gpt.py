@@ -1,4 +1,7 @@
-"""The same GPT-2 in PyTorch, as a good PyTorch programmer writes it: the races' other side."""
+"""The same GPT-2 in PyTorch, as a good PyTorch programmer writes it.
+
+It is the reference of every architecture option, and the other side of the benchmarks.
+"""
 
 from collections.abc import Callable
 from typing import Any
