@@ -15,16 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gptjax  # noqa: F401
-
-# isort: split
 import jax
 import pytest
 
-from gptjax import model
+from gptjax import allocator, model
 from gptjax.config import GPTConfig
 from gptjax.terminal import cli
 
+allocator.keep_freed_memory()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same program anew, with new functions: a cache for the session.
 if "GPTJAX_TESTS_COMPILED" not in os.environ:  # xdist's workers take that of the first process

@@ -380,7 +380,7 @@ def restore_process() -> Iterator[None]:
 
 
 MISTAKES = [
-    ("", 2, "usage: gptjax COMMAND --help; the commands are evaluate"),
+    ("", 2, "usage: gptjax COMMAND --help; the commands are train"),
     ("evalute bytes", 2, "unknown command evalute: did you mean evaluate?"),
     ("wombat", 2, "unknown command wombat: usage: gptjax COMMAND"),
     ("evaluate", 2, "no run folder: gptjax evaluate RUN"),
@@ -442,7 +442,7 @@ def test_mistakes_are_one_line_and_an_exit_code(
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.dispatch(["--help"]) == 0
-    assert "the commands are evaluate" in capsys.readouterr().out
+    assert "the commands are train" in capsys.readouterr().out
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], folder: Path, *argv: str) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def argvs(config: Any) -> st.SearchStrategy[tuple[Any, list[str]]]:
 
 
 def test_flags() -> None:
-    configs = [TrainConfig(), sample.Config(), evaluate.Config()]
+    configs = [TrainConfig(), sample.SamplerConfig(), evaluate.Config()]
 
     def attempt(case: tuple[Any, list[str]]) -> None:
         config, argv = case

@@ -2,9 +2,7 @@
 
 import dataclasses
 import difflib
-import shlex
 from collections.abc import Container
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
@@ -12,6 +10,7 @@ import tyro
 from gptjax.config import flatten, require
 from gptjax.errors import UsageError
 from gptjax.files import expand
+from gptjax.programs import command as command
 from gptjax.terminal import nanogpt_flags
 
 T = TypeVar("T")
@@ -157,13 +156,6 @@ def given(argv: list[str]) -> dict[str, str]:
             following = "".join(argv[i + 1 : i + 2])
             found[name[2:].replace("-", "_")] = value if equals else following
     return found
-
-
-def command(script: str, *words: str) -> str:
-    """The line that runs one of the scripts from the current directory, quoted for a shell."""
-    path = Path(__file__).parent.parent.parent / script
-    here = not path.is_file() or (Path(script).is_file() and path.samefile(script))
-    return shlex.join(["python", script if here else str(path), *words])
 
 
 def changed(config: Any, default: Any) -> list[str]:
