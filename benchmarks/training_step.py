@@ -48,15 +48,13 @@ def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
     """A function that takes one step on windows (B, T+1) and returns when it is done."""
     import functools
 
-    import gptjax  # noqa: F401
-
-    # isort: split
     import jax
 
-    from gptjax import model, sharding
+    from gptjax import allocator, model, sharding
     from gptjax.training import optimizer
     from gptjax.training.step import init_state, make_train_step
 
+    allocator.keep_freed_memory()
     cfg = model.resolve(config.model)
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = optimizer.make_optimizer(config)
