@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from .conftest import ROOT, need
+from .helpers import ROOT, need
 
 SCRIPT = ROOT / ".ci" / "run"
 CHECKS = {"lint", "quickstart", "tests", "slow"}

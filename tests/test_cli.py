@@ -28,7 +28,7 @@ from gptjax.errors import REFUSALS, UsageError
 from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("restore_process")
 
@@ -322,7 +322,7 @@ def test_damaged_config_is_one_line(content: str, tmp_path: Path) -> None:
 
 
 def test_exit_codes_are_the_documented_ones() -> None:
-    codes = {refusal.__name__: refusal.exit_code for refusal in REFUSALS}  # type: ignore[attr-defined]
+    codes = {refusal.__name__: refusal.exit_code for refusal in REFUSALS}
     assert codes == {
         "UsageError": 2,
         "DataError": 65,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 SCRIPTS = ("train.py", "sample.py", "convert_gpt2.py")
 FILES = [*sorted((ROOT / "gptjax").rglob("*.py")), *(ROOT / name for name in SCRIPTS)]

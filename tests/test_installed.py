@@ -15,7 +15,7 @@ import pytest
 from gptjax import programs
 from gptjax.__main__ import COMMANDS, dispatch
 
-from .conftest import ROOT, TINY, digest, need, run
+from .helpers import ROOT, TINY, digest, need, run
 
 TINY_RUN = (*TINY, "--max_iters=6", "--n_layer=1", "--dropout=0", "--sample_tokens=5")
 

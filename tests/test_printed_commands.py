@@ -23,7 +23,7 @@ from gptjax.errors import CheckpointError
 from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
 
-from .conftest import ROOT, scaled_params, tiny
+from .helpers import ROOT, scaled_params, tiny
 from .test_formats import save_nanogpt
 
 pytestmark = pytest.mark.usefixtures("restore_process")
