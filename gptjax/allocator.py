@@ -13,8 +13,9 @@ def keep_freed_memory() -> None:
     """Reuse freed blocks instead of returning them to the kernel, if the CPU computes.
 
     XLA allocates its temporaries anew for every step. By default glibc maps and unmaps large
-    blocks, so each step page-faults through all of them: a small CPU training step then takes
-    1.75 times as long. Call it before JAX makes its first array.
+    blocks, so each step page-faults through all of them: a small CPU training step has 11,800
+    page faults then instead of 390, and takes 1.15 to 1.75 times as long, by machine and load.
+    Call it before JAX makes its first array.
     """
     # One arena for all threads would be a bottleneck on a host of many cores that only feeds a GPU.
     if sys.platform == "linux" and _computes_on_cpu():
