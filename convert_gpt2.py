@@ -8,11 +8,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TypeVar
 
-import gptjax  # before jax: it sets up the allocator
-
-# isort: split
-from gptjax import model
+from gptjax import allocator, model, programs
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import DEBUG
 from gptjax.conversion.convert import (
@@ -33,10 +31,11 @@ from gptjax.terminal.console import print_table
 
 PROG = "convert_gpt2.py"
 CHECKPOINT = "best (by validation loss), latest, or the number of a step."
-USAGE = """usage: python convert_gpt2.py import SOURCE --out_dir=RUN
-       python convert_gpt2.py export RUN --to=hf|llmc|gguf --out_dir=DIR
-       python convert_gpt2.py verify RUN --against=SOURCE
-       python convert_gpt2.py verify --self_test
+T = TypeVar("T")
+USAGE = """usage: {me} import SOURCE --out_dir=RUN
+       {me} export RUN --to=hf|llmc|gguf --out_dir=DIR
+       {me} verify RUN --against=SOURCE
+       {me} verify --self_test
 SOURCE is a name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...),
 a folder of its format or of OpenAI's original one, weights beside their config.json, nanoGPT's
 ckpt.pt or llm.c's .bin. RUN is a run folder, which train.py --init_from=RUN and sample.py
@@ -87,13 +86,17 @@ class VerifyConfig(SourceConfig):
     debug: bool = once(False, DEBUG)
 
 
+def parse(config_class: type[T], argv: list[str], about: str, *words: str) -> T:
+    """Read the flags of a command, which is typed with these words."""
+    return flags.parse(config_class, argv, config_class(), about, programs.command(PROG, *words))
+
+
 def import_command(name: str, argv: list[str]) -> int:
     """Import, and say what came out."""
-    config = flags.parse(
-        ImportConfig, argv, ImportConfig(), "Import a GPT-2.", f"{PROG} import SOURCE"
-    )
+    config = parse(ImportConfig, argv, "Import a GPT-2.", "import", "SOURCE")
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to make")
     began = time.monotonic()
+    allocator.return_freed_memory()
     run, digests = import_run(name, Path(config.out_dir), config, print)
     for file, digest in digests.items():
         print(f"sha256 {digest} {file}")
@@ -102,16 +105,17 @@ def import_command(name: str, argv: list[str]) -> int:
     print(
         f"{model.count_params(run.config.model):,} parameters, {run.tokenizer.kind} tokenizer, "
         f"in {time.monotonic() - began:.1f} s\n"
-        f"next: {flags.command('sample.py', f'--out_dir={config.out_dir}')}\n"
-        f"  or: {flags.command(PROG, 'verify', out_dir, *against)}"
+        f"next: {programs.command('sample.py', f'--out_dir={config.out_dir}')}\n"
+        f"  or: {programs.command(PROG, 'verify', out_dir, *against)}"
     )
     return 0
 
 
 def export_command(name: str, argv: list[str]) -> int:
     """Export, and list the files."""
-    config = flags.parse(ExportConfig, argv, ExportConfig(), "Export a run.", f"{PROG} export RUN")
+    config = parse(ExportConfig, argv, "Export a run.", "export", "RUN")
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to make")
+    allocator.return_freed_memory()
     export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint)
     for path in sorted(Path(config.out_dir).iterdir()):
         print(f"{path.stat().st_size:>14,} {path}")
@@ -120,23 +124,9 @@ def export_command(name: str, argv: list[str]) -> int:
 
 def verify_command(name: str, argv: list[str]) -> int:
     """Compare; exit code 65 and the first difference unless every gate holds."""
-    config = flags.parse(VerifyConfig, argv, VerifyConfig(), "Verify a run.", f"{PROG} verify RUN")
+    config = parse(VerifyConfig, argv, "Verify a run.", "verify", "RUN")
     if config.self_test:
-        sizes = {
-            "tiny": dataclasses.replace(PRESETS["quickstart"].model, n_layer=2, vocab_size=256)
-        }
-        sizes |= {name: preset.model for name, preset in PRESETS.items() if name != "finetune_gpt2"}
-        sizes["distilgpt2"] = dataclasses.replace(sizes["gpt2"], n_layer=6)
-        size = config.size.replace("-", "_")  # as Hugging Face writes them
-        require(size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
-        cfg = dataclasses.replace(sizes[size], bias=True)
-        if config.activation != "auto":
-            cfg = dataclasses.replace(cfg, activation=config.activation)
-        with tempfile.TemporaryDirectory() as folder:
-            write_random_model(cfg, Path(folder))
-            source, _ = open_weights(folder, config)
-            checks = verify(source.cfg, read_params(source), load_reference(source))
-        name = config.size
+        name, checks = config.size, self_test(config)
     else:
         require(bool(name), "against", config.against, "name a run folder before the flags")
         require(bool(config.against), "against", config.against, "name what to compare with")
@@ -146,12 +136,7 @@ def verify_command(name: str, argv: list[str]) -> int:
         checks = verify(run.config.model, run.params, load_reference(source))
     first = first_difference(checks)
     if config.json:
-        report = [{**check._asdict(), "ok": check.ok} for check in checks]
-        for entry in report:  # JSON has no NaN
-            for key in ("difference", "allowed"):
-                entry[key] = entry[key] if math.isfinite(entry[key]) else None
-        where = None if first is None else f"{first.group} {first.name}"
-        print(json.dumps({"ok": first is None, "first_difference": where, "checks": report}))
+        print(to_json(checks))
     else:
         show(checks, config.verbose)
     if first is not None:
@@ -160,6 +145,33 @@ def verify_command(name: str, argv: list[str]) -> int:
             f"{first.name}, difference {first.difference:.2g}, allowed {first.allowed:.2g}"
         )
     return 0
+
+
+def self_test(config: VerifyConfig) -> list[Check]:
+    """Compare on random weights of the size that is asked for, written and read as any source."""
+    sizes = {name: preset.model for name, preset in PRESETS.items() if name != "finetune_gpt2"}
+    sizes["tiny"] = dataclasses.replace(sizes["quickstart"], n_layer=2, vocab_size=256)
+    sizes["distilgpt2"] = dataclasses.replace(sizes["gpt2"], n_layer=6)
+    size = config.size.replace("-", "_")  # as Hugging Face writes them
+    require(size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
+    cfg = dataclasses.replace(sizes[size], bias=True)
+    if config.activation != "auto":
+        cfg = dataclasses.replace(cfg, activation=config.activation)
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_model(cfg, Path(folder))
+        source, _ = open_weights(folder, config)
+        return verify(source.cfg, read_params(source), load_reference(source))
+
+
+def to_json(checks: list[Check]) -> str:
+    """Return the report for programs, with every comparison."""
+    report = [{**check._asdict(), "ok": check.ok} for check in checks]
+    for entry in report:  # JSON has no NaN
+        for key in ("difference", "allowed"):
+            entry[key] = entry[key] if math.isfinite(entry[key]) else None
+    first = first_difference(checks)
+    where = None if first is None else f"{first.group} {first.name}"
+    return json.dumps({"ok": first is None, "first_difference": where, "checks": report})
 
 
 def show(checks: list[Check], verbose: bool) -> None:
@@ -199,7 +211,7 @@ COMMANDS = {"import": import_command, "export": export_command, "verify": verify
 def main(argv: list[str]) -> int:
     """Run a command; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE.format(me=programs.command(PROG)))
         return 0 if argv else 2
     # As an exception, so that nothing is left behind.
     for number in set(cli.stop_signals()) - {signal.SIGINT}:
@@ -215,6 +227,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["verify"]:  # which computes
-        gptjax.return_freed_memory()
     sys.exit(cli.run(main, sys.argv[1:]))

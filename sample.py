@@ -1,15 +1,14 @@
 """Sample text from a trained model: `python sample.py --out_dir=out --start="Once"`."""
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import gptjax  # noqa: F401  (before jax: it sets up the allocator)
-
-# isort: split
 import jax
 
-from gptjax import model, sampling
+from gptjax import model, programs, sampling
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import COMPILE_CACHE, DEBUG, DType, GPTConfig, SampleConfig
 from gptjax.conversion.convert import load_start
@@ -24,7 +23,7 @@ from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class SamplerConfig:
     """What `sample.py` needs."""
 
     out_dir: str = once("out", "Run folder to sample from.", section="Model", path=True)
@@ -74,8 +73,8 @@ class Config:
         require_range(self, "seed", 0, 2**32 - 1)
 
 
-def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
-    """The model of the run folder, or an untrained one."""
+def load_model(config: SamplerConfig) -> tuple[GPTConfig, model.Params, Tokenizer]:
+    """Return the model of the run folder, of another source, or an untrained one."""
     if config.init_from == "scratch":
         if config.preset not in PRESETS:
             raise UsageError(f"--preset={config.preset}: must be one of {', '.join(PRESETS)}")
@@ -92,7 +91,7 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
 
 
 def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[str, list[int]]:
-    """A prompt and its ids; an empty one becomes the tokenizer's start token."""
+    """Return a prompt and its ids; an empty one becomes the tokenizer's start token."""
     if start.startswith("FILE:"):
         require(start != "FILE:", "start", start, "name the file behind the colon")
         path = expand(start.removeprefix("FILE:"))
@@ -108,7 +107,7 @@ def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[
 
 
 def default_start(tokenizer: Tokenizer) -> str:
-    """A newline, or nothing where the vocabulary has none."""
+    """Return a newline, or nothing where the vocabulary has none."""
     try:
         tokenizer.encode("\n")
     except DataError:
@@ -119,15 +118,16 @@ def default_start(tokenizer: Tokenizer) -> str:
 class Stream:
     """One sample on its way to the reader: decodes, and ends at a stop string or end of text."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: SamplerConfig) -> None:
         self.decoder = StreamDecoder(tokenizer)
         self.eot = None if config.ignore_eot else tokenizer.eot
         self.stop = [stop for stop in config.stop if stop]
+        self.text = ""  # all that may be shown so far
         self.held = ""  # the end of the text, which a stop string might begin in
         self.ended = False
 
     def feed(self, ids: list[int]) -> str:
-        """The text that may be shown after these ids."""
+        """Return the text that may be shown after these ids, beside what was shown before."""
         if self.ended:
             return ""
         if self.eot in ids:
@@ -136,7 +136,7 @@ class Stream:
         return self._release(text + self.decoder.flush() if self.ended else text)
 
     def finish(self) -> str:
-        """What is left at the end."""
+        """Return what is left at the end."""
         if self.ended:
             return ""
         self.ended = True
@@ -144,86 +144,81 @@ class Stream:
 
     def _release(self, text: str) -> str:
         found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.ended, self.held = True, ""
-            return text[: min(found)]
         hold = 0
-        if not self.ended:
-            hold = max(
-                (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
-                default=0,
-            )
-        self.held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+        if found:
+            self.ended, text = True, text[: min(found)]
+        elif not self.ended:
+            beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+            hold = max((len(part) for part in beginnings if text.endswith(part)), default=0)
+        text, self.held = text[: len(text) - hold], text[len(text) - hold :]
+        self.text += text
+        return text
 
 
-def main(argv: list[str]) -> int:
-    """Sample; returns the exit code."""
-    config = flags.parse(Config, argv, Config(), "Sample text from a trained GPT.")
-    cli.use_compile_cache(config.compile_cache)
-    cfg, params, tokenizer = load_model(config)
-    cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
-    params = model.prepare_for_decoding(cfg, params)
+def write(config: SamplerConfig, text: str) -> None:
+    """Print a text at once; on a terminal, unless --raw, with its control characters escaped."""
     raw = config.raw or not sys.stdout.isatty()
+    sys.stdout.write(text if raw else printable(text))
+    sys.stdout.flush()
 
-    def write(text: str) -> None:
-        sys.stdout.write(text if raw else printable(text))
-        sys.stdout.flush()
 
-    def sample(starts: tuple[str, ...]) -> None:
-        """Print the samples of these prompts: a single one as it comes, several one by one."""
-        prompts = [read_prompt(start, tokenizer, config.allow_special) for start in starts]
-        for _, ids in prompts:
-            left = len(sampling.cut(ids, cfg.block_size))
-            if left < len(ids):
-                note(
-                    f"note: a prompt has {len(ids)} tokens, the context {cfg.block_size}: only its "
-                    f"last {left} {plural(left, 'token')} will be read"
-                )
-        rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
-        streams = [Stream(tokenizer, config) for _ in rows]
-        texts = [""] * len(rows)
-        alone = len(rows) == 1
-        if alone:
-            write(rows[0][0])
-        pieces = sampling.generate(
-            cfg,
-            params,
-            [ids for _, ids, _ in rows],
-            config.sample,
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-            samples=[i for _, _, i in rows],
-            cache_size=cfg.block_size if config.interactive else 0,
-        )
-        with cli.delay_interrupt() as interrupted:
-            for new in pieces:
-                for row, (stream, ids) in enumerate(zip(streams, new.tolist(), strict=True)):
-                    text = stream.feed(ids)
-                    texts[row] += text
-                    if alone:
-                        write(text)
-                if interrupted or all(stream.ended for stream in streams):
-                    break
-        if interrupted:
-            raise KeyboardInterrupt
-        for row, stream in enumerate(streams):
-            text = stream.finish()
-            texts[row] += text
-            if alone:
-                write(text + "\n")
-        if not alone:
-            for (prompt, _, i), text in zip(rows, texts, strict=True):
-                write(f"---- {printable(prompt)[:40]!r}, sample {i}\n{prompt}{text}\n")
+def write_samples(
+    config: SamplerConfig,
+    cfg: GPTConfig,
+    params: model.Params,
+    tokenizer: Tokenizer,
+    starts: tuple[str, ...],
+) -> None:
+    """Print the samples of these prompts: a single one as it comes, several one by one."""
+    prompts = [read_prompt(start, tokenizer, config.allow_special) for start in starts]
+    for _, ids in prompts:
+        left = len(sampling.cut(ids, cfg.block_size))
+        if left < len(ids):
+            note(
+                f"note: a prompt has {len(ids)} tokens, the context {cfg.block_size}: only its "
+                f"last {left} {plural(left, 'token')} will be read"
+            )
+    rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
+    streams = [Stream(tokenizer, config) for _ in rows]
+    alone = len(rows) == 1
+    if alone:
+        write(config, rows[0][0])
+    pieces = sampling.generate(
+        cfg,
+        params,
+        [ids for _, ids, _ in rows],
+        config.sample,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        samples=[i for _, _, i in rows],
+        cache_size=cfg.block_size if config.interactive else 0,
+    )
+    with cli.delay_interrupt() as interrupted:
+        for new in pieces:
+            for stream, ids in zip(streams, new.tolist(), strict=True):
+                text = stream.feed(ids)
+                if alone:
+                    write(config, text)
+            if interrupted or all(stream.ended for stream in streams):
+                break
+    if interrupted:
+        raise KeyboardInterrupt
+    rest = [stream.finish() for stream in streams]
+    if alone:
+        write(config, rest[0] + "\n")
+        return
+    for (prompt, _, i), stream in zip(rows, streams, strict=True):
+        title = f"---- {printable(prompt)[:40]!r}, sample {i}"
+        write(config, f"{title}\n{prompt}{stream.text}\n")
 
-    if not config.interactive:
-        sample(config.start or (default_start(tokenizer),))
-        return 0
+
+def converse(config: SamplerConfig, sample: Callable[[tuple[str, ...]], None]) -> int:
+    """Sample prompt after prompt until an empty one; returns the exit code."""
     while True:
         try:
             start = input("prompt> ")
         except (EOFError, KeyboardInterrupt) as end:
-            write("\n")
+            write(config, "\n")
             return 130 if isinstance(end, KeyboardInterrupt) else 0
         if not start:
             return 0
@@ -232,7 +227,22 @@ def main(argv: list[str]) -> int:
         except (DataError, UsageError) as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            write("\n")
+            write(config, "\n")
+
+
+def main(argv: list[str]) -> int:
+    """Sample; returns the exit code."""
+    about, prog = "Sample text from a trained GPT.", programs.command("sample.py")
+    config = flags.parse(SamplerConfig, argv, SamplerConfig(), about, prog)
+    cli.use_compile_cache(config.compile_cache)
+    cfg, params, tokenizer = load_model(config)
+    cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
+    params = model.prepare_for_decoding(cfg, params)
+    sample = functools.partial(write_samples, config, cfg, params, tokenizer)
+    if config.interactive:
+        return converse(config, sample)
+    sample(config.start or (default_start(tokenizer),))
+    return 0
 
 
 if __name__ == "__main__":

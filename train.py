@@ -7,13 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import gptjax  # noqa: F401  (before jax: it sets up the allocator)
-
-# isort: split
-from gptjax import distributed, memory
+from gptjax import distributed, memory, programs
 from gptjax.checkpoints.save import About, Saver
 from gptjax.errors import DiskError, plural
-from gptjax.terminal import cli, flags
+from gptjax.terminal import cli
 from gptjax.training import plan
 from gptjax.training.feed import BatchFeed
 from gptjax.training.replay import replay
@@ -123,7 +120,7 @@ def report_end(run: TrainingRun, state: TrainState, step: int, val_loss: float |
             f"{time.monotonic() - run.began:.1f} s\n"
             f"state sha256={digest(state)}\n"
             f"{run.run_dir}: checkpoints, metrics.jsonl, loss.png, samples.txt\n"
-            f"next: {flags.command('sample.py', f'--out_dir={run.run_dir}')}"
+            f"next: {programs.command('sample.py', f'--out_dir={run.run_dir}')}"
         )
         return 0
     if step < config.max_iters and step == plan.last_step(config):

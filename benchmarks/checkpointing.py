@@ -13,13 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gptjax  # noqa: F401
-
-# isort: split
 import jax
 import numpy as np
 
-from gptjax import model, sharding
+from gptjax import allocator, model, sharding
 from gptjax.checkpoints.hashes import json_sha256, leaf_digests
 from gptjax.checkpoints.save import Saver
 from gptjax.presets import PRESETS
@@ -75,6 +72,7 @@ def time_steps(
 
 def main() -> None:
     """Print a line per measurement."""
+    allocator.keep_freed_memory()
     for preset in sys.argv[1:] or ["quickstart"]:
         state, step, windows = make(preset)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

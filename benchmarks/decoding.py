@@ -12,14 +12,11 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
-import gptjax  # noqa: F401
-
-# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import model, sampling
+from gptjax import allocator, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.presets import PRESETS
 
@@ -70,6 +67,7 @@ def time_batch(cfg: GPTConfig, params: model.Params, rows: int) -> tuple[float, 
 
 def main() -> None:
     """Print the table."""
+    allocator.keep_freed_memory()
     device = jax.devices()[0]
     small = dataclasses.replace(PRESETS["shakespeare_char"].model, vocab_size=65, dropout=0.0)
     cfg = model.resolve(small if device.platform == "cpu" else GPTConfig())

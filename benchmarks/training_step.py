@@ -48,14 +48,12 @@ def make_config(device: str, shape: str) -> tuple[TrainConfig, int, int]:
 def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
     """A function that takes one step on windows (B, T+1) and returns when it is done."""
 
-    import gptjax  # noqa: F401
-
-    # isort: split
     import jax
 
-    from gptjax import model, sharding
+    from gptjax import allocator, model, sharding
     from gptjax.training.step import abstract_state, init_state, make_train_step
 
+    allocator.keep_freed_memory()
     config = dataclasses.replace(config, model=model.resolve(config.model))
     mesh = sharding.make_mesh(jax.devices()[:1])
     abstract = abstract_state(config, mesh)

@@ -1,53 +1,64 @@
-"""gptjax: GPT-2 on JAX, Flax and Optax."""
+"""GPT-2 on JAX, Flax and Optax.
 
-import ctypes
-import importlib.metadata
-import importlib.util
-import os
-import sys
+The names in `__all__` are stable: within a minor version they keep their meaning and arguments, and
+CHANGELOG.md says what a new one changes. Everything else is open to be read and may move.
 
-__version__ = "0.1.0"
+A name is imported when it is first used, so `import gptjax` takes no time, and it changes nothing
+in the process. What a name is, its own docstring says: `help(gptjax.forward)`.
+"""
 
-if sys.platform == "win32":  # which has neither fcntl nor fork
-    sys.exit("error: gptjax needs Linux; on Windows run it inside WSL2 (wsl --install)")
+import importlib
+from typing import TYPE_CHECKING
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
+if TYPE_CHECKING:  # the same names again, for editors and type checkers
+    from gptjax.checkpoints.run_folder import Run, load_run
+    from gptjax.config import GPTConfig, SampleConfig, TrainConfig
+    from gptjax.loss import loss_fn
+    from gptjax.model import forward, init_params, prepare_for_decoding, resolve
+    from gptjax.presets import PRESETS
+    from gptjax.sampling import generate
+    from gptjax.training.optimizer import make_optimizer
+    from gptjax.training.step import make_train_step
+
+__version__ = "0.2.0"
+__all__ = [
+    "PRESETS",
+    "GPTConfig",
+    "Run",
+    "SampleConfig",
+    "TrainConfig",
+    "forward",
+    "generate",
+    "init_params",
+    "load_run",
+    "loss_fn",
+    "make_optimizer",
+    "make_train_step",
+    "prepare_for_decoding",
+    "resolve",
+]
+
+HOMES = {  # module -> what is imported from it
+    "gptjax.checkpoints.run_folder": ("Run", "load_run"),
+    "gptjax.config": ("GPTConfig", "SampleConfig", "TrainConfig"),
+    "gptjax.loss": ("loss_fn",),
+    "gptjax.model": ("forward", "init_params", "prepare_for_decoding", "resolve"),
+    "gptjax.presets": ("PRESETS",),
+    "gptjax.sampling": ("generate",),
+    "gptjax.training.optimizer": ("make_optimizer",),
+    "gptjax.training.step": ("make_train_step",),
+}
+
+if not TYPE_CHECKING:  # where a name that is not there has to stay an error
+
+    def __getattr__(name: str) -> object:
+        """Import a public name from its module when it is first asked for."""
+        for module, names in HOMES.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
 
 
-def _tune_malloc(settings: dict[int, int]) -> None:
-    """Set parameters of glibc's malloc.h."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl has no mallopt
-        return
-    for parameter, value in settings.items():
-        mallopt(parameter, value)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to reuse freed blocks instead of returning them to the kernel.
-
-    XLA allocates its temporaries anew for every step. By default glibc maps and unmaps large
-    blocks, so each step page-faults through all of them: a small CPU training step then takes
-    1.75 times as long. It must run before jax allocates, hence here.
-    """
-    keep = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20}
-    _tune_malloc(keep)
-
-
-def return_freed_memory() -> None:
-    """Tell glibc to return large blocks after all: for a process that only moves arrays."""
-    _tune_malloc({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})
-
-
-def _computes_on_cpu() -> bool:
-    """Whether no GPU or TPU will be used, as far as can be told without starting JAX."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return True
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return not plugins and importlib.util.find_spec("libtpu") is None
-
-
-# One arena for all threads would be a bottleneck on a host of many cores that only feeds a GPU.
-if sys.platform == "linux" and _computes_on_cpu():
-    _keep_freed_memory()
+def __dir__() -> list[str]:
+    """List the public names too, which are not there before their first use."""
+    return sorted({*globals(), *__all__})

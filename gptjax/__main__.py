@@ -1,12 +1,18 @@
 """The command `gptjax`, or `python -m gptjax`: its first word names what to do."""
 
+import importlib
 import sys
 
-from gptjax.commands import doctor, evaluate
 from gptjax.errors import UsageError, did_you_mean
 from gptjax.terminal import cli
 
-COMMANDS = {"evaluate": evaluate.main, "doctor": doctor.main}
+COMMANDS = {  # the module whose main(argv) it is; only one of them is imported
+    "train": "gptjax.programs.train",
+    "sample": "gptjax.programs.sample",
+    "convert": "gptjax.programs.convert_gpt2",
+    "evaluate": "gptjax.commands.evaluate",
+    "doctor": "gptjax.commands.doctor",
+}
 USAGE = f"gptjax COMMAND --help; the commands are {', '.join(COMMANDS)}"
 
 
@@ -19,7 +25,8 @@ def dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS, f"usage: {USAGE}")
         raise UsageError(f"unknown command {name}: {hint}" if name else f"usage: {USAGE}")
-    return COMMANDS[name](rest)
+    code: int = importlib.import_module(COMMANDS[name]).main(rest)
+    return code
 
 
 def main() -> int:

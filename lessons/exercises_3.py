@@ -3,9 +3,6 @@
 import math
 from typing import Any
 
-import gptjax  # noqa: F401  (before jax: it sets up the allocator)
-
-# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np

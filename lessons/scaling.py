@@ -13,13 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gptjax  # noqa: F401  (before jax: it sets up the allocator)
-
-# isort: split
 import jax
 from scale import cache, flash, law, memory, precision, roofline
 from scale.figures import FIGURES, draw
 from scale.measuring import Measured
+
+from gptjax import allocator
 
 LESSONS = Path(__file__).resolve().parent
 TEXT, MEASURED = LESSONS / "3_scaling.md", LESSONS / "3_measured.json"
@@ -81,6 +80,7 @@ def filled(text: str, measured: Measured) -> str:
 
 def main() -> int:
     """Measure, draw, write; or only a part of it."""
+    allocator.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into a temporary folder")

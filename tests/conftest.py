@@ -1,10 +1,9 @@
-"""What all tests share: 8 emulated CPU devices, caches of their own, and tiny models."""
+"""What all tests share: 8 emulated CPU devices, caches of their own, and fixtures."""
 
 import os
-import re
+import shutil
 import signal
 import subprocess
-import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,19 +12,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
 
-import gptjax  # noqa: F401
-
-# isort: split
 import jax
 import pytest
 
-from gptjax import model
-from gptjax.config import GPTConfig
-from gptjax.settings import fields_of
+from gptjax import allocator
 from gptjax.terminal import cli
 
+from .helpers import TINY, Environment, SmallDisk, run
+
+allocator.keep_freed_memory()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same program anew, with new functions: a cache for the session.
 if "GPTJAX_TESTS_COMPILED" not in os.environ:  # xdist's workers take that of the first process
@@ -36,8 +32,6 @@ jax.config.update("jax_compilation_cache_dir", os.environ["GPTJAX_TESTS_COMPILED
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +52,7 @@ def own_caches(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def restore_process() -> Iterator[None]:
     """The scripts set signal handlers and jax's cache for their own process."""
     handlers = {number: signal.getsignal(number) for number in cli.stop_signals()}
-    compiled = jax.config.jax_compilation_cache_dir
+    compiled = jax.config.values["jax_compilation_cache_dir"]
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
@@ -66,59 +60,7 @@ def restore_process() -> Iterator[None]:
     jax.config.update("jax_compilation_cache_dir", compiled)
 
 
-def tiny(**changes: object) -> GPTConfig:
-    """A model of 2 layers that compiles in a second, without any "auto"."""
-    fields = {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 32,
-        "block_size": 16,
-        "vocab_size": 61,
-        "vocab_multiple": 8,
-    }
-    return model.resolve(GPTConfig(**{**fields, **changes}))  # type: ignore[arg-type]
-
-
-def other_values(name: str, cfg: GPTConfig) -> list[Any]:
-    """Return what a setting of the model may be besides what it is: every other choice, or more."""
-    kind, value = fields_of(GPTConfig)[name].type, getattr(cfg, name)
-    choices = (True, False) if kind is bool else get_args(kind)
-    return [choice for choice in choices if choice != value] if choices else [2 * value]
-
-
-init_params = jax.jit(model.init_params, static_argnums=0)  # one compilation, not one an operation
-
-
-def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.Params:
-    """Random parameters so large that small mistakes show; biases and LayerNorms perturbed."""
-    params = init_params(cfg, key)
-    leaves, treedef = jax.tree.flatten_with_path(params)
-    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-
-    def change(path: object, leaf: jax.Array, key: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")  # type: ignore[arg-type]
-        if name.endswith(("kernel", "embedding")):
-            return leaf * scale
-        return leaf + 0.2 * jax.random.normal(key, leaf.shape)
-
-    return treedef.unflatten(
-        [change(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
-    )
-
-
-def need(name: str) -> Any:
-    """A package that only some tests use; where it is missing, they are skipped."""
-    return pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
-
-
-# ---- The scripts, as processes
-
-TINY = (
-    *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8"),
-    *("--max_iters=40", "--warmup_iters=4", "--learning_rate=3e-3", "--dropout=0.1"),
-    *("--eval_interval=20", "--eval_iters=2", "--log_interval=5", "--checkpoint_interval=10"),
-    *("--sample_interval=20", "--sample_tokens=20"),
-)
+# ---- The scripts, as processes -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
+def environment() -> Environment:
     """One device, the tests' cache, two threads at most whatever the machine."""
     return {
         **os.environ,
@@ -141,28 +83,44 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(
-    environment: dict[str, str], script: str, *argv: str, expect: int = 0
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *argv],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == expect, done.stderr
-    return done
-
-
-def digest(output: str) -> str:
-    found = re.search(r"state sha256=(\w{64})", output)
-    assert found, output
-    return found[1]
-
-
 @pytest.fixture(scope="session")
-def whole(folder: Path, environment: dict[str, str]) -> str:
+def whole(folder: Path, environment: Environment) -> str:
     """What an undisturbed run prints."""
     argv = (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={folder}/whole")
     return run(environment, "train.py", *argv).stdout
+
+
+@pytest.fixture
+def out(tmp_path: Path, folder: Path, whole: str) -> Path:
+    """Return a copy of the finished run."""
+    shutil.copytree(folder / "whole", tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Return the flags of the undisturbed run, in a folder of its own."""
+    return (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={tmp_path}/out")
+
+
+@pytest.fixture(scope="session")
+def small_disk(environment: Environment) -> SmallDisk:
+    """Return a function that runs a shell script where /mnt is a disk of so many megabytes."""
+
+    def run_there(
+        megabytes: int, script: str, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /mnt && {script}"
+        return subprocess.run(  # as root of a namespace of its own
+            ["unshare", "-rm", "bash", "-c", mount],
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+        )
+
+    if shutil.which("unshare") is None or run_there(1, "true").returncode != 0:
+        pytest.skip(
+            "mounting a small disk is not allowed here; run pytest -m slow as root, or where "
+            "`unshare -rm mount -t tmpfs tmpfs /mnt` works"
+        )
+    return run_there

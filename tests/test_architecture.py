@@ -22,7 +22,7 @@ from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import metrics, start
 
-from .conftest import TINY, init_params, need, other_values, scaled_params, tiny
+from .helpers import TINY, init_params, need, other_values, scaled_params, tiny
 
 ALL = names(GPTConfig, architecture)
 CHANGES = [{name: value} for name in ALL for value in other_values(name, tiny())]

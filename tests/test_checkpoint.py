@@ -31,7 +31,7 @@ from gptjax.sharding import abstract_tree
 from gptjax.training import optimizer
 from gptjax.training.step import TrainState, digest, fresh_state
 
-from .conftest import init_params, tiny
+from .helpers import init_params, tiny
 
 CFG = tiny()
 

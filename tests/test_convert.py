@@ -36,7 +36,7 @@ from gptjax.tokenizer import (
     save_tokenizer,
 )
 
-from .conftest import ROOT, need, run, scaled_params, tiny
+from .helpers import ROOT, need, run, scaled_params, tiny
 from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
 
 BYTE = SourceConfig(tokenizer="byte")

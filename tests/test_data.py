@@ -26,7 +26,7 @@ from gptjax.tokenizer import (
     read_gpt2_files,
 )
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 

@@ -23,7 +23,7 @@ from gptjax.commands.doctor import Finding
 from gptjax.config import TrainConfig
 from gptjax.config_file import to_json
 
-from .conftest import ROOT, need
+from .helpers import ROOT, need
 from .test_checkpoint import save_steps
 
 LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")

@@ -31,7 +31,7 @@ from gptjax.errors import DataError, NonFiniteError
 from gptjax.terminal import cli, console
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, load_gpt2_tokenizer, save_tokenizer
 
-from .conftest import ROOT, need, scaled_params, tiny
+from .helpers import ROOT, need, scaled_params, tiny
 
 CFG = tiny(n_layer=1, block_size=64, vocab_size=256, vocab_multiple=100)
 PARAMS = scaled_params(CFG, jax.random.key(0), scale=4.0)
@@ -381,7 +381,7 @@ def restore_process() -> Iterator[None]:
 
 
 MISTAKES = [
-    ("", 2, "usage: gptjax COMMAND --help; the commands are evaluate"),
+    ("", 2, "usage: gptjax COMMAND --help; the commands are train"),
     ("evalute bytes", 2, "unknown command evalute: did you mean evaluate?"),
     ("wombat", 2, "unknown command wombat: usage: gptjax COMMAND"),
     ("evaluate", 2, "no run folder: gptjax evaluate RUN"),
@@ -443,7 +443,7 @@ def test_mistakes_are_one_line_and_an_exit_code(
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.dispatch(["--help"]) == 0
-    assert "the commands are evaluate" in capsys.readouterr().out
+    assert "the commands are train" in capsys.readouterr().out
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], folder: Path, *argv: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from gptjax.conversion.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
 from gptjax.errors import DataError
 from gptjax.terminal import flags
 
-from .conftest import tiny
+from .helpers import tiny
 
 CFG = tiny(vocab_size=100, vocab_multiple=128)
 GPT2 = huggingface.format_config(CFG, None)

@@ -25,7 +25,7 @@ from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import metrics
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 BODY = b"To be, or not to be\n" * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -75,7 +75,7 @@ def test_a_bad_value_is_one_clean_line(
 )
 def test_a_bad_value_beside_tuples(argv: list[str], said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        flags.parse(sample.Config, argv, sample.Config(), "")
+        flags.parse(sample.SamplerConfig, argv, sample.SamplerConfig(), "")
     assert str(refused.value) == said
 
 
@@ -91,13 +91,13 @@ def test_a_bad_value_beside_tuples(argv: list[str], said: str) -> None:
     ],
 )
 def test_values_arrive_as_they_were_written(argv: list[str], fields: dict[str, Any]) -> None:
-    parsed = flags.parse(sample.Config, argv, sample.Config(), "")
-    assert parsed == dataclasses.replace(sample.Config(), **fields)
+    parsed = flags.parse(sample.SamplerConfig, argv, sample.SamplerConfig(), "")
+    assert parsed == dataclasses.replace(sample.SamplerConfig(), **fields)
 
 
 def test_nested_settings_arrive_and_the_others_stay() -> None:
-    base = sample.Config(num_samples=3)
-    parsed = flags.parse(sample.Config, ["--top_k=4", "--temperature=0"], base, "")
+    base = sample.SamplerConfig(num_samples=3)
+    parsed = flags.parse(sample.SamplerConfig, ["--top_k=4", "--temperature=0"], base, "")
     assert (parsed.sample.top_k, parsed.sample.temperature, parsed.num_samples) == (4, 0.0, 3)
 
 

@@ -19,7 +19,7 @@ from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params
 from gptjax.errors import DataError, UsageError
 from gptjax.functions import ACTIVATIONS
 
-from .conftest import ROOT, need, scaled_params, tiny
+from .helpers import ROOT, need, scaled_params, tiny
 
 CFG = tiny(vocab_size=100, vocab_multiple=128)
 TF_GPT2 = ROOT / "tests" / "fixtures" / "tf_gpt2"

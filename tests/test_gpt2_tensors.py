@@ -13,7 +13,7 @@ from gptjax import model
 from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params, slots
 from gptjax.errors import DataError
 
-from .conftest import scaled_params, tiny
+from .helpers import scaled_params, tiny
 
 CFG = tiny(vocab_multiple=16)  # 61 tokens in 64 rows
 

@@ -19,7 +19,7 @@ from gptjax.conversion import huggingface
 from gptjax.conversion.convert import SourceConfig, load_start
 from gptjax.errors import DataError, UsageError
 
-from .conftest import scaled_params, tiny
+from .helpers import scaled_params, tiny
 from .test_formats import shard, to_bin
 
 CFG = tiny(vocab_size=256, vocab_multiple=128)

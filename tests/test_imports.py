@@ -16,7 +16,7 @@ from gptjax.conversion.convert import SourceConfig
 from gptjax.conversion.tensors import HEAD, read_params
 from gptjax.errors import DataError, UsageError
 
-from .conftest import need, scaled_params, tiny
+from .helpers import need, scaled_params, tiny
 from .test_formats import edit_json, nanogpt_args, nanogpt_state, shard, to_bin
 
 CFG = tiny(vocab_size=256, vocab_multiple=128)

@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 LESSONS = ROOT / "lessons"
 NOTEBOOKS = sorted(LESSONS.glob("*.ipynb"))

@@ -11,7 +11,7 @@ from gptjax import memory
 from gptjax.config import TrainConfig
 from gptjax.errors import DataError, OutOfMemoryError
 
-from .conftest import tiny
+from .helpers import tiny
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from gptjax.functions import ACTIVATIONS
 from gptjax.loss import loss_fn
 from gptjax.settings import architecture, names
 
-from .conftest import init_params, need, other_values, scaled_params, tiny
+from .helpers import init_params, need, other_values, scaled_params, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 16))
 

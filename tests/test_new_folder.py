@@ -11,7 +11,7 @@ import pytest
 from gptjax.conversion.convert import new_folder
 from gptjax.errors import DataError, DiskError, OutputError, UsageError
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 WRITER = """
 import sys, time

@@ -12,7 +12,7 @@ from gptjax.config import TrainConfig
 from gptjax.loss import loss_fn
 from gptjax.training import optimizer
 
-from .conftest import init_params, need, tiny
+from .helpers import init_params, need, tiny
 
 CFG = tiny(vocab_multiple=1)  # as the PyTorch twin, which has no mask for padding
 PARAMS = init_params(CFG, jax.random.key(0))

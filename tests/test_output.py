@@ -16,7 +16,7 @@ from gptjax.checkpoints.run_folder import load_run
 from gptjax.checkpoints.steps import saved_steps
 from gptjax.terminal import cli, output
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 
 class Refusing(io.StringIO):

@@ -13,6 +13,7 @@ import pytest
 import convert_gpt2
 import sample
 import train
+from gptjax import programs
 from gptjax.checkpoints.restore import require_extra
 from gptjax.checkpoints.run_folder import Run
 from gptjax.commands import doctor
@@ -22,7 +23,7 @@ from gptjax.errors import CheckpointError
 from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
 
-from .conftest import ROOT, scaled_params, tiny
+from .helpers import ROOT, scaled_params, tiny
 from .test_formats import save_nanogpt
 
 pytestmark = pytest.mark.usefixtures("restore_process")
@@ -99,10 +100,14 @@ def test_a_script_is_named_from_where_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert flags.command("sample.py", "--out_dir=a b") == "python sample.py '--out_dir=a b'"
+    assert programs.command("sample.py", "--out_dir=a b") == "python sample.py '--out_dir=a b'"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sample.py").write_text("")  # another program's
-    assert flags.command("sample.py", "-x") == f"python {shlex.quote(str(ROOT / 'sample.py'))} -x"
+    path = shlex.quote(str(ROOT / "sample.py"))
+    assert programs.command("sample.py", "-x") == f"python {path} -x"
+    monkeypatch.setattr(programs, "INSTALLED", True)
+    line = programs.command("convert_gpt2.py", "verify", "it's")
+    assert shlex.split(line) == ["gptjax", "convert", "verify", "it's"]
 
 
 def test_the_commands_after_an_import(

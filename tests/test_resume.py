@@ -21,7 +21,7 @@ from gptjax.errors import UsageError
 from gptjax.settings import fields_of, flatten, names, once
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
-from .conftest import tiny
+from .helpers import tiny
 
 TOKENS = np.arange(3 * 2**20, dtype=np.uint16)
 

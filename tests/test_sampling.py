@@ -11,7 +11,7 @@ from gptjax import model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError, UsageError
 
-from .conftest import scaled_params, tiny
+from .helpers import scaled_params, tiny
 
 CFG = tiny()
 PARAMS = scaled_params(CFG, jax.random.key(0), scale=4.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, TINY, digest, run
+from .helpers import ROOT, TINY, digest, run
 
 
 def test_a_run_leaves_what_it_promises(folder: Path, whole: str) -> None:
@@ -97,8 +97,8 @@ def test_the_trained_model_speaks_its_corpus(
 def test_parameters_of_another_run_and_a_shorter_context(
     folder: Path, environment: dict[str, str], whole: str
 ) -> None:
-    argv = (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={folder}/tuned", "--block_size=8")
-    argv += ("--stop_step=1", "--dropout=0", "--optimizer=adamw", "--sample_interval=0")
+    argv = [*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={folder}/tuned", "--block_size=8"]
+    argv += ["--stop_step=1", "--dropout=0", "--optimizer=adamw", "--sample_interval=0"]
     output = run(environment, "train.py", *argv, f"--init_from={folder}/whole").stdout
     first = re.search(r"step 0: val loss (\S+),", output)
     scratch = re.search(r"step 0: val loss (\S+),", whole)

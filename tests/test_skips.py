@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 COMMAND = re.compile(r"pytest((?: -[nmk] \w+| tests/\w+\.py)+)")
 FILES = sorted((ROOT / "tests").glob("test_*.py"))

@@ -18,7 +18,7 @@ from gptjax.commands import doctor, run_checks
 from gptjax.errors import CheckpointError, OutputError
 from gptjax.terminal import cli
 
-from .conftest import ROOT
+from .helpers import ROOT
 from .test_checkpoint import everything, flip, make_state, save_steps
 
 NAMES = ["run[a]", "a*", "[", "é b#%20$x", "two\nlines", "a\\b", os.fsdecode(b"caf\xe9")]

@@ -35,7 +35,7 @@ from gptjax.training.run_log import RunLog
 from gptjax.training.step import TrainState, abstract_state, digest, init_state, make_train_step
 from gptjax.training.validation import validate, write_sample
 
-from .conftest import tiny
+from .helpers import tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint16)
 CFG = tiny(vocab_size=256)

@@ -21,7 +21,7 @@ from gptjax.training.step import (
     make_train_step,
 )
 
-from .conftest import init_params, tiny
+from .helpers import init_params, tiny
 
 RNG = np.random.default_rng(0)
 WINDOWS = RNG.integers(0, 61, (16, 8, 17)).astype(np.int32)  # steps, rows, T + 1

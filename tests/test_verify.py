@@ -27,7 +27,7 @@ from gptjax.errors import DataError
 from gptjax.functions import ACTIVATIONS
 from gptjax.terminal import cli
 
-from .conftest import need, scaled_params, tiny
+from .helpers import need, scaled_params, tiny
 from .test_formats import TF_GPT2, save_nanogpt
 
 need("torch")

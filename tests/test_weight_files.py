@@ -18,7 +18,7 @@ from gptjax import model
 from gptjax.conversion import huggingface
 from gptjax.conversion.convert import SourceConfig
 
-from .conftest import need, scaled_params
+from .helpers import need, scaled_params
 from .test_formats import nanogpt_args, nanogpt_state, save_nanogpt, to_bin
 from .test_imports import CFG, PICKLE, assert_opens, refusal
 

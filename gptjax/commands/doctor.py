@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import programs
 from gptjax.attention import ATTENTION, choose_attention
 from gptjax.commands.run_checks import (
     Finding,
@@ -176,7 +177,7 @@ def check_cudnn() -> Finding:
         choose_attention("cudnn", "bfloat16", dropout=0.0)
     except UsageError:
         return Finding("ok", "not on this backend")
-    remedy = "python train.py --attention=xla"
+    remedy = programs.command("train.py", "--attention=xla")
     qkv = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 64), jnp.bfloat16)
     try:
         results = [jax.jit(ATTENTION[name])(*qkv) for name in ("cudnn", "xla")]
@@ -198,7 +199,8 @@ def check_launcher() -> Finding:
     several["JOB_COMPLETION_INDEX"] = 0  # a pod of Kubernetes' is told its number only
     for name, least in several.items():
         if int(os.environ.get(name, -1)) >= least and cluster is None:
-            remedy = "srun python train.py" if "SLURM" in name else "mpirun python train.py"
+            launcher = "srun" if "SLURM" in name else "mpirun"
+            remedy = f"{launcher} {programs.command('train.py')}"
             if name == "JOB_COMPLETION_INDEX":
                 remedy = "set JAX_COORDINATOR_ADDRESS, as examples/kubernetes.yaml does"
             text = f"{name}={os.environ[name]}, but train.py would not find the others"

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 
+from gptjax import programs
 from gptjax.checkpoints.run_folder import Run, load_run
 from gptjax.checkpoints.save import Saver, check_space
 from gptjax.checkpoints.steps import About
@@ -221,8 +221,7 @@ def load_start(name: str, config: SourceConfig | None = None) -> Run:
     except InputError as error:
         if not error.flag:
             raise
-        flag = shlex.quote(error.flag)
-        command = f"python convert_gpt2.py import {shlex.quote(name)} --out_dir=RUN {flag}"
+        command = programs.command("convert_gpt2.py", "import", name, "--out_dir=RUN", error.flag)
         raise type(error)(
             f"{error.reason}; import it by {command} ({error.note}), then take --init_from=RUN"
         ) from error

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import jax
 
+from gptjax import allocator
 from gptjax.errors import OutOfMemoryError, OutputError, Refusal, UsageError, first_line
 from gptjax.files import ELSEWHERE, cache_dir
 from gptjax.terminal import output
@@ -22,12 +23,15 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a script's main; a refusal becomes `error: ...` on stderr and its exit code."""
+    """Run a program's main; a refusal becomes `error: ...` on stderr and its exit code."""
+    allocator.keep_freed_memory()
     debug = any(token in argv for token in ("--debug", "--debug=True"))
     output.prepare_streams()
     if not debug:
         output.show_warnings_briefly()
     try:
+        if sys.platform == "win32":  # which has neither fcntl nor fork
+            raise UsageError("gptjax needs Linux; on Windows run it inside WSL2 (wsl --install)")
         code = main(argv) or 0
         sys.stdout.flush()
         return code

@@ -1,9 +1,7 @@
 """The command line: flags into the fields of a config, and back into a line to type."""
 
 import argparse
-import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from gptjax.config_file import RENAMED
@@ -145,13 +143,6 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         return repr(value)[1:-1] if value else "empty"
     return str(value)
-
-
-def command(script: str, *words: str) -> str:
-    """Return the line that runs a script from the current directory, quoted for a shell."""
-    path = Path(__file__).parent.parent.parent / script
-    here = not path.is_file() or (Path(script).is_file() and path.samefile(script))
-    return shlex.join(["python", script if here else str(path), *words])
 
 
 def changed(config: Any, default: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 from pathlib import PurePath
 
+from gptjax import programs
+
 FLAGS = {
     "device": "JAX takes the GPU or TPU that it finds; set JAX_PLATFORMS=cpu to compute on the CPU",
     "compile": "everything is compiled here; leave the flag out",
@@ -33,5 +35,6 @@ def config_file_problem(word: str) -> str | None:
         return None
     instead = CONFIGS.get(PurePath(word).stem)
     if instead:
+        instead = instead.replace("python train.py", programs.command("train.py"))
         return f"{word}: settings are presets and flags here; take {instead}"
     return f"{word}: settings are flags here, or a preset in gptjax/presets.py"

@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 
-from gptjax import model
+from gptjax import model, programs
 from gptjax.checkpoints.save import Saver
 from gptjax.errors import NonFiniteError, plural
 from gptjax.files import append_line
-from gptjax.terminal import flags
 from gptjax.training import bad_steps, feed, metrics
 from gptjax.training.plan import is_due
 from gptjax.training.run import TrainingRun
@@ -138,7 +137,7 @@ class RunLog:
             )
             allowed = [f"--allow_change={config.allow_change}"] * bool(config.allow_change)
             words = [f"--out_dir={self.run.run_dir}", f"--replay={path}", *allowed]
-            text += f"; {flags.command('train.py', *words)} runs it again"
+            text += f"; {programs.command('train.py', *words)} runs it again"
         self.note(text)
 
     def _emit(self, record: dict[str, Any]) -> None:

@@ -1,0 +1,134 @@
+"""What several test files use that is no fixture."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import model
+from gptjax.checkpoints.steps import saved_steps
+from gptjax.config import GPTConfig
+from gptjax.settings import fields_of
+
+ROOT = Path(__file__).parent.parent
+Environment = dict[str, str]
+
+
+# ---- Models --------------------------------------------------------------------------------------
+
+
+def tiny(**changes: object) -> GPTConfig:
+    """A model of 2 layers that compiles in a second, without any "auto"."""
+    fields = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": 16,
+        "vocab_size": 61,
+        "vocab_multiple": 8,
+    }
+    return model.resolve(GPTConfig(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def other_values(name: str, cfg: GPTConfig) -> list[Any]:
+    """Return what a setting of the model may be besides what it is: every other choice, or more."""
+    kind, value = fields_of(GPTConfig)[name].type, getattr(cfg, name)
+    choices = (True, False) if kind is bool else get_args(kind)
+    return [choice for choice in choices if choice != value] if choices else [2 * value]
+
+
+init_params = jax.jit(model.init_params, static_argnums=0)  # one compilation, not one an operation
+
+
+def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.Params:
+    """Random parameters so large that small mistakes show; biases and LayerNorms perturbed."""
+    params = init_params(cfg, key)
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+
+    def change(path: object, leaf: jax.Array, key: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")  # type: ignore[arg-type]
+        if name.endswith(("kernel", "embedding")):
+            return leaf * scale
+        return leaf + 0.2 * jax.random.normal(key, leaf.shape)
+
+    changed = [change(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, changed)
+
+
+def need(name: str) -> Any:
+    """A package that only some tests use; where it is missing, they are skipped."""
+    return pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
+
+
+# ---- The scripts, as processes -------------------------------------------------------------------
+
+TINY = (
+    *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8"),
+    *("--max_iters=40", "--warmup_iters=4", "--learning_rate=3e-3", "--dropout=0.1"),
+    *("--eval_interval=20", "--eval_iters=2", "--log_interval=5", "--checkpoint_interval=10"),
+    *("--sample_interval=20", "--sample_tokens=20"),
+)
+
+
+def run(
+    environment: Environment, script: str, *argv: str, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a process that must end with this exit code."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def digest(output: str) -> str:
+    """Return the state sha256 that a finished run printed."""
+    found = re.search(r"state sha256=(\w{64})", output)
+    assert found, output
+    return found[1]
+
+
+# What compiles in half the time, for tests that need programs of their own.
+PLAIN = ("--dropout=0", "--optimizer=adamw", "--n_layer=1", "--sample_interval=0")
+# Runs a shell script where /mnt is a disk of so many megabytes, with more variables.
+SmallDisk = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def resume(
+    environment: Environment, out: Path, *argv: str, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Go on with a run."""
+    argv = (f"--out_dir={out}", "--init_from=resume", *argv)
+    return run(environment, "train.py", *argv, expect=expect)
+
+
+def newest(out: Path) -> int:
+    """Return the last step that a run saved."""
+    return saved_steps(out)[-1]
+
+
+def logged_losses(out: Path) -> np.ndarray:
+    """Return the training losses that a run logged."""
+    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Read what a process prints until a line has this text."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text}")

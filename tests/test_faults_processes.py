@@ -1,0 +1,129 @@
+"""Several processes as one run: they compute what one does, stop together and end together."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .helpers import PLAIN, ROOT, TINY, Environment, SmallDisk, newest, resume, wait_for
+
+slow = pytest.mark.slow
+
+
+def on_loopback(environment: Environment, count: int) -> Environment:
+    """What `count` processes of one run on this host have in common."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return {**environment, **own, "NPROC": "1"}
+
+
+def start_processes(
+    environment: Environment, count: int, argv: tuple[str, ...]
+) -> list[subprocess.Popen[str]]:
+    """`count` processes of one run on this host, over the loopback network."""
+    shared = on_loopback(environment, count)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *argv],
+            env={**shared, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+@slow
+def test_a_full_disk_ends_all_processes(
+    small_disk: SmallDisk, environment: Environment, folder: Path
+) -> None:
+    """In orbax they would wait for each other for minutes."""
+    train = (
+        f"{sys.executable} {ROOT}/train.py {' '.join([*TINY, *PLAIN])} --force "
+        f"--dataset={folder}/corpus.txt --n_layer=2 --n_embd=256 --n_head=2 --out_dir=/mnt/out "
+        "--heartbeat_timeout=10"
+    )
+    script = (
+        f"{{ JAX_PROCESS_ID=1 {train} > /dev/null 2>&1 & }}; JAX_PROCESS_ID=0 {train}; "
+        "echo ended $?; wait $!; echo peer $?; ls /mnt/out/checkpoints"
+    )
+    done = small_disk(24, script, **on_loopback(environment, 2))
+    assert re.search(r"ended 74\npeer [1-9]\d*\n10\n$", done.stdout), (done.stdout, done.stderr)
+    assert "step 20 was not saved: the disk is full" in done.stderr
+
+
+@slow
+def test_processes_share_a_run_stop_together_and_go_on_in_another_number(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    # Two; a signal to one of them stops both at the same step.
+    processes = start_processes(environment, 2, (*start, *PLAIN, "--log_interval=1"))
+    wait_for(processes[0], "step 5/40")
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], ends
+    saved = re.search(r"saved step (\d+) after SIGTERM", ends[0][0])
+    assert saved and newest(out) == int(saved[1]) < 40
+    # Four go on, and one of them dies: the others end, saying so.
+    go_on = (f"--out_dir={out}", "--init_from=resume", "--max_iters=100000")
+    short = (*go_on, "--lr_decay_iters=40", "--heartbeat_timeout=10")
+    processes = start_processes(environment, 4, short)
+    wait_for(processes[0], "step 60/")
+    processes[3].kill()
+    ends = [process.communicate(timeout=120) for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes[3] == -signal.SIGKILL and 0 not in codes[:3], ends
+    # JAX may end one of the others first, by its heartbeat, when it hears of it (then with -6).
+    assert codes[0] == 70 and "Traceback" not in ends[0][1], (codes, ends[0][1][-3000:])
+    assert "another process of this run is gone" in ends[0][1], ends[0][1][-3000:]
+    # One goes on alone.
+    kept = newest(out)
+    assert kept >= 40
+    done = resume(environment, out, f"--max_iters={kept + 3}", "--lr_decay_iters=40")
+    assert f"resuming at step {kept}" in done.stdout
+
+
+@slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_compute_what_one_does(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str, count: int
+) -> None:
+    processes = start_processes(environment, count, start)
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, ends
+    said = [line for end in ends[1:] for line in end[0].splitlines()]
+    assert all(line.startswith("[Gloo]") for line in said), said  # else one of them speaks
+    found, expected = (re.findall(r"val loss (\S+), best", text) for text in (ends[0][0], whole))
+    assert len(found) == len(expected) == 3
+    difference = np.subtract([float(x) for x in found], [float(x) for x in expected])
+    assert np.abs(difference).max() <= 1e-3
+
+
+@slow
+def test_srun_s_variables_are_enough(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    common |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "NPROC": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *start, *PLAIN],
+            env={**environment, **common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert "on 2 x cpu" in ends[0][0]

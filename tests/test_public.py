@@ -1,0 +1,87 @@
+"""What a researcher imports from gptjax, and what that import does to the process: nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptjax
+import sample
+from gptjax.terminal import cli
+
+IMPORT = """
+import os, signal, sys
+sys.platform = "win32"  # where the programs refuse to run, and an import does not
+modules, environment, path = set(sys.modules), dict(os.environ), list(sys.path)
+import gptjax
+found = {name.partition(".")[0] for name in set(sys.modules) - modules}
+assert found - set(sys.stdlib_module_names) == {"gptjax"}, found
+assert "ctypes" not in sys.modules  # by which the allocator is set
+assert dict(os.environ) == environment and sys.path == path
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+"""
+
+
+def test_the_import_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", gptjax.__all__)
+def test_a_public_name_is_there_and_explained(name: str) -> None:
+    value = getattr(gptjax, name)
+    assert value is not None and name in dir(gptjax)
+    assert name.isupper() or value.__doc__
+
+
+def test_a_type_checker_sees_the_same_names() -> None:
+    tree = ast.parse(Path(gptjax.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {
+        node.module: tuple(alias.name for alias in node.names)
+        for node in imports
+        if node.module and node.module.startswith("gptjax.")
+    }
+    assert seen == gptjax.HOMES
+    assert sorted(name for names in seen.values() for name in names) == sorted(gptjax.__all__)
+    assert (Path(gptjax.__file__).parent / "py.typed").is_file()
+
+
+def test_another_name_is_none() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        gptjax.generat  # type: ignore[attr-defined]  # noqa: B018
+
+
+FAULTS = """
+import resource
+from gptjax import allocator
+allocator.{}()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    b"x" * (8 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told what to do")
+def test_freed_memory_is_kept_and_returned() -> None:
+    """8 MB are 2048 pages: fetched once, or 50 times."""
+    pages = {}
+    for name in ("keep_freed_memory", "return_freed_memory"):
+        command = [sys.executable, "-c", FAULTS.format(name)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        pages[name] = int(subprocess.check_output(command, env=environment))
+    assert pages["keep_freed_memory"] < 3 * 2048
+    assert pages["return_freed_memory"] > 40 * 2048
+
+
+def test_windows_is_told_what_to_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert cli.run(sample.main, []) == 2
+    said = capsys.readouterr().err
+    assert "WSL2" in said and said.count("\n") == 1
