@@ -76,14 +76,7 @@ def plural(count: int, one: str, many: str = "") -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, sign: str = "") -> str:
-    """Return a question with the known word that is most like this one.
-
-    Args:
-        word: what was typed.
-        known: the words that there are.
-        otherwise: what to say if none of them is like it.
-        sign: stands before the word that is found, as in `--name`.
-    """
+    """Ask for the known word that is most like this one, behind its sign, or say `otherwise`."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {sign}{near[0]}?" if near else otherwise
 

@@ -84,12 +84,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
-    """Return the names of files, or the first and the last of more than three.
-
-    Args:
-        paths: the files.
-        among: all that there are; where two of them share a name, whole paths are shown.
-    """
+    """Return names, of more than three the ends; whole paths where two `among` all share a name."""
     every = {*paths, *among}
     unique = len({path.name for path in every}) == len(every)
     names = [path.name if unique else str(path) for path in paths]

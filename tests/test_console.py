@@ -118,16 +118,16 @@ def test_the_time_left_does_not_count_the_compilation(
 
 def test_bytes_and_counts_come_as_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for unit, expected in (
-        ("", "a file ━+ 1.5/1.5 kB"),
-        ("windows", "a file ━+ 1500/1500 windows"),
+        ("", r"a \[red\] file ━+ 1.5/1.5 kB"),
+        ("windows", r"a \[red\] file ━+ 1500/1500 windows"),
     ):
         screen = Screen(monkeypatch)
         with console.show_progress(unit=unit) as report:
-            report("a file", 1500, 1500)
+            report("a [red] file", 1500, 1500)
         assert any(re.match(expected, line) for line in screen.lines()), screen.lines()
         screen = Screen(monkeypatch, terminal=False)
         with console.show_progress(unit=unit) as report:
-            report("a file", 1500, 1500)
+            report("a [red] file", 1500, 1500)
         assert screen.raw.getvalue() == b""
 
 

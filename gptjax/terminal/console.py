@@ -40,7 +40,7 @@ def show_progress(console: Console | None = None, unit: str = "") -> Iterator[Re
     console, last = console or Console(stderr=True), time.monotonic()
     count = (MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     amount = count if unit else (DownloadColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *amount)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amount)
     progress = Progress(*columns, console=console, transient=True)
     task = progress.add_task("", total=None)
 
@@ -82,7 +82,7 @@ class TrainConsole:
         self.progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(30),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=self.console,
             speed_estimate_period=3600,
         )
@@ -106,17 +106,18 @@ class TrainConsole:
 
         Where there is no terminal, only with `log`.
         """
-        if self.quiet:
+        terminal = self.console.is_terminal
+        if self.quiet or not (terminal or log):
             return
         left = TimeRemainingColumn(compact=True).render(self.progress.tasks[0])
         texts, eta = [f"{name} {value}" for name, value in fields.items()], f"eta {left.plain}"
-        if self.console.is_terminal:
+        if terminal:
             room = self.console.width - len(f"{self.total}/{self.total} ━━━━ ")
             longer = ["  ".join([*texts[:count], eta]) for count in range(len(texts) + 1)]
             fits = [text for text in longer if len(text) <= room]
             self.progress.update(self.task, description=fits[-1] if fits else eta)
             self.progress.start()
-        elif log:
+        else:
             print(" | ".join([f"step {step}/{self.total}", *texts, eta]), flush=True)
 
     def close(self) -> None:
