@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gptjax import attention, functions, model
+from gptjax import attention, functions, kv_cache, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
@@ -197,9 +197,9 @@ def test_cached_is_the_full_forward_at_every_position(cuts: list[int]) -> None:
 
 
 def test_cache_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = model.write
+    write = kv_cache.write
     jax.clear_caches()
-    monkeypatch.setattr(model, "write", lambda cache, new, start: write(cache, new, start * 0))
+    monkeypatch.setattr(kv_cache, "write", lambda cache, new, start: write(cache, new, start * 0))
     with pytest.raises(AssertionError):
         test_cached_is_the_full_forward_at_every_position(CUTS["prefill 8"])
     jax.clear_caches()
