@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
     def __call__(
         self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
     ) -> tuple[Array, KVCache | None]:
-        """Return (B, T, D), and the cache with these tokens in layer number `layer`."""
+        """Return (B, T, D), and the cache with the tokens in its layer number `layer`."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         qkv = linear(cfg, x_BTD, 3 * D, "c_attn")
         if cache is None and jax.default_backend() == "gpu":
@@ -130,7 +130,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
     ) -> tuple[Array, KVCache | None]:
-        """Return the stream (B, T, D) behind block number `layer`, and the cache with these tokens."""
+        """Return (B, T, D) behind block number `layer`, and the cache with the tokens in there."""
         attn = CausalSelfAttention(self.cfg, self.train, name="attn")
         y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer)
         x_BTD = x_BTD + y_BTD
