@@ -41,8 +41,8 @@ def time_batch(cfg: GPTConfig, params: model.Params, rows: int) -> tuple[float, 
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, context)).astype(np.int32)
 
     def last_tokens(params: model.Params, tokens: jax.Array) -> jax.Array:
-        x_ND, _ = model.hidden_states(cfg, params, tokens)
-        return jnp.argmax(model.head(cfg, params, x_ND[context - 1 :: context]), axis=1)
+        x_BTD, _ = model.hidden_states(cfg, params, tokens)
+        return jnp.argmax(model.head(cfg, params, x_BTD[:, -1]), axis=1)
 
     forward = jax.jit(last_tokens)
     recompute = median_ms(lambda: forward(params, tokens).block_until_ready())

@@ -19,7 +19,9 @@ def attend(
     dropout: float = 0.0,
     key: Array | None = None,
 ) -> Array:
-    """The reference: softmax(q k^T / sqrt(K)) v, written out (Vaswani et al. 2017, equation 1).
+    """Return softmax(q k^T / sqrt(K)) v, written out: the reference of all others.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1.
 
     Args:
         q_BTHK: queries.
@@ -28,7 +30,7 @@ def attend(
         positions_BT: position of each query, which sees the keys at s <= position. (1, T) serves
             all rows alike.
         dropout: probability to drop an attention weight, where `key` is given.
-        key: of the dropout mask.
+        key: random key of the dropout mask.
 
     Returns:
         (B, T, H, K) in q's dtype. Scores and softmax are float32.
@@ -47,20 +49,17 @@ def attend(
 
 def attend_xla(
     q_BTHK: Array,
-    k_BSHK: Array,
-    v_BSHK: Array,
+    k_BTHK: Array,
+    v_BTHK: Array,
     *,
-    positions_BT: Array | None = None,
     dropout: float = 0.0,
     key: Array | None = None,
 ) -> Array:
-    """The reference on any device; without positions (0..T-1 then) in blocks of queries.
+    """Return the reference's result at positions 0..T-1, on any device, in blocks of queries.
 
     A block of queries needs no keys behind its end, so 4 blocks do 5/8 of the square's work:
     forward and backward took 22 ms instead of 43 at (8, 256, 6, 64) on 2 CPU cores.
     """
-    if positions_BT is not None:
-        return attend(q_BTHK, k_BSHK, v_BSHK, positions_BT, dropout=dropout, key=key)
     T = q_BTHK.shape[1]
     block = max(64, -(-T // 4))
     parts = []
@@ -68,38 +67,38 @@ def attend_xla(
         end = min(start + block, T)
         positions_1T = jnp.arange(start, end)[None]
         block_key = None if key is None else jax.random.fold_in(key, i)
-        q, k, v = q_BTHK[:, start:end], k_BSHK[:, :end], v_BSHK[:, :end]
+        q, k, v = q_BTHK[:, start:end], k_BTHK[:, :end], v_BTHK[:, :end]
         parts.append(attend(q, k, v, positions_1T, dropout=dropout, key=block_key))
     return jnp.concatenate(parts, axis=1)
 
 
 def attend_cudnn(
     q_BTHK: Array,
-    k_BSHK: Array,
-    v_BSHK: Array,
+    k_BTHK: Array,
+    v_BTHK: Array,
     *,
-    positions_BT: Array | None = None,
     dropout: float = 0.0,
     key: Array | None = None,
 ) -> Array:
-    """cuDNN's flash attention: never holds the T x S scores; half precision on NVIDIA GPUs only.
+    """Return the same from cuDNN's flash attention, which never holds the T x T scores.
 
-    It has no dropout and counts positions from 0, so the cached decoder, whose queries sit
-    anywhere in the context, takes the reference.
+    It runs in half precision on NVIDIA GPUs only, and has no dropout.
     """
-    if positions_BT is not None:
-        return attend(q_BTHK, k_BSHK, v_BSHK, positions_BT)
     assert dropout == 0 or key is None, "GPTConfig refuses cudnn with dropout"
     return jax.nn.dot_product_attention(
-        q_BTHK, k_BSHK, v_BSHK, is_causal=True, implementation="cudnn"
+        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
     )
 
 
+# By GPTConfig.attention. Of whole sequences, where T = S and query t has position t:
 ATTENTION = {"xla": attend_xla, "cudnn": attend_cudnn}
+# Of new tokens with a cache: (q_BTHK, keys and values as `KVCache.update` returns them,
+# positions_BT), without gradient or dropout. A kernel for decoding takes its seat here.
+CACHED_ATTENTION = {"xla": attend, "cudnn": attend}
 
 
 def choose_attention(name: str, dtype: str, dropout: float) -> str:
-    """Resolve "auto" to a key of ATTENTION for this machine; check any other choice.
+    """Return the key of ATTENTION that this machine takes: "auto" decided, another name checked.
 
     Raises:
         UsageError: cudnn was asked for where it cannot run.

@@ -1,13 +1,12 @@
 """GELU and LayerNorm, with gradients written out.
 
-They keep no more than their input, and a row's moments, for the backward pass. With JAX's own
+For the backward pass they keep no more than their input and the moments of each row. With JAX's own
 gradients a GPT-2 step takes 3 % longer on a GPU, and that of a small model 15 % on CPU.
 
 N tokens, D width.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,16 @@ GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 @jax.custom_vjp
 def gelu_tanh(x: Array) -> Array:
-    """x * P(X <= x) for a standard normal X, GPT-2's tanh form (Hendrycks & Gimpel 2016).
+    """Return x * P(X <= x) for a standard normal X, by GPT-2's approximation with tanh.
 
-    Computed in float32 as x * sigmoid(2u), since (1 + tanh u) / 2 = sigmoid(2u).
+    It is computed in float32 as x * sigmoid(2u), since (1 + tanh u) / 2 = sigmoid(2u). Source:
+    Hendrycks & Gimpel 2016, "Gaussian Error Linear Units".
+
+    Args:
+        x: any shape and float type.
+
+    Returns:
+        The same shape and type.
     """
     return (x * _tanh_gate(x.astype(jnp.float32))).astype(x.dtype)
 
@@ -42,9 +48,15 @@ gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _tanh_backward)
 
 @jax.custom_vjp
 def gelu_erf(x: Array) -> Array:
-    """x * P(X <= x) for a standard normal X, the exact form, as nanoGPT has it since June 2023.
+    """Return x * P(X <= x) for a standard normal X, exactly, as nanoGPT does since June 2023.
 
-    Computed in float32. It differs from the tanh form by 5e-4 at most.
+    It is computed in float32, and differs from the tanh form by 5e-4 at most. Source: as above.
+
+    Args:
+        x: any shape and float type.
+
+    Returns:
+        The same shape and type.
     """
     return (x * _erf_gate(x.astype(jnp.float32))).astype(x.dtype)
 
@@ -67,20 +79,30 @@ ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu_erf}  # by GPTConfig.activat
 
 @jax.custom_vjp
 def layer_norm(x_ND: Array, scale_D: Array) -> Array:
-    """Each row to mean 0 and variance 1, then scaled (Ba et al. 2016). Float32, whatever x is."""
+    """Return each row with mean 0 and variance 1, then scaled.
+
+    Source: Ba et al. 2016, "Layer Normalization".
+
+    Args:
+        x_ND: rows of any float type.
+        scale_D: factor of each column.
+
+    Returns:
+        (N, D) in float32, whatever the type of x.
+    """
     mean_N1, rstd_N1 = _moments(x_ND)
     return (x_ND - mean_N1) * rstd_N1 * scale_D[None]
 
 
 def _moments(x_ND: Array) -> tuple[Array, Array]:
-    """Each row's mean, and 1 / its standard deviation."""
+    """Return each row's mean, and 1 / its standard deviation."""
     x_ND = x_ND.astype(jnp.float32)
     mean_N1 = x_ND.mean(axis=-1, keepdims=True)
     variance_N1 = jnp.square(x_ND - mean_N1).mean(axis=-1, keepdims=True)
     return mean_N1, jax.lax.rsqrt(variance_N1 + EPSILON)
 
 
-def _layer_norm_forward(x_ND: Array, scale_D: Array) -> tuple[Array, Any]:
+def _layer_norm_forward(x_ND: Array, scale_D: Array) -> tuple[Array, tuple[Array, ...]]:
     # Without a barrier XLA computes the moments again in the backward pass and then stores the
     # normalised rows, in float32: 2 % of a GPT-2 step on a GPU.
     mean_N1, rstd_N1 = jax.lax.optimization_barrier(_moments(x_ND))
@@ -88,7 +110,7 @@ def _layer_norm_forward(x_ND: Array, scale_D: Array) -> tuple[Array, Any]:
     return y_ND, (x_ND, scale_D, mean_N1, rstd_N1)
 
 
-def _layer_norm_backward(saved: Any, gradient_ND: Array) -> tuple[Array, Array]:
+def _layer_norm_backward(saved: tuple[Array, ...], gradient_ND: Array) -> tuple[Array, Array]:
     x_ND, scale_D, mean_N1, rstd_N1 = saved
     normalized_ND = (x_ND - mean_N1) * rstd_N1
     g_ND = gradient_ND * scale_D[None]

@@ -1,6 +1,9 @@
 """The keys and values of the tokens a decoder has seen, so that no token is computed twice.
 
 B batch, T new tokens, S cache size, H heads, K head dim.
+
+The model calls `positions`, `update` and `advance`, and looks at nothing else: a cache of another
+kind is another class with these three, and a function in `attention` that reads what it returns.
 """
 
 from typing import NamedTuple
@@ -9,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gptjax.config import GPTConfig
+
 
 class KVCache(NamedTuple):
-    """Goes into `forward` and comes back longer.
+    """A cache that holds position s at index s; it goes into the model and comes back longer.
 
     One array per layer, not one for all: so the update of a layer stays in place.
     """
@@ -20,27 +25,42 @@ class KVCache(NamedTuple):
     v: tuple[Array, ...]
     length_B: Array  # tokens held, row by row: prompts of a batch differ in length
 
-    @property
-    def size(self) -> int:
-        """Tokens the cache has room for."""
-        return self.k[0].shape[1]
+    def positions(self, T: int) -> Array:
+        """Return the positions (B, T) of the next T tokens."""
+        return self.length_B[:, None] + jnp.arange(T)[None]
+
+    def update(self, layer: int, k_BTHK: Array, v_BTHK: Array) -> tuple[Array, Array, "KVCache"]:
+        """Write the keys and values of the next T tokens of one layer.
+
+        Args:
+            layer: its number, from 0.
+            k_BTHK: their keys. T must fit behind the tokens held: XLA moves what would fall past
+                the end back into the array, and so overwrites silently.
+            v_BTHK: their values.
+
+        Returns:
+            All keys and all values of the layer, both (B, S, H, K), for `attention`; and the cache
+            that holds them. Its length is the old one until all layers are written: see `advance`.
+        """
+        k, v = list(self.k), list(self.v)
+        k[layer] = write(k[layer], k_BTHK, self.length_B)
+        v[layer] = write(v[layer], v_BTHK, self.length_B)
+        return k[layer], v[layer], KVCache(tuple(k), tuple(v), self.length_B)
+
+    def advance(self, count: int | Array) -> "KVCache":
+        """Return the cache with `count` more tokens, (B,) or the same for all rows, counted in."""
+        return self._replace(length_B=self.length_B + count)
 
 
-def init_cache(
-    n_layer: int, batch: int, size: int, n_head: int, head_dim: int, dtype: jnp.dtype
-) -> KVCache:
-    """An empty cache of `size` tokens for `batch` rows."""
-    shape = (batch, size, n_head, head_dim)
-    k = tuple(jnp.zeros(shape, dtype) for _ in range(n_layer))
-    v = tuple(jnp.zeros(shape, dtype) for _ in range(n_layer))
+def make_cache(cfg: GPTConfig, batch: int, size: int) -> KVCache:
+    """Return an empty cache of `size` tokens for `batch` rows."""
+    shape, dtype = (batch, size, cfg.n_head, cfg.head_dim), jnp.dtype(cfg.dtype)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer)) for _ in "kv")
     return KVCache(k, v, jnp.zeros(batch, jnp.int32))
 
 
 def write(cache_BSHK: Array, new_BTHK: Array, start_B: Array) -> Array:
-    """Put row b's new entries at start_B[b]; what would fall past the end is the caller's bug.
-
-    (XLA moves a start that is too large back into the array, and so overwrites silently.)
-    """
+    """Return the array with row b's new entries at start_B[b]."""
     if cache_BSHK.shape[0] == 1:  # a slice update stays in place where XLA's scatter may copy
         return jax.lax.dynamic_update_slice(cache_BSHK, new_BTHK, (0, start_B[0], 0, 0))
 

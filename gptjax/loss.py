@@ -5,11 +5,11 @@ B batch, T time, N tokens, V vocabulary, G groups of columns; a window holds T+1
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from gptjax.config import GPTConfig
 from gptjax.model import Params, head, hidden_states
@@ -22,19 +22,30 @@ def window_losses(
     params: Params,
     windows_BT: Array,
     dropout_key: Array | None = None,
-    logits_dtype: Any = jnp.float32,
+    logits_dtype: DTypeLike = jnp.float32,
 ) -> Array:
-    """Cross-entropy (B, T) of predicting tokens 1..T of each window from its tokens 0..T-1."""
+    """Return the cross-entropy of predicting tokens 1..T of each window from its tokens 0..T-1.
+
+    Args:
+        cfg: the model, without "auto".
+        params: its parameters.
+        windows_BT: token ids (B, T+1).
+        dropout_key: random key; turns dropout on.
+        logits_dtype: type in which the logits are stored.
+
+    Returns:
+        (B, T) in float32, in nats.
+    """
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    x_ND, _ = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key)
-    losses_N = token_losses(head(cfg, params, x_ND, logits_dtype), targets_BT.reshape(-1))
-    return losses_N.reshape(targets_BT.shape)
+    x_BTD, _ = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key)
+    logits_NV = head(cfg, params, x_BTD.reshape(-1, cfg.n_embd), logits_dtype)
+    return token_losses(logits_NV, targets_BT.reshape(-1)).reshape(targets_BT.shape)
 
 
 def loss_fn(
     cfg: GPTConfig, params: Params, windows_BT: Array, dropout_key: Array | None = None
 ) -> Array:
-    """The mean of `window_losses`, which training minimises.
+    """Return the mean of `window_losses`, which training minimises.
 
     Logits are stored in the compute dtype, as PyTorch's autocast does: in bfloat16 that saves 18 %
     of a GPT-2 step on a GPU. The loss is computed from them in float32.
@@ -44,10 +55,17 @@ def loss_fn(
 
 @jax.custom_vjp
 def token_losses(logits_NV: Array, targets_N: Array) -> Array:
-    """-log softmax(logits)[target] of each token (N,), in nats, computed in float32.
+    """Return -log softmax(logits)[target] of each token.
 
-    A logit of -inf marks a token that cannot occur. The gradient, softmax(logits) - onehot(target),
-    is written out: that of a gather would be a scatter into (N, V), 3 % of a GPT-2 step on a GPU.
+    The gradient, softmax(logits) - onehot(target), is written out: that of a gather would be a
+    scatter into (N, V), 3 % of a GPT-2 step on a GPU.
+
+    Args:
+        logits_NV: of any float type; -inf marks a token that cannot occur.
+        targets_N: token ids.
+
+    Returns:
+        (N,) in nats, computed in float32.
     """
     return _forward(logits_NV, targets_N)[0]
 
@@ -71,8 +89,9 @@ token_losses.defvjp(_forward, _backward)
 
 
 def one_pass_logsumexp(x_NV: Array) -> Array:
-    """log(sum(exp(x))) of each row (N,), in one pass over x (Milakov & Gimelshein 2018).
+    """Return log(sum(exp(x))) of each row, (N,), in one pass over x.
 
+    Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
     Pairs (maximum, sum of exp(x - maximum)) can be merged in any order. The usual way reads x once
     for the maximum and once more for the sum: that is 2 % of a GPT-2 step on a GPU. Up to 16
     columns are merged at once first, which takes one exp each instead of two. CPUs run it at half

@@ -12,9 +12,8 @@ The tree is the interface that optimizer, shardings, checkpoints and converter s
     h/mlp/c_proj/{kernel (L, F, D), bias (L, D)}
     ln_f/{scale,bias} (D)
 
-B batch, T query time, N = B*T, S context time, D width, H heads, K head dim, F = 4D, V vocabulary
-(padded), L layers. Activations are two-dimensional, (N, D), wherever a matrix product reads them:
-XLA is up to twice as slow on (B, T, D), on CPU and GPU alike.
+B batch, T query time, N tokens in all (B*T), S context time, D width, H heads, K head dim, F = 4D,
+V vocabulary (padded), L layers.
 """
 
 import dataclasses
@@ -27,95 +26,99 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import DTypeLike
 
-from gptjax.attention import ATTENTION, choose_attention
+from gptjax.attention import ATTENTION, CACHED_ATTENTION, choose_attention
 from gptjax.config import GPTConfig
 from gptjax.functions import ACTIVATIONS, layer_norm
-from gptjax.kv_cache import KVCache, init_cache, write
+from gptjax.kv_cache import KVCache
+from gptjax.kv_cache import make_cache as make_cache
 
 Params = dict[str, Any]
-INIT_STD = 0.02  # GPT-2's; the projections into the residual stream get 0.02 / sqrt(2L)
+INIT_STD = 0.02
 
 
 def resolve(cfg: GPTConfig) -> GPTConfig:
-    """The same config with every "auto" decided for this machine."""
+    """Return the config with every "auto" decided for this machine."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if on_cpu else "bfloat16"
     attention: Any = choose_attention(cfg.attention, dtype, cfg.dropout)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 
 
-# ---- The components ------------------------------------------------------------------------------
+# ---- The components: functions of x (B, T, D) ----------------------------------------------------
 
 
-def linear(cfg: GPTConfig, features: int, name: str, std: float = INIT_STD) -> nn.Dense:
-    """(N, in) -> (N, features)."""
-    return nn.Dense(
-        features,
-        use_bias=cfg.bias,
-        dtype=cfg.dtype,
-        kernel_init=nn.initializers.normal(std),
-        name=name,
-    )
+def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
+    """Return x W + b, (..., in) -> (..., features), with parameters of this name.
+
+    The product is two-dimensional: XLA's weight gradients are up to twice as slow for (B, T, in),
+    on CPU and GPU alike.
+    """
+    std = INIT_STD / math.sqrt(2 * cfg.n_layer) if name == "c_proj" else INIT_STD
+    normal = nn.initializers.normal(std)
+    dense = nn.Dense(features, use_bias=cfg.bias, dtype=cfg.dtype, kernel_init=normal, name=name)
+    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 class LayerNorm(nn.Module):
-    """Rows normalised in float32, then scaled and shifted."""
+    """Normalisation of each token in float32, then its scale and shift (Ba et al. 2016)."""
 
     cfg: GPTConfig
 
     @nn.compact
-    def __call__(self, x_ND: Array) -> Array:
-        D = x_ND.shape[-1]
+    def __call__(self, x: Array) -> Array:
+        """Return (..., D) for (..., D), in the compute dtype."""
+        D = x.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (D,))
-        y_ND = layer_norm(x_ND, scale_D)
+        y_ND = layer_norm(x.reshape(-1, D), scale_D)
         if self.cfg.bias:
             y_ND = y_ND + self.param("bias", nn.initializers.zeros, (D,))[None]
-        return y_ND.astype(self.cfg.dtype)
+        return y_ND.astype(self.cfg.dtype).reshape(x.shape)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers values from the tokens before it, and from itself."""
+    """Attention by which each token gathers values from the tokens before it and from itself."""
 
     cfg: GPTConfig
     train: bool
 
     @nn.compact
-    def __call__(self, x_ND: Array, shape: tuple[int, int], cache: Any = None) -> Any:
-        cfg, (B, T) = self.cfg, shape
-        qkv = linear(cfg, 3 * cfg.n_embd, "c_attn")(x_ND)
+    def __call__(
+        self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
+    ) -> tuple[Array, KVCache | None]:
+        """Return (B, T, D), and the cache with the tokens in its layer number `layer`."""
+        cfg, (B, T, D) = self.cfg, x_BTD.shape
+        qkv = linear(cfg, x_BTD, 3 * D, "c_attn")
         if cache is None and jax.default_backend() == "gpu":
             # Its gradient is put together once then, not for each of the two products that read it:
             # 1 % of a GPT-2 step.
             qkv = jax.lax.optimization_barrier(qkv)
-        q, k, v = (
-            part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in jnp.split(qkv, 3, axis=1)
-        )
-        positions_BT = None
-        if cache is not None:
-            k_cache, v_cache, start_B = cache
-            positions_BT = start_B[:, None] + jnp.arange(T)[None]
-            k, v = cache = write(k_cache, k, start_B), write(v_cache, v, start_B)
-        key = self.make_rng("dropout") if self.train and cfg.dropout > 0 else None
-        attend = ATTENTION[cfg.attention]
-        y_BTHK = attend(q, k, v, positions_BT=positions_BT, dropout=cfg.dropout, key=key)
-        y_ND = y_BTHK.reshape(B * T, cfg.n_embd)
-        out_ND = linear(cfg, cfg.n_embd, "c_proj", INIT_STD / math.sqrt(2 * cfg.n_layer))(y_ND)
-        return nn.Dropout(cfg.dropout, deterministic=not self.train)(out_ND), cache
+        q, k, v = (x.reshape(B, T, cfg.n_head, cfg.head_dim) for x in jnp.split(qkv, 3, axis=-1))
+        if cache is None:
+            key = self.make_rng("dropout") if self.train and cfg.dropout > 0 else None
+            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=cfg.dropout, key=key)
+        else:
+            positions_BT = cache.positions(T)
+            k, v, cache = cache.update(layer, k, v)
+            y_BTHK = CACHED_ATTENTION[cfg.attention](q, k, v, positions_BT)
+        y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
+        return nn.Dropout(cfg.dropout, deterministic=not self.train)(y_BTD), cache
 
 
 class MLP(nn.Module):
-    """Each token thinks by itself: widen to 4D, GELU, narrow again."""
+    """The thinking of each token by itself: widen to 4D, GELU, narrow again."""
 
     cfg: GPTConfig
     train: bool
 
     @nn.compact
-    def __call__(self, x_ND: Array) -> Array:
-        cfg = self.cfg
-        x_NF = ACTIVATIONS[cfg.activation](linear(cfg, 4 * cfg.n_embd, "c_fc")(x_ND))
-        x_ND = linear(cfg, cfg.n_embd, "c_proj", INIT_STD / math.sqrt(2 * cfg.n_layer))(x_NF)
-        return nn.Dropout(cfg.dropout, deterministic=not self.train)(x_ND)
+    def __call__(self, x_BTD: Array) -> Array:
+        """Return (B, T, D) for (B, T, D)."""
+        cfg, D = self.cfg, x_BTD.shape[-1]
+        x_BTF = ACTIVATIONS[cfg.activation](linear(cfg, x_BTD, 4 * D, "c_fc"))
+        y_BTD = linear(cfg, x_BTF, D, "c_proj")
+        return nn.Dropout(cfg.dropout, deterministic=not self.train)(y_BTD)
 
 
 class Block(nn.Module):
@@ -125,36 +128,38 @@ class Block(nn.Module):
     train: bool = False
 
     @nn.compact
-    def __call__(self, x_ND: Array, shape: tuple[int, int], cache: Any = None) -> Any:
+    def __call__(
+        self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
+    ) -> tuple[Array, KVCache | None]:
+        """Return (B, T, D) behind block number `layer`, and the cache with the tokens in there."""
         attn = CausalSelfAttention(self.cfg, self.train, name="attn")
-        y_ND, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_ND), shape, cache)
-        x_ND = x_ND + y_ND
-        x_ND = x_ND + MLP(self.cfg, self.train, name="mlp")(LayerNorm(self.cfg, name="ln_2")(x_ND))
-        return x_ND, cache
+        y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer)
+        x_BTD = x_BTD + y_BTD
+        mlp = MLP(self.cfg, self.train, name="mlp")
+        return x_BTD + mlp(LayerNorm(self.cfg, name="ln_2")(x_BTD)), cache
 
 
-# ---- The whole -----------------------------------------------------------------------------------
+# ---- The parameters ------------------------------------------------------------------------------
 
 
 def init_params(cfg: GPTConfig, key: Array) -> Params:
-    """Fresh float32 parameters: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2L)), biases 0.
+    """Return fresh float32 parameters, the tree of this module's docstring.
 
-    Padding rows of wte are zero. Source: Radford et al. 2019, section 2.3, and OpenAI's code.
+    Kernels and embeddings are N(0, 0.02), the two projections into the residual stream
+    N(0, 0.02 / sqrt(2L)); biases and the padding rows of wte are 0, scales 1. Source: Radford et
+    al. 2019, section 2.3, and OpenAI's code.
     """
     # Parameters do not depend on these two, but cudnn attention does on the machine.
     cfg = dataclasses.replace(cfg, attention="xla", dtype="float32")
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
-    row_ND = jnp.zeros((1, cfg.n_embd))
-    block = Block(cfg)
-    normal = nn.initializers.normal(INIT_STD)
+    normal, x_BTD = nn.initializers.normal(INIT_STD), jnp.zeros((1, 1, cfg.n_embd))
     wte_VD = normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd))
+    keys_L = jax.random.split(h_key, cfg.n_layer)
     return {
         "wte": {"embedding": wte_VD.at[cfg.vocab_size :].set(0)},
         "wpe": {"embedding": normal(wpe_key, (cfg.block_size, cfg.n_embd))},
-        "h": jax.vmap(lambda k: block.init(k, row_ND, (1, 1))["params"])(
-            jax.random.split(h_key, cfg.n_layer)
-        ),
-        "ln_f": LayerNorm(cfg).init(key, row_ND)["params"],
+        "h": jax.vmap(lambda key: Block(cfg).init(key, x_BTD)["params"])(keys_L),
+        "ln_f": LayerNorm(cfg).init(key, x_BTD)["params"],
     }
 
 
@@ -177,7 +182,7 @@ def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:
 
 
 def unstack_layers(params: Params, n_layer: int) -> Params:
-    """The same tree with `h` a list of L blocks, as the decoder wants it.
+    """Return the same tree with `h` a list of L blocks, as the decoder wants it.
 
     A decoder reads every weight once per token; slices of stacked arrays would be copied each time.
     """
@@ -187,23 +192,25 @@ def unstack_layers(params: Params, n_layer: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
-    """Layers unstacked and weights in the compute dtype, so that no token pays for either."""
+    """Return the layers unstacked, in the compute dtype, so that no token pays for either."""
     return jax.tree.map(lambda p: p.astype(cfg.dtype), unstack_layers(params, cfg.n_layer))
 
 
-def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, start_B: Array | None) -> Array:
-    """Token embeddings plus those of the positions from start_B (or 0) on: (N, D)."""
+# ---- The whole -----------------------------------------------------------------------------------
+
+
+def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache | None = None) -> Array:
+    """Return (B, T, D): token plus position embeddings, from position 0 or the cache's end on."""
     B, T = tokens_BT.shape
     wpe_SD = params["wpe"]["embedding"]
-    if start_B is None:
+    if cache is None:
         assert cfg.block_size >= T, f"{T} tokens in a context of {cfg.block_size}"
         # A slice, because the gradient of a gather is slow.
         wpe_BTD = jnp.broadcast_to(wpe_SD[:T], (B, T, cfg.n_embd))
     else:
-        wpe_BTD = wpe_SD[start_B[:, None] + jnp.arange(T)[None]]
+        wpe_BTD = wpe_SD[cache.positions(T)]
     # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
-    x_BTD = (params["wte"]["embedding"][tokens_BT] + wpe_BTD).astype(cfg.dtype)
-    return x_BTD.reshape(B * T, cfg.n_embd)
+    return (params["wte"]["embedding"][tokens_BT] + wpe_BTD).astype(cfg.dtype)
 
 
 def hidden_states(
@@ -214,79 +221,90 @@ def hidden_states(
     dropout_key: Array | None = None,
     cache: KVCache | None = None,
 ) -> tuple[Array, KVCache | None]:
-    """Tokens to the final hidden states (after ln_f).
+    """Return the final hidden states, after ln_f, and the longer cache.
 
     Args:
         cfg: the model, without "auto" (see `resolve`).
-        params: the tree of this module's docstring, or `unstack_layers` of it.
+        params: the tree of this module's docstring; with a cache, `unstack_layers` of it.
         tokens_BT: ids below cfg.vocab_size (unchecked: JAX clamps or fills silently).
-        dropout_key: turns dropout on.
-        cache: keys and values of the tokens before these; T must fit behind them. Row b's first
-            new token has position cache.length_B[b].
+        dropout_key: random key; turns dropout on. Not with a cache.
+        cache: keys and values of the tokens before these; T must fit behind them.
 
     Returns:
-        (N, D) in the compute dtype, and the cache with these tokens added (None without one).
+        (B, T, D) in the compute dtype, and the cache with these tokens, or None.
     """
-    shape = tokens_BT.shape
-    x_ND: Any = embed(cfg, params, tokens_BT, None if cache is None else cache.length_B)
+    assert cache is None or dropout_key is None, "decoding has no dropout"
+    x_BTD = embed(cfg, params, tokens_BT, cache)
     block = Block(cfg, train=dropout_key is not None)
     keys_L = None
     if dropout_key is not None:
         dropout_key, embed_key = jax.random.split(dropout_key)
-        x_ND = nn.Dropout(cfg.dropout, deterministic=False).apply(
-            {}, x_ND, rngs={"dropout": embed_key}
-        )
+        x_BTD = apply(nn.Dropout(cfg.dropout, deterministic=False), {}, x_BTD, key=embed_key)
         keys_L = jax.random.split(dropout_key, cfg.n_layer)
 
     if isinstance(params["h"], list):
-        caches = []
         for i, layer in enumerate(params["h"]):
-            layer_cache: Any = None if cache is None else (cache.k[i], cache.v[i], cache.length_B)
-            rngs = {"dropout": keys_L[i]} if keys_L is not None else {}
-            x_ND, layer_cache = block.apply({"params": layer}, x_ND, shape, layer_cache, rngs=rngs)
-            caches.append(layer_cache)
+            key = None if keys_L is None else keys_L[i]
+            x_BTD, cache = apply(block, layer, x_BTD, cache, i, key=key)
         if cache is not None:
-            ks, vs = zip(*caches, strict=True)
-            cache = KVCache(ks, vs, cache.length_B + shape[1])
+            cache = cache.advance(tokens_BT.shape[1])
     else:
         assert cache is None, "decoding reads unstacked layers"
         unroll = cfg.unroll or cfg.n_layer
 
-        def apply_block(x_ND: Array, layer: Any) -> Any:
-            layer_params, key = layer
-            rngs = {"dropout": key} if key is not None else {}
-            return block.apply({"params": layer_params}, x_ND, shape, rngs=rngs)
+        def step(x_BTD: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+            return apply(block, layer[0], x_BTD, key=layer[1])
 
         if cfg.remat:
             # Unrolled, XLA would see the recomputed block beside the first and merge the two.
-            apply_block = jax.checkpoint(apply_block, prevent_cse=unroll > 1)
-        x_ND, _ = jax.lax.scan(apply_block, x_ND, (params["h"], keys_L), unroll=unroll)
-    x_ND = LayerNorm(cfg).apply({"params": params["ln_f"]}, x_ND)
-    return x_ND, cache
+            step = jax.checkpoint(step, prevent_cse=unroll > 1)
+        x_BTD, _ = jax.lax.scan(step, x_BTD, (params["h"], keys_L), unroll=unroll)
+    return apply(LayerNorm(cfg), params["ln_f"], x_BTD), cache
 
 
-def head(cfg: GPTConfig, params: Params, x_ND: Array, dtype: Any = jnp.float32) -> Array:
-    """Hidden states to logits (N, V) of the given dtype, by the transposed token embedding.
+def apply(module: nn.Module, params: Params, *inputs: Any, key: Array | None = None) -> Any:
+    """Return a module's output on its parameters, with dropout of this key."""
+    return module.apply({"params": params}, *inputs, rngs={} if key is None else {"dropout": key})
+
+
+def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float32) -> Array:
+    """Return logits (..., V) of hidden states (..., D), by the transposed token embedding.
 
     The columns of padding rows are -inf, so that no loss and no sampler ever sees them.
     """
-    wte_VD = params["wte"]["embedding"].astype(cfg.dtype)
+    wte_VD, x_ND = params["wte"]["embedding"].astype(cfg.dtype), x.reshape(-1, x.shape[-1])
     logits_NV = jnp.einsum("ND,VD->NV", x_ND, wte_VD, preferred_element_type=dtype)
     if cfg.padded_vocab_size > cfg.vocab_size:
         is_token_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
         logits_NV = jnp.where(is_token_V[None], logits_NV, -jnp.inf)
-    return logits_NV
+    return logits_NV.reshape(*x.shape[:-1], cfg.padded_vocab_size)
 
 
 def forward(
-    cfg: GPTConfig, params: Params, tokens_BT: Array, **kwargs: Any
+    cfg: GPTConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    dropout_key: Array | None = None,
+    cache: KVCache | None = None,
 ) -> tuple[Array, KVCache | None]:
-    """Tokens to float32 logits (B, T, V), and the cache; keywords as for `hidden_states`."""
-    x_ND, cache = hidden_states(cfg, params, tokens_BT, **kwargs)
-    return head(cfg, params, x_ND).reshape(*tokens_BT.shape, -1), cache
+    """Return float32 logits (B, T, V) of every token, and the cache; see `hidden_states`."""
+    x_BTD, cache = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key, cache=cache)
+    return head(cfg, params, x_BTD), cache
 
 
-def make_cache(cfg: GPTConfig, batch: int, size: int) -> KVCache:
-    """An empty cache that fits this model."""
-    dtype = jnp.dtype(cfg.dtype)
-    return init_cache(cfg.n_layer, batch, size, cfg.n_head, cfg.head_dim, dtype)
+def next_logits(
+    cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache, length_B: Array | None = None
+) -> tuple[Array, KVCache]:
+    """Return float32 logits (B, V) of the token that follows each row, and the longer cache.
+
+    tokens_BT follow those of the cache: prompts, or the one token of each row drawn last. The first
+    length_B[b] of row b count, at least one; the rest is padding. Without length_B all count.
+    """
+    B, T = tokens_BT.shape
+    x_BTD, longer = hidden_states(cfg, params, tokens_BT, cache=cache)
+    assert longer is not None
+    if length_B is None:
+        return head(cfg, params, x_BTD[:, -1]), longer
+    # What the padding wrote lies behind the length: no query sees it before new tokens replace it.
+    return head(cfg, params, x_BTD[jnp.arange(B), length_B - 1]), longer.advance(length_B - T)

@@ -20,8 +20,8 @@ from jax import Array
 
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError
-from gptjax.kv_cache import KVCache
-from gptjax.model import Params, head, hidden_states, make_cache
+from gptjax.kv_cache import KVCache, make_cache
+from gptjax.model import Params, next_logits
 
 CHUNK = 16  # tokens per call into JAX: few enough to stream, enough to make the call's cost small
 SMALLEST = float(np.finfo(np.float32).tiny)  # what float32 can divide by
@@ -31,19 +31,28 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # what float32 can divide by
 
 
 def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: float) -> Array:
-    """Make tokens already in the text less likely (Keskar et al. 2019, as Hugging Face has it)."""
+    """Make the tokens marked in seen_BV less likely.
+
+    Source: Keskar et al. 2019, "CTRL", extended to negative logits by Hugging Face.
+    """
     penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalized, logits_BV)
 
 
 def keep_top_k(logits_BV: Array, k: int) -> Array:
-    """The k likeliest tokens, more only where the k-th is tied."""
+    """Keep the k likeliest tokens, more only where the k-th is tied.
+
+    Source: Fan et al. 2018, "Hierarchical Neural Story Generation".
+    """
     threshold_B1 = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
 def keep_top_p(logits_BV: Array, p: float) -> Array:
-    """The fewest tokens that together hold probability p (Holtzman et al. 2020); at least one."""
+    """Keep the fewest tokens that together hold probability p, and at least one.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+    """
     sorted_BV = -jnp.sort(-logits_BV)
     probability_BV = jax.nn.softmax(sorted_BV)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
@@ -53,7 +62,10 @@ def keep_top_p(logits_BV: Array, p: float) -> Array:
 
 
 def keep_min_p(logits_BV: Array, p: float) -> Array:
-    """Tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
+    """Keep the tokens that are at least p times as likely as the likeliest.
+
+    Source: Nguyen et al. 2024, "Turning Up the Heat".
+    """
     threshold_B1 = logits_BV.max(axis=-1, keepdims=True) + math.log(p)  # of p in float64
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
@@ -61,7 +73,17 @@ def keep_min_p(logits_BV: Array, p: float) -> Array:
 def sample_token(
     logits_BV: Array, keys_B: Array, seen_BV: Array | None, how: SampleConfig
 ) -> Array:
-    """One token per row (B,): penalty, temperature, top-k, top-p, min-p, then a draw."""
+    """Draw one token per row, after penalty, temperature, top-k, top-p and min-p.
+
+    Args:
+        logits_BV: float32, -inf where a token cannot occur.
+        keys_B: a random key per row.
+        seen_BV: tokens that the repetition penalty makes less likely; None without one.
+        how: temperature and filters.
+
+    Returns:
+        (B,) int32.
+    """
     if seen_BV is not None:
         logits_BV = penalize_repetition(logits_BV, seen_BV, how.repetition_penalty)
     if how.temperature < SMALLEST:
@@ -81,7 +103,7 @@ def sample_token(
 
 
 class DecoderState(NamedTuple):
-    """The carry of the scan."""
+    """What the decoder's scan carries from token to token."""
 
     cache: KVCache
     token_B: Array  # the newest token, not in the cache yet
@@ -91,7 +113,7 @@ class DecoderState(NamedTuple):
 
 
 def draw(state: DecoderState, logits_BV: Array, keys_B: Array, how: SampleConfig) -> DecoderState:
-    """Draw the next token of each row from its logits."""
+    """Return the state after the next token of each row was drawn from its logits."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.n_drawn)
     token_B = sample_token(logits_BV, keys_B, state.seen_BV, how)
     seen_BV = state.seen_BV
@@ -115,16 +137,21 @@ def prefill(
 ) -> DecoderState:
     """Read prompts, padded on the right, into a new cache of `size` and draw one token each.
 
-    What the padding wrote lies behind each row's length: no query sees it before a new token has
-    taken its place.
+    Args:
+        cfg: the model, without "auto".
+        how: temperature and filters.
+        size: tokens that the cache has room for.
+        params: from `prepare_for_decoding`.
+        tokens_BT: the prompts.
+        length_B: their lengths without the padding.
+        keys_B: a random key per row.
+        n_drawn: tokens drawn so far, which numbers the draws.
+        seen_BV: tokens that the repetition penalty makes less likely; None without one.
     """
-    B, _ = tokens_BT.shape
-    x_ND, cache = hidden_states(cfg, params, tokens_BT, cache=make_cache(cfg, B, size))
-    x_BD = x_ND.reshape(*tokens_BT.shape, -1)[jnp.arange(B), length_B - 1]
-    assert cache is not None
-    cache = cache._replace(length_B=length_B)
+    cache = make_cache(cfg, len(tokens_BT), size)
+    logits_BV, cache = next_logits(cfg, params, tokens_BT, cache, length_B)
     start = DecoderState(cache, length_B, n_drawn, seen_BV, jnp.array(True))
-    return draw(start, head(cfg, params, x_BD), keys_B, how)
+    return draw(start, logits_BV, keys_B, how)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "how", "n_steps"), donate_argnames=("state",))
@@ -136,19 +163,18 @@ def decode(
     state: DecoderState,
     keys_B: Array,
 ) -> tuple[DecoderState, Array]:
-    """n_steps tokens for each row, (n_steps, B), in one scan."""
+    """Draw n_steps tokens for each row in one scan; return the state and them, (n_steps, B)."""
 
     def step(state: DecoderState, _: None) -> tuple[DecoderState, Array]:
-        x_BD, cache = hidden_states(cfg, params, state.token_B[:, None], cache=state.cache)
-        assert cache is not None
-        state = draw(state._replace(cache=cache), head(cfg, params, x_BD), keys_B, how)
+        logits_BV, cache = next_logits(cfg, params, state.token_B[:, None], state.cache)
+        state = draw(state._replace(cache=cache), logits_BV, keys_B, how)
         return state, state.token_B
 
     return jax.lax.scan(step, state, length=n_steps)
 
 
 def bucket(n: int, limit: int) -> int:
-    """The least of 64, 256, 1024 ... that holds n, or the limit: so few shapes are compiled."""
+    """Return the least of 64, 256, 1024 ... that holds n, or the limit: few shapes to compile."""
     size = 64
     while size < n:
         size *= 4
@@ -166,7 +192,7 @@ def generate(
     samples: Sequence[int] | None = None,
     cache_size: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Continue prompts; yields new tokens (B, n) as they come, max_new_tokens in all.
+    """Continue prompts, token by token.
 
     Args:
         cfg: the model, without "auto".
@@ -174,11 +200,14 @@ def generate(
         prompts: token ids of each row, none empty; they may differ in length.
         how: temperature and filters.
         max_new_tokens: per row.
-        seed: of the draws.
+        seed: seed of the draws.
         samples: row i is sample number samples[i] (0 if not given) of its prompt. A row depends on
             its prompt, the seed and this number, and on nothing else in the batch.
         cache_size: tokens of the cache; 0 = as many as this call needs. A fixed one saves compiling
             again for longer prompts.
+
+    Yields:
+        New tokens (B, n) as they come, max_new_tokens in all.
 
     Raises:
         NonFiniteError: the logits became NaN or infinite.
@@ -231,17 +260,17 @@ def generate(
 
 
 def mark(seen_BV: np.ndarray, tokens: Sequence[Sequence[int]] | np.ndarray) -> None:
-    """Note row by row that these tokens have occurred."""
+    """Mark in each row the tokens that have occurred."""
     for row, new in zip(seen_BV, tokens, strict=True):
         row[np.asarray(new)] = True
 
 
 def row_key(seed: int, sample: int, prompt: Sequence[int]) -> Array:
-    """The random key of a row, from nothing but its arguments."""
+    """Return the random key of a row, made of nothing but these arguments."""
     key = jax.random.fold_in(jax.random.key(seed), sample)
     return jax.random.fold_in(key, zlib.crc32(np.asarray(prompt, np.int32).tobytes()))
 
 
 def cut(context: list[int], limit: int) -> list[int]:
-    """The context, or its last limit // 2 tokens if it is longer than the limit."""
+    """Return the context, or its last limit // 2 tokens if it is longer than the limit."""
     return context if len(context) <= limit else context[-max(1, limit // 2) :]

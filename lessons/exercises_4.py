@@ -33,19 +33,19 @@ def is_split(answer: Any) -> bool:
     D = H * K
     cfg = GPTConfig(n_head=H, n_embd=D, block_size=8, dtype="float32", attention="xla")
     rng = np.random.default_rng(0)
-    x_ND, kernel, bias = (
-        rng.normal(size=shape).astype(np.float32) for shape in ((B * T, D), (D, 3 * D), (3 * D,))
+    x_BTD, kernel, bias = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((B, T, D), (D, 3 * D), (3 * D,))
     )
     c_proj = {"kernel": jnp.eye(D), "bias": jnp.zeros(D)}
     attn = {"c_attn": {"kernel": kernel, "bias": bias}, "c_proj": c_proj}
     block = model.CausalSelfAttention(cfg, train=False)
-    expected_ND, _ = block.apply({"params": attn}, x_ND, (B, T))
-    parts = [np.asarray(part) for part in answer(x_ND @ kernel + bias, H)]
+    expected_BTD, _ = block.apply({"params": attn}, x_BTD)
+    parts = [np.asarray(part) for part in answer(x_BTD.reshape(B * T, D) @ kernel + bias, H)]
     if [part.shape for part in parts] != [(B * T, H, K)] * 3:
         return False
     q, k, v = (jnp.asarray(part).reshape(B, T, H, K) for part in parts)
     y_BTHK = attention.attend(q, k, v, jnp.arange(T)[None])
-    return bool(np.abs(y_BTHK.reshape(B * T, D) - expected_ND).max() <= 1e-5)
+    return bool(np.abs(y_BTHK.reshape(B, T, D) - expected_BTD).max() <= 1e-5)
 
 
 def split_qkv(qkv_NE: np.ndarray, n_head: int) -> Any:

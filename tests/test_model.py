@@ -1,9 +1,11 @@
 """The model is GPT-2: its numbers against PyTorch's, its fast paths against its slow ones."""
 
 import dataclasses
+import functools
 import math
+import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gptjax import attention, functions, model
+from gptjax import attention, functions, kv_cache, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
+from gptjax.kv_cache import KVCache
 from gptjax.loss import loss_fn
 from gptjax.settings import architecture, names
 
@@ -166,17 +169,41 @@ def test_unstacked_layers_are_the_same_model() -> None:
     assert ok
 
 
-def decode_in_pieces(cfg: GPTConfig, params: model.Params, cuts: list[int]) -> np.ndarray:
-    """Logits (B, T, V) of TOKENS, fed to the cache in pieces that end at these positions."""
+@functools.cache
+def cached_case() -> tuple[GPTConfig, model.Params, np.ndarray]:
+    """A model, its layers unstacked, and the logits of TOKENS without a cache."""
+    cfg = tiny()
+    params = scaled_params(cfg, jax.random.key(0))
+    return cfg, model.unstack_layers(params, cfg.n_layer), logits(cfg, params)
+
+
+def check_pieces(cuts: list[int]) -> None:
+    """Feed TOKENS to the cache in pieces that end at these positions; compare every logit."""
+    cfg, params, expected = cached_case()
     forward = jax.jit(model.forward, static_argnums=0)
     cache = model.make_cache(cfg, len(TOKENS), cfg.block_size)
-    params = model.unstack_layers(params, cfg.n_layer)
     pieces = []
     for start, end in zip([0, *cuts], [*cuts, TOKENS.shape[1]], strict=True):
         piece, cache = forward(cfg, params, TOKENS[:, start:end], cache=cache)
         pieces.append(piece[..., : cfg.vocab_size])
+    found = np.concatenate(pieces, axis=1)
+    assert max_difference(expected, found) <= 2e-6 * np.abs(expected).max()
+    assert np.array_equal(expected.argmax(-1), found.argmax(-1))
     assert cache is not None and cache.length_B.tolist() == [TOKENS.shape[1]] * len(TOKENS)
-    return np.concatenate(pieces, axis=1)
+
+
+def check_prompts_of_different_length() -> None:
+    """Read padded prompts, then one token at a time; compare the logits of every next token."""
+    cfg, params, expected = cached_case()
+    next_logits = jax.jit(model.next_logits, static_argnums=0)
+    rows, length_B = np.arange(3), np.array([3, 9, 1])
+    cache = model.make_cache(cfg, 3, cfg.block_size)
+    found, cache = next_logits(cfg, params, TOKENS[:, :9], cache, length_B)
+    for step in range(7):
+        wanted = expected[rows, length_B + step - 1]
+        assert max_difference(wanted, found[:, : cfg.vocab_size]) <= 2e-6 * np.abs(expected).max()
+        assert cache.length_B.tolist() == (length_B + step).tolist()
+        found, cache = next_logits(cfg, params, TOKENS[rows, length_B + step][:, None], cache)
 
 
 CUTS = {
@@ -189,21 +216,85 @@ CUTS = {
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_cached_is_the_full_forward_at_every_position(cuts: list[int]) -> None:
-    cfg = tiny()
-    params = scaled_params(cfg, jax.random.key(0))
-    expected = logits(cfg, params)
-    found = decode_in_pieces(cfg, params, cuts)
-    ok = max_difference(expected, found) <= 2e-5 * max(1, np.abs(expected).max())
-    assert ok
-    assert np.array_equal(expected.argmax(-1), found.argmax(-1))
+    check_pieces(cuts)
 
 
-def test_cache_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = model.write
+def test_next_logits_are_the_full_forwards_behind_prompts_of_different_length() -> None:
+    check_prompts_of_different_length()
+
+
+WRITE, UPDATE, ADVANCE = kv_cache.write, KVCache.update, KVCache.advance
+CACHE_MISTAKES: dict[str, tuple[Any, str, Any]] = {
+    "written at the start again": (kv_cache, "write", lambda x, new, at: WRITE(x, new, at * 0)),
+    "written one too late": (kv_cache, "write", lambda x, new, at: WRITE(x, new, at + 1)),
+    "positions one too high": (
+        KVCache,
+        "positions",
+        lambda cache, T: cache.length_B[:, None] + jnp.arange(1, T + 1)[None],
+    ),
+    "positions that begin at 0 again": (
+        KVCache,
+        "positions",
+        lambda cache, T: cache.length_B[:, None] * 0 + jnp.arange(T)[None],
+    ),
+    "one layer for all": (KVCache, "update", lambda cache, layer, k, v: UPDATE(cache, 0, k, v)),
+    "not advanced": (KVCache, "advance", lambda cache, count: cache),
+    "padding counted": (
+        KVCache,
+        "advance",
+        lambda cache, count: ADVANCE(cache, count) if isinstance(count, int) else cache,
+    ),
+    "nothing masked": (
+        attention.CACHED_ATTENTION,
+        "xla",
+        lambda q, k, v, positions: attention.attend(q, k, v, positions + 99),
+    ),
+    "no token sees the newest": (
+        attention.CACHED_ATTENTION,
+        "xla",
+        lambda q, k, v, positions: attention.attend(q, k, v, jnp.maximum(positions - 1, 0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CACHE_MISTAKES)
+def test_cache_gate_turns_red(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong = CACHE_MISTAKES[mistake]
+    cached_case()
     jax.clear_caches()
-    monkeypatch.setattr(model, "write", lambda cache, new, start: write(cache, new, start * 0))
+    patch = monkeypatch.setitem if isinstance(owner, dict) else monkeypatch.setattr
+    patch(owner, name, wrong)
     with pytest.raises(AssertionError):
-        test_cached_is_the_full_forward_at_every_position(CUTS["prefill 8"])
+        check_prompts_of_different_length()
+    if mistake == "written at the start again":
+        with pytest.raises(AssertionError):
+            check_pieces([15])
+    jax.clear_caches()
+
+
+def check_products_are_two_dimensional() -> None:
+    """All that read a weight or make its gradient; attention's have four dimensions."""
+    cfg = tiny(unroll=1)
+    step = jax.jit(jax.grad(loss_fn, argnums=1), static_argnums=0)
+    text = step.lower(cfg, init_params(cfg, jax.random.key(0)), TOKENS).as_text()
+    products = re.findall(r"dot_general [^:]*: \(tensor<(.*?)>, tensor<(.*?)>", text)
+    dimensions = [shape.count("x") for operands in products for shape in operands]
+    assert dimensions.count(2) >= 2 * 15  # 4 weights and the head, 3 products each
+    assert {*dimensions} == {2, 4}
+
+
+def test_products_are_two_dimensional() -> None:
+    check_products_are_two_dimensional()
+
+
+def test_two_dimensions_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(cfg: GPTConfig, x: jax.Array, features: int, name: str) -> jax.Array:
+        return nn.Dense(features, use_bias=cfg.bias, name=name)(x)
+
+    monkeypatch.setattr(model, "linear", linear)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check_products_are_two_dimensional()
     jax.clear_caches()
 
 
@@ -254,6 +345,27 @@ def test_blocks_of_queries_are_the_reference(length: int) -> None:
     for a, b in zip(expected, found, strict=True):
         ok = max_difference(a, b) <= 1e-5 * max(1, float(jnp.abs(a).max()))
         assert ok
+
+
+def test_the_settings_are_the_functions() -> None:
+    """Every choice but auto has a function for whole sequences and one for the cache."""
+    names = get_args(get_type_hints(GPTConfig)["attention"])
+    assert {*names} - {"auto"} == {*attention.ATTENTION} == {*attention.CACHED_ATTENTION}
+
+
+@pytest.mark.parametrize("name", attention.CACHED_ATTENTION)
+def test_cached_attention_is_the_formula(name: str) -> None:
+    """In float64, head by head; what lies behind a query's position has no say."""
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 12, 3, 8)).astype(np.float32)
+    q, positions = q[:, :2], np.array([[4, 5], [10, 11]])
+    k[0, 6:], v[0, 6:] = 1e4, 1e4
+    found = jax.jit(attention.CACHED_ATTENTION[name])(q, k, v, positions)
+    for b, t, h in np.ndindex(2, 2, 3):
+        seen = slice(0, positions[b, t] + 1)
+        scores = k[b, seen, h].astype(np.float64) @ q[b, t, h] / math.sqrt(8)
+        weights = np.exp(scores - scores.max())
+        expected = weights @ v[b, seen, h] / weights.sum()
+        assert max_difference(found[b, t, h], expected) <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """The cached decoder says what the plain model would say, whoever else is in the batch."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import model, sampling
+from gptjax import kv_cache, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError, UsageError
+from gptjax.kv_cache import KVCache
 
 from .helpers import scaled_params, tiny
 
@@ -106,6 +108,54 @@ def test_compiles_once_for_a_bucket_of_prompts() -> None:
     for length in (1, 7, 30, 64):
         text([[2] * length], how, n=20, cfg=cfg, params=params, cache_size=128)
     assert (sampling.prefill._cache_size(), sampling.decode._cache_size()) == before
+
+
+def check_cache_stays_in_place() -> None:
+    """The compiled decoder copies no layer of the cache from token to token."""
+    cfg = dataclasses.replace(CFG, block_size=1024)
+    decoder = jax.eval_shape(
+        lambda: model.prepare_for_decoding(cfg, model.init_params(cfg, jax.random.key(0)))
+    )
+    for rows in (1, 2):
+        keys = jax.eval_shape(lambda rows=rows: jax.random.split(jax.random.key(0), rows))
+        state = jax.eval_shape(
+            lambda rows=rows: sampling.DecoderState(
+                sampling.make_cache(cfg, rows, 1024),
+                jnp.zeros(rows, jnp.int32),
+                jnp.int32(0),
+                None,
+                jnp.array(True),
+            )
+        )
+        compiled = sampling.decode.lower(cfg, GREEDY, 4, decoder, state, keys).compile()
+        copied = re.findall(r"= f32(\[[\d,]*1024,2,16\])\S* copy\(", compiled.as_text())
+        assert copied == []
+
+
+def test_cache_stays_in_place() -> None:
+    check_cache_stays_in_place()
+
+
+def test_in_place_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake: one array for all layers."""
+
+    def stacked_cache(cfg: GPTConfig, batch: int, size: int) -> KVCache:
+        shape = (cfg.n_layer, batch, size, cfg.n_head, cfg.head_dim)
+        return KVCache((jnp.zeros(shape),), (jnp.zeros(shape),), jnp.zeros(batch, jnp.int32))
+
+    def update(cache: KVCache, layer: int, k: jax.Array, v: jax.Array) -> object:
+        k_LBSHK, v_LBSHK = (
+            old.at[layer].set(kv_cache.write(old[layer], new, cache.length_B))
+            for old, new in ((cache.k[0], k), (cache.v[0], v))
+        )
+        return k_LBSHK[layer], v_LBSHK[layer], KVCache((k_LBSHK,), (v_LBSHK,), cache.length_B)
+
+    monkeypatch.setattr(sampling, "make_cache", stacked_cache)
+    monkeypatch.setattr(KVCache, "update", update)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check_cache_stays_in_place()
+    jax.clear_caches()
 
 
 # ---- Filters: which tokens are left --------------------------------------------------------------

@@ -24,7 +24,7 @@ from gptjax.training.settings import read_settings
 from .test_resume import record
 
 PROGRAMS = [
-    *(TrainConfig, sample.Config, evaluate.Config, doctor.Config),
+    *(TrainConfig, sample.SamplerConfig, evaluate.Config, doctor.Config),
     *(convert_gpt2.ImportConfig, convert_gpt2.ExportConfig, convert_gpt2.VerifyConfig),
 ]
 
@@ -94,7 +94,7 @@ def test_every_choice_is_compared_with_its_code() -> None:
     assert literals == rows | used
     assert choices(convert_gpt2.VerifyConfig, "activation") == set(functions.ACTIVATIONS)
     assert choices(evaluate.Config, "dtype") < choices(TrainConfig, "dtype")
-    assert choices(sample.Config, "dtype") == choices(TrainConfig, "dtype")
+    assert choices(sample.SamplerConfig, "dtype") == choices(TrainConfig, "dtype")
 
 
 def test_words_in_the_help_are_the_codes() -> None:

@@ -67,8 +67,7 @@ def score_batch(
         lengths_B: ids in each window before the padding, which scores 0 and no hit.
     """
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    B, T = targets_BT.shape
-    x_ND, _ = hidden_states(cfg, params, tokens_BT)
+    x_BTD, _ = hidden_states(cfg, params, tokens_BT)
 
     def score_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
         x_TD, targets_T = row
@@ -77,8 +76,8 @@ def score_batch(
 
     # Row by row, because the float32 logits of a batch are by far the largest array: 0.2 GB a row
     # for GPT-2.
-    logprobs_BT, hits_BT = jax.lax.map(score_row, (x_ND.reshape(B, T, -1), targets_BT))
-    is_token_BT = jnp.arange(1, T + 1)[None] < lengths_B[:, None]
+    logprobs_BT, hits_BT = jax.lax.map(score_row, (x_BTD, targets_BT))
+    is_token_BT = jnp.arange(1, targets_BT.shape[1] + 1)[None] < lengths_B[:, None]
     return jnp.where(is_token_BT, logprobs_BT, 0), hits_BT & is_token_BT
 
 

@@ -4,7 +4,6 @@ N tokens of the probe in all, D width, V vocabulary.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -77,24 +76,24 @@ def compare(
 def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dict[str, Any]:
     """What every part of our model puts out, by the same names."""
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def run_block(layer: Any, x_ND: jax.Array, shape: tuple[int, int]) -> Any:
+    @jax.jit
+    def run_block(layer: model.Params, x_BTD: jax.Array) -> Any:
         variables = {"params": layer}
-        (y_ND, _), kept = model.Block(cfg).apply(
-            variables, x_ND, shape, capture_intermediates=True, mutable="intermediates"
+        (y_BTD, _), kept = model.Block(cfg).apply(
+            variables, x_BTD, capture_intermediates=True, mutable="intermediates"
         )
-        return y_ND, kept["intermediates"]
+        return y_BTD, kept["intermediates"]
 
-    x_ND: Any = model.embed(cfg, params, jnp.asarray(tokens), None)
-    found = {"embeddings": x_ND}
+    x_BTD = model.embed(cfg, params, jnp.asarray(tokens))
+    found = {"embeddings": x_BTD}
     for i, layer in enumerate(model.unstack_layers(params, cfg.n_layer)["h"]):
-        x_ND, kept = run_block(layer, x_ND, tokens.shape)
+        x_BTD, kept = run_block(layer, x_BTD)
         for name in ("ln_1", "attn", "ln_2", "mlp"):
             output = kept[name]["__call__"][0]
             found[f"h.{i}.{name}"] = output[0] if name == "attn" else output
-        found[f"h.{i}"] = x_ND
-    found["ln_f"] = model.LayerNorm(cfg).apply({"params": params["ln_f"]}, x_ND)
-    return {name: np.asarray(value).reshape(*tokens.shape, -1) for name, value in found.items()}
+        found[f"h.{i}"] = x_BTD
+    found["ln_f"] = model.apply(model.LayerNorm(cfg), params["ln_f"], x_BTD)
+    return {name: np.asarray(value) for name, value in found.items()}
 
 
 # ---- Both ----------------------------------------------------------------------------------------

@@ -43,15 +43,14 @@ def measure(quick: bool) -> Measured:
     kinds = len(np.unique(tokens))
 
     def last_token(params: model.Params, tokens_BT: Array) -> Array:
-        x_ND, _ = model.hidden_states(cfg, params, tokens_BT)
-        return model.head(cfg, params, x_ND[-1:]).argmax(axis=1)
+        x_BTD, _ = model.hidden_states(cfg, params, tokens_BT)
+        return model.head(cfg, params, x_BTD[:, -1]).argmax(axis=1)
 
     def full_cache(context: int) -> sampling.DecoderState:
         cache = model.make_cache(cfg, 1, context)
-        length_B = jnp.array([context - steps], jnp.int32)
         zero = jnp.zeros(1, jnp.int32)
         return sampling.DecoderState(
-            cache._replace(length_B=length_B), zero, jnp.int32(0), None, jnp.array(True)
+            cache.advance(context - steps), zero, jnp.int32(0), None, jnp.array(True)
         )
 
     calls: dict[str, Callable[[], Any]] = {}
