@@ -195,9 +195,7 @@ class TrainConfig:
     )
     checkpoint_interval: int = run(250, "Steps between checkpoints; 0 = only at the end.")
     wait_for_checkpoints: bool = local(
-        False,
-        "Wait until a checkpoint is on disk, so that a kill costs one interval at most. Otherwise "
-        "it also costs the steps that were done meanwhile.",
+        False, "Wait until a checkpoint is on disk, so that a kill costs one interval at most."
     )
     keep_checkpoints: int = run(
         2, "Newest checkpoints to keep, besides the one with the best validation loss."
@@ -213,9 +211,7 @@ class TrainConfig:
     )
     stop_step: int = once(0, "Save and end after this step, whatever max_iters is; 0 = never.")
     resume_check: bool = once(
-        False,
-        "Train max_iters steps in one go and in two, each in processes of its own, and compare "
-        "every array of the two states.",
+        False, "Train in one go and in two, in processes of their own, and compare every array."
     )
 
     skip_spikes: float = run(

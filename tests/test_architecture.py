@@ -17,7 +17,7 @@ from gptjax.config_file import load_config
 from gptjax.conversion import tensors, verify
 from gptjax.conversion.tensors import Source
 from gptjax.errors import DataError, UsageError
-from gptjax.settings import architecture, names
+from gptjax.settings import architecture, flatten, names
 from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import metrics, start
@@ -50,6 +50,21 @@ def test_decoding_is_the_full_forward(changes: dict[str, Any]) -> None:
         cfg, params, np.array([[*prompt, *new[0]]])
     )
     assert np.argmax(logits[:, 3:-1], axis=-1).tolist() == new.tolist()
+
+
+def test_what_is_no_architecture_option_computes_the_same() -> None:
+    """No other setting of the model changes a parameter, or the logits by more than rounding."""
+    cfg, tokens = tiny(), np.arange(16)[None]
+    params = init_params(cfg, jax.random.key(0))
+    forward = jax.jit(model.forward, static_argnums=0)
+    expected, _ = forward(cfg, params, tokens)
+    for name in set(flatten(cfg)) - {*ALL, "attention"}:  # cudnn is refused on a CPU
+        for value in {"dropout": [0.5], "unroll": [1]}.get(name) or other_values(name, cfg):
+            other = model.resolve(dataclasses.replace(cfg, **{name: value}))
+            assert model.param_shapes(other) == model.param_shapes(cfg), name
+            logits, _ = forward(other, params, tokens)
+            real = slice(cfg.vocab_size)
+            assert np.abs(logits - expected)[..., real].max() <= 2e-2 * np.std(expected[..., real])
 
 
 @pytest.mark.parametrize("changes", [{}, *CHANGES], ids=str)
