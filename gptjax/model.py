@@ -49,8 +49,8 @@ def resolve(cfg: GPTConfig) -> GPTConfig:
 # ---- The components: functions of x (B, T, D) ----------------------------------------------------
 
 
-def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
-    """Return x W + b, (..., in) -> (..., features), with parameters of this name.
+def linear(cfg: GPTConfig, x: Array, features: int, name: str, dropout: float = 0.0) -> Array:
+    """Return x W + b, (..., in) -> (..., features), with parameters of this name, then dropout.
 
     The product is two-dimensional: XLA's weight gradients are up to twice as slow for (B, T, in),
     on CPU and GPU alike.
@@ -58,7 +58,10 @@ def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
     std = INIT_STD / math.sqrt(2 * cfg.n_layer) if name == "c_proj" else INIT_STD
     normal = nn.initializers.normal(std)
     dense = nn.Dense(features, use_bias=cfg.bias, dtype=cfg.dtype, kernel_init=normal, name=name)
-    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+    y_ND = dense(x.reshape(-1, x.shape[-1]))
+    if dropout > 0:
+        y_ND = nn.Dropout(dropout, deterministic=False)(y_ND)
+    return y_ND.reshape(*x.shape[:-1], features)
 
 
 class LayerNorm(nn.Module):
@@ -89,6 +92,7 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         """Return (B, T, D), and the cache with the tokens in its layer number `layer`."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
+        dropout = cfg.dropout if self.train else 0.0
         qkv = linear(cfg, x_BTD, 3 * D, "c_attn")
         if cache is None and jax.default_backend() == "gpu":
             # Its gradient is put together once then, not for each of the two products that read it:
@@ -96,14 +100,13 @@ class CausalSelfAttention(nn.Module):
             qkv = jax.lax.optimization_barrier(qkv)
         q, k, v = (x.reshape(B, T, cfg.n_head, cfg.head_dim) for x in jnp.split(qkv, 3, axis=-1))
         if cache is None:
-            key = self.make_rng("dropout") if self.train and cfg.dropout > 0 else None
-            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=cfg.dropout, key=key)
+            key = self.make_rng("dropout") if dropout > 0 else None
+            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=dropout, key=key)
         else:
             positions_BT = cache.positions(T)
             k, v, cache = cache.update(layer, k, v)
             y_BTHK = CACHED_ATTENTION[cfg.attention](q, k, v, positions_BT)
-        y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
-        return nn.Dropout(cfg.dropout, deterministic=not self.train)(y_BTD), cache
+        return linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj", dropout), cache
 
 
 class MLP(nn.Module):
@@ -117,8 +120,7 @@ class MLP(nn.Module):
         """Return (B, T, D) for (B, T, D)."""
         cfg, D = self.cfg, x_BTD.shape[-1]
         x_BTF = ACTIVATIONS[cfg.activation](linear(cfg, x_BTD, 4 * D, "c_fc"))
-        y_BTD = linear(cfg, x_BTF, D, "c_proj")
-        return nn.Dropout(cfg.dropout, deterministic=not self.train)(y_BTD)
+        return linear(cfg, x_BTF, D, "c_proj", cfg.dropout if self.train else 0.0)
 
 
 class Block(nn.Module):
@@ -201,8 +203,7 @@ def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
 
 def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache | None = None) -> Array:
     """Return (B, T, D): token plus position embeddings, from position 0 or the cache's end on."""
-    B, T = tokens_BT.shape
-    wpe_SD = params["wpe"]["embedding"]
+    (B, T), wpe_SD = tokens_BT.shape, params["wpe"]["embedding"]
     if cache is None:
         assert cfg.block_size >= T, f"{T} tokens in a context of {cfg.block_size}"
         # A slice, because the gradient of a gather is slow.

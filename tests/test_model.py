@@ -288,7 +288,7 @@ def test_products_are_two_dimensional() -> None:
 
 
 def test_two_dimensions_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    def linear(cfg: GPTConfig, x: jax.Array, features: int, name: str) -> jax.Array:
+    def linear(cfg: GPTConfig, x: jax.Array, features: int, name: str, *_: float) -> jax.Array:
         return nn.Dense(features, use_bias=cfg.bias, name=name)(x)
 
     monkeypatch.setattr(model, "linear", linear)
