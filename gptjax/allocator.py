@@ -29,7 +29,7 @@ def return_freed_memory() -> None:
 
 
 def _computes_on_cpu() -> bool:
-    """Whether no GPU or TPU will be used, as far as can be told without starting JAX."""
+    """Return whether no GPU or TPU will be used, as far as can be told without starting JAX."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return True
     plugins = importlib.metadata.entry_points(group="jax_plugins")

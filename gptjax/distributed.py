@@ -23,7 +23,7 @@ class Cluster(NamedTuple):
 
 
 def find_cluster(config: TrainConfig, environment: Mapping[str, str]) -> Cluster | None:
-    """The processes of this run; None if this one is alone.
+    """Return the processes of this run; None if this one is alone.
 
     Flags count first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which any
     launcher can set (Kubernetes, a shell), then the variables of SLURM's srun and OpenMPI's mpirun,

@@ -17,18 +17,18 @@ STRATEGIES: dict[str, tuple[tuple[str, P], ...]] = {
 
 
 def make_mesh(devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the one axis `data` over the given devices, or over all of them."""
+    """Return a mesh with the one axis `data` over the given devices, or over all of them."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The layout in which every device holds the whole array."""
+    """Return the layout in which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
-    """The layout that splits a batch over the devices along `axis`."""
+    """Return the layout that splits a batch over the devices along `axis`."""
     return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
@@ -38,7 +38,7 @@ def place(batch: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
 
 
 def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
-    """A NamedSharding for every leaf of a tree of arrays or shapes, by its path."""
+    """Return a NamedSharding for every leaf of a tree of arrays or shapes, by its path."""
 
     def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -80,7 +80,7 @@ def on_one_device(tree: Any) -> Any:
 
 
 def all_agree(mine: bool) -> bool:
-    """Whether this is true in every process; all of them must ask."""
+    """Return whether this is true in every process; all of them must ask."""
     if jax.process_count() == 1:
         return mine
     return bool(np.all(multihost_utils.process_allgather(np.array(mine))))

@@ -15,7 +15,7 @@ Shards = Sequence[np.ndarray]
 
 
 def windows_per_shard(shards: Shards, block_size: int) -> list[int]:
-    """How many windows an epoch takes from each shard.
+    """Return how many windows an epoch takes from each shard.
 
     One fewer than would fit, so that there is room for the offset; but at least one.
     """
@@ -25,7 +25,7 @@ def windows_per_shard(shards: Shards, block_size: int) -> list[int]:
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_order(n_windows: int, block_size: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
-    """The permutation of an epoch's windows, and its offset in [0, T)."""
+    """Return the permutation of an epoch's windows, and its offset in [0, T)."""
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     return rng.permutation(n_windows), int(rng.integers(block_size))
 
@@ -40,7 +40,7 @@ def batch_starts(
     process: int = 0,
     n_processes: int = 1,
 ) -> list[tuple[int, int]]:
-    """(shard, start) of rows step * batch_size ... of the endless stream of windows.
+    """Return (shard, start) of the rows from step * batch_size on of the endless stream of windows.
 
     With several processes each gets its own contiguous slice of the rows.
 
@@ -63,7 +63,7 @@ def batch_starts(
 
 
 def sample_batch(shards: Shards, *, block_size: int, n_vocab: int, **of: int) -> np.ndarray:
-    """The windows (batch_size / n_processes, block_size + 1), int32, at `batch_starts`.
+    """Return the windows (batch_size / n_processes, block_size + 1), int32, at `batch_starts`.
 
     Raises:
         UsageError: batch_size is not divisible by n_processes.
@@ -75,7 +75,7 @@ def sample_batch(shards: Shards, *, block_size: int, n_vocab: int, **of: int) ->
 
 
 def locate(window: int, counts: Sequence[int]) -> tuple[int, int]:
-    """Which shard holds a window, and which of that shard's windows it is."""
+    """Return which shard holds a window, and which of that shard's windows it is."""
     for shard, count in enumerate(counts):
         if window < count:
             return shard, window
@@ -84,7 +84,7 @@ def locate(window: int, counts: Sequence[int]) -> tuple[int, int]:
 
 
 def eval_windows(shards: Shards, block_size: int, n_windows: int = 0) -> list[tuple[int, int]]:
-    """(shard, start) of windows spread evenly over the split, always the same ones.
+    """Return (shard, start) of windows spread evenly over the split, always the same ones.
 
     n_windows = 0 means all that fit side by side, from the start of each shard.
     """
@@ -101,7 +101,7 @@ def eval_windows(shards: Shards, block_size: int, n_windows: int = 0) -> list[tu
 def read_windows(
     shards: Shards, starts: Sequence[tuple[int, int]], block_size: int, n_vocab: int
 ) -> np.ndarray:
-    """(N, block_size + 1) int32 windows, ids checked."""
+    """Return windows (N, block_size + 1), int32; DataError for an id that is not below n_vocab."""
     windows = np.stack([shards[i][start : start + block_size + 1] for i, start in starts])
     if windows.min() < 0 or windows.max() >= n_vocab:
         row, column = np.argwhere((windows < 0) | (windows >= n_vocab))[0]

@@ -17,18 +17,18 @@ BadStep = dict[str, Any]  # what `write_bad_step` writes
 
 
 def number(value: Any) -> float | str:
-    """For JSON, which knows no NaN."""
+    """Return a number for JSON, which knows no NaN: that becomes a text."""
     value = float(value)
     return value if math.isfinite(value) else repr(value)
 
 
 def windows_sha256(windows: np.ndarray) -> str:
-    """Of a step's tokens (A, B, T+1), int32."""
+    """Return the sha256 of a step's tokens (A, B, T+1), int32."""
     return hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()
 
 
 def norm_table(norms: Any) -> dict[str, list[float | str]]:
-    """The tree of `step.norms_by_layer` as {parameter: norm per layer}."""
+    """Return the tree of `step.norms_by_layer` as {parameter: norm of each layer}."""
     values = (np.atleast_1d(leaf) for leaf in jax.tree.leaves(norms))
     return {
         path: [number(norm) for norm in leaf]
@@ -47,7 +47,7 @@ def write_bad_step(
     rows: list[tuple[int, int]],
     windows: np.ndarray,
 ) -> Path:
-    """Write bad_steps/STEP.json, which `train.py --replay` reads; the file's path.
+    """Write bad_steps/STEP.json, which `train.py --replay` reads; return its path.
 
     Args:
         run_dir: the run folder.
@@ -76,7 +76,7 @@ def write_bad_step(
 
 
 def read_bad_step(path: Path) -> BadStep:
-    """What `write_bad_step` wrote; DataError if it is something else."""
+    """Read what `write_bad_step` wrote; DataError if it is something else."""
     record = read_json(path)
     norms = record.setdefault("gradient_norms", record.get("layer_norms"))  # version 0.1's name
     if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:

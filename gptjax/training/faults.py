@@ -30,7 +30,7 @@ class Fault(NamedTuple):
 
 
 def planned_fault() -> Fault | None:
-    """The fault that the environment asks for; UsageError if it makes no sense."""
+    """Return the fault that the environment asks for; UsageError if it makes no sense."""
     text = os.environ.get("GPTJAX_FAULT")
     if not text:
         return None
@@ -42,7 +42,7 @@ def planned_fault() -> Fault | None:
 
 
 def make_corrupt(fault: Fault | None) -> Corrupt | None:
-    """What the training step does to its loss and gradient, None if nothing."""
+    """Return what the training step does to its loss and gradient, None if nothing."""
     if fault is None or fault.kind not in FACTORS:
         return None
     factor = FACTORS[fault.kind]
@@ -55,7 +55,7 @@ def make_corrupt(fault: Fault | None) -> Corrupt | None:
 
 
 def maybe_fail(fault: Fault | None, step: int) -> None:
-    """DataError or SIGKILL before a step that the fault names."""
+    """Fail before a step that the fault names, by DataError or SIGKILL."""
     if fault is None or not fault.first <= step <= fault.last:
         return
     if fault.kind == "raise":

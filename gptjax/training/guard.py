@@ -17,13 +17,13 @@ class Guard(NamedTuple):
 
 
 def init_guard() -> Guard:
-    """Before the first step."""
+    """Return the guard before the first step."""
     none = jnp.zeros((), jnp.int32)
     return Guard(jnp.full((WINDOW, 2), jnp.nan), none, none)
 
 
 def judge(guard: Guard, loss: Array, grad_norm: Array, skip_spikes: float) -> tuple[Array, Guard]:
-    """Whether a step's update shall count, and the guard after it.
+    """Return whether a step's update shall count, and the guard after it.
 
     It shall not if loss or gradient norm is not finite or, with `skip_spikes` > 0 and after WINDOW
     good steps, lies more than `skip_spikes` standard deviations above the mean of the last WINDOW

@@ -67,7 +67,7 @@ NO_MATTER |= {"40GB", "80GB", "120GB", "141GB", "144G", "480GB"}
 
 
 def flops_per_token(cfg: GPTConfig) -> int:
-    """Training FLOPs per token, forward and backward: 6N + 12LHQT without position embeddings.
+    """Return the training FLOPs of a token: 6N + 12LHQT, forward and backward.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, as nanoGPT counts it (attention not halved for
     causality, activation recomputation not counted).
@@ -77,7 +77,7 @@ def flops_per_token(cfg: GPTConfig) -> int:
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of one device, None where unknown (the table holds half precision only)."""
+    """Return the peak FLOP/s of one device, None where unknown: the table is of half precision."""
     if dtype == "float32":
         return None
     words = re.split(r"[\s-]+", device_kind.upper())
@@ -103,7 +103,7 @@ class Recorder:
             self.since += seconds
 
     def arrive(self, steps: int) -> None:
-        """A call of so many steps is done, which `add` takes one by one.
+        """Take note that a call of so many steps is done, which `add` takes one by one.
 
         They arrive together: each took its share of the time since the last call was done.
         """
@@ -146,7 +146,7 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 
 def describe(record: dict[str, Any]) -> dict[str, str]:
-    """A record for people, the important things first."""
+    """Return a record for people, the important things first."""
     pace, mfu = record["tokens_per_second"], record.get("mfu")
     shown = {
         "loss": "-" if record["loss"] is None else f"{record['loss']:.4f}",
@@ -226,5 +226,5 @@ def draw_losses(records: list[dict[str, Any]], path: Path, scale: str) -> None:
 
 
 def bin_means(points: np.ndarray, bins: int = 200) -> np.ndarray:
-    """Means of neighbouring (step, loss) points, at most `bins`: less noise, and no lag."""
+    """Return means of neighbouring (step, loss) points, `bins` at most: less noise, and no lag."""
     return np.array([part.mean(axis=0) for part in np.array_split(points, min(bins, len(points)))])

@@ -15,7 +15,7 @@ MATRICES = r"^h/.*kernel$"
 
 
 def match_paths(regex: str, tree: Any, match: Any = True, other: Any = False) -> Any:
-    """A tree that holds `match` where the leaf's path matches the regex and `other` elsewhere."""
+    """Return a tree with `match` where the leaf's path matches the regex and `other` elsewhere."""
 
     def at_leaf(path: Any, _: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -25,7 +25,7 @@ def match_paths(regex: str, tree: Any, match: Any = True, other: Any = False) ->
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices and embeddings, False for biases and LayerNorms."""
+    """Return a tree that is True for matrices and embeddings, False for biases and LayerNorms."""
     return match_paths(DECAYED, params)
 
 
@@ -33,13 +33,13 @@ def decay_mask(params: Any) -> Any:
 
 
 def cosine(peak: float, config: TrainConfig) -> optax.Schedule:
-    """Half a cosine from the peak to min_lr (Loshchilov & Hutter 2017)."""
+    """Return half a cosine from the peak to min_lr (Loshchilov & Hutter 2017)."""
     steps = max(1, decay_end(config) - config.warmup_iters)
     return optax.cosine_decay_schedule(peak, steps, alpha=config.min_lr / config.learning_rate)
 
 
 def wsd(peak: float, config: TrainConfig) -> optax.Schedule:
-    """Warmup-stable-decay: the peak, then a straight line to min_lr (Hu et al. 2024)."""
+    """Return warmup-stable-decay: the peak, then a straight line to min_lr (Hu et al. 2024)."""
     end = decay_end(config)
     steps = max(1, round(config.decay_fraction * end))
     floor = peak * config.min_lr / config.learning_rate
@@ -48,7 +48,7 @@ def wsd(peak: float, config: TrainConfig) -> optax.Schedule:
 
 
 def constant(peak: float, config: TrainConfig) -> optax.Schedule:
-    """The peak."""
+    """Return the peak for every step."""
     return optax.constant_schedule(peak)
 
 
@@ -56,12 +56,15 @@ SCHEDULES = {"cosine": cosine, "wsd": wsd, "constant": constant}
 
 
 def decay_end(config: TrainConfig) -> int:
-    """The step from which the learning rate is min_lr."""
+    """Return the step from which the learning rate is min_lr."""
     return config.lr_decay_iters or config.max_iters
 
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-    """Linear warmup, then config.schedule. Step 0 trains: it gets peak / (warmup_iters + 1)."""
+    """Return linear warmup, then config.schedule, as a function of the step.
+
+    Step 0 trains: it gets peak / (warmup_iters + 1).
+    """
     peak = config.learning_rate if peak is None else peak
     after = SCHEDULES[config.schedule](peak, config)
     warmup = config.warmup_iters
@@ -73,7 +76,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
 
 
 def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    """Return Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
     return optax.adamw(
         make_schedule(config),
         b1=config.beta1,
@@ -85,9 +88,9 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def muon(config: TrainConfig) -> optax.GradientTransformation:
-    """Momentum orthogonalised by Newton-Schulz for the blocks' matrices (Jordan et al. 2024).
+    """Return Muon for the blocks' matrices, and `adamw` for everything else.
 
-    Everything else gets `adamw`, not the Adam inside optax's muon, which would decay biases.
+    Muon orthogonalises momentum by Newton-Schulz steps (Jordan et al. 2024). Everything else gets `adamw`, not the Adam inside optax's muon, which would decay biases.
     """
     spec = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0: the layers
     matrices = contrib.muon(
@@ -105,6 +108,6 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The whole chain of this run."""
+    """Return the optimizer of a run: clip by the global norm, then config.optimizer."""
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
     return optax.chain(clip, OPTIMIZERS[config.optimizer](config))
