@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import jax
 import numpy as np
@@ -13,7 +13,19 @@ from gptjax.checkpoints.hashes import leaf_paths
 from gptjax.errors import DataError
 from gptjax.files import read_json, replacing
 
-BadStep = dict[str, Any]  # what `write_bad_step` writes
+Norms = dict[str, list[float | str]]  # by the parameter's path, of each layer
+
+
+class BadStep(TypedDict):
+    """What there is to know of a skipped step."""
+
+    step: int
+    loss: float | str  # in nats per token
+    grad_norm: float | str
+    dropout_key: tuple[int, int]  # the seed, and what is folded into its key
+    rows: list[tuple[int, int]]  # (shard, start) of all processes' windows
+    windows_sha256: str
+    gradient_norms: Norms
 
 
 def number(value: Any) -> float | str:
@@ -27,7 +39,7 @@ def windows_sha256(windows: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()
 
 
-def norm_table(norms: Any) -> dict[str, list[float | str]]:
+def norm_table(norms: Any) -> Norms:
     """Return the tree of `step.norms_by_layer` as {parameter: norm of each layer}."""
     values = (np.atleast_1d(leaf) for leaf in jax.tree.leaves(norms))
     return {
@@ -61,11 +73,11 @@ def write_bad_step(
     """
     path = run_dir / "bad_steps" / f"{step}.json"
     path.parent.mkdir(exist_ok=True)
-    record = {
+    record: BadStep = {
         "step": step,
         "loss": number(loss),
         "grad_norm": number(grad_norm),
-        "dropout_key": [seed, step],
+        "dropout_key": (seed, step),
         "rows": rows,
         "windows_sha256": windows_sha256(windows),
         "gradient_norms": norm_table(gradient_norms),
@@ -81,4 +93,4 @@ def read_bad_step(path: Path) -> BadStep:
     norms = record.setdefault("gradient_norms", record.get("layer_norms"))  # version 0.1's name
     if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:
         raise DataError(f"{path} is not of a run's bad_steps folder")
-    return record
+    return cast(BadStep, record)

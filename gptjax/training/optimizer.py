@@ -90,7 +90,8 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 def muon(config: TrainConfig) -> optax.GradientTransformation:
     """Return Muon for the blocks' matrices, and `adamw` for everything else.
 
-    Muon orthogonalises momentum by Newton-Schulz steps (Jordan et al. 2024). Everything else gets `adamw`, not the Adam inside optax's muon, which would decay biases.
+    Muon orthogonalises momentum by Newton-Schulz steps (Jordan et al. 2024). The rest does not get
+    the Adam inside optax's muon, which would decay biases.
     """
     spec = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0: the layers
     matrices = contrib.muon(
