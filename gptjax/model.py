@@ -32,7 +32,6 @@ from gptjax.attention import ATTENTION, CACHED_ATTENTION, choose_attention
 from gptjax.config import GPTConfig
 from gptjax.functions import ACTIVATIONS, layer_norm
 from gptjax.kv_cache import KVCache
-from gptjax.kv_cache import make_cache as make_cache
 
 Params = dict[str, Any]
 INIT_STD = 0.02
@@ -174,9 +173,7 @@ def param_shapes(cfg: GPTConfig) -> Params:
 def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:
     """Return how many parameters the model has, padding rows left out: 124,439,808 for GPT-2 small.
 
-    Args:
-        cfg: the model.
-        without: entries of the tree, such as wpe, that are left out too.
+    Entries of the tree in `without`, such as wpe, are left out too.
     """
     shapes = param_shapes(dataclasses.replace(cfg, vocab_multiple=1))
     counted = [part for name, part in shapes.items() if name not in without]
@@ -184,10 +181,7 @@ def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:
 
 
 def unstack_layers(params: Params, n_layer: int) -> Params:
-    """Return the same tree with `h` a list of L blocks, as the decoder wants it.
-
-    A decoder reads every weight once per token; slices of stacked arrays would be copied each time.
-    """
+    """Return the tree with `h` a list of L blocks: a decoder would copy slices at every token."""
     layers = [jax.tree.map(lambda stacked, i=i: stacked[i], params["h"]) for i in range(n_layer)]
     return {**params, "h": layers}
 
@@ -282,15 +276,10 @@ def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float3
 
 
 def forward(
-    cfg: GPTConfig,
-    params: Params,
-    tokens_BT: Array,
-    *,
-    dropout_key: Array | None = None,
-    cache: KVCache | None = None,
+    cfg: GPTConfig, params: Params, tokens_BT: Array, *, cache: KVCache | None = None
 ) -> tuple[Array, KVCache | None]:
     """Return float32 logits (B, T, V) of every token, and the cache; see `hidden_states`."""
-    x_BTD, cache = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key, cache=cache)
+    x_BTD, cache = hidden_states(cfg, params, tokens_BT, cache=cache)
     return head(cfg, params, x_BTD), cache
 
 

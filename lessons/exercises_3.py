@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from exercises import Exercise
 
-from gptjax import model
+from gptjax import kv_cache, model
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.presets import PRESETS
 from gptjax.training.optimizer import make_optimizer
@@ -30,7 +30,7 @@ def state_bytes(answer: Any) -> bool:
 def cache_bytes(answer: Any) -> bool:
     """3.2: the cache that gptjax would allocate."""
     xl = GPTConfig(**{**vars(PRESETS["gpt2_xl"].model), "dtype": "bfloat16"})
-    cache = jax.eval_shape(lambda: model.make_cache(xl, 64, 1024))
+    cache = jax.eval_shape(lambda: kv_cache.make_cache(xl, 64, 1024))
     return is_close(answer, sum(x.size * x.dtype.itemsize for x in (*cache.k, *cache.v)))
 
 

@@ -181,7 +181,7 @@ def check_pieces(cuts: list[int]) -> None:
     """Feed TOKENS to the cache in pieces that end at these positions; compare every logit."""
     cfg, params, expected = cached_case()
     forward = jax.jit(model.forward, static_argnums=0)
-    cache = model.make_cache(cfg, len(TOKENS), cfg.block_size)
+    cache = kv_cache.make_cache(cfg, len(TOKENS), cfg.block_size)
     pieces = []
     for start, end in zip([0, *cuts], [*cuts, TOKENS.shape[1]], strict=True):
         piece, cache = forward(cfg, params, TOKENS[:, start:end], cache=cache)
@@ -197,7 +197,7 @@ def check_prompts_of_different_length() -> None:
     cfg, params, expected = cached_case()
     next_logits = jax.jit(model.next_logits, static_argnums=0)
     rows, length_B = np.arange(3), np.array([3, 9, 1])
-    cache = model.make_cache(cfg, 3, cfg.block_size)
+    cache = kv_cache.make_cache(cfg, 3, cfg.block_size)
     found, cache = next_logits(cfg, params, TOKENS[:, :9], cache, length_B)
     for step in range(7):
         wanted = expected[rows, length_B + step - 1]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax import model, sampling
+from gptjax import kv_cache, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from scale.measuring import Measured, fastest, replace
 
@@ -47,7 +47,7 @@ def measure(quick: bool) -> Measured:
         return model.head(cfg, params, x_BTD[:, -1]).argmax(axis=1)
 
     def full_cache(context: int) -> sampling.DecoderState:
-        cache = model.make_cache(cfg, 1, context)
+        cache = kv_cache.make_cache(cfg, 1, context)
         zero = jnp.zeros(1, jnp.int32)
         return sampling.DecoderState(
             cache.advance(context - steps), zero, jnp.int32(0), None, jnp.array(True)
