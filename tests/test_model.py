@@ -319,7 +319,7 @@ def test_padding_rows_never_speak() -> None:
 def test_dropout_comes_from_its_key_alone() -> None:
     cfg = tiny(dropout=0.3)
     params = scaled_params(cfg, jax.random.key(0))
-    run = jax.jit(model.forward, static_argnums=0)
+    run = jax.jit(model.hidden_states, static_argnums=0)
     first, again, other = (
         run(cfg, params, TOKENS, dropout_key=jax.random.key(i))[0] for i in (1, 1, 2)
     )
