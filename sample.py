@@ -12,7 +12,7 @@ import jax
 from gptjax import model, sampling
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import DType, GPTConfig, SampleConfig, require, require_range
-from gptjax.conversion.convert import load_start
+from gptjax.conversion import sources
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.files import expand
 from gptjax.presets import PRESETS
@@ -83,7 +83,7 @@ def load_model(config: Config) -> tuple[GPTConfig, model.Params, Tokenizer]:
     if config.init_from == "resume" or (run_dir / "checkpoints").is_dir():
         run = load_run(run_dir, config.checkpoint)
     else:
-        run = load_start(config.init_from)
+        run = sources.load_model(config.init_from)
     return run.config.model, run.params, run.tokenizer
 
 

@@ -23,6 +23,7 @@ import pytest
 
 from gptjax import model
 from gptjax.config import GPTConfig
+from gptjax.conversion import huggingface
 from gptjax.terminal import cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -96,6 +97,23 @@ def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.P
     return treedef.unflatten(
         [change(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
     )
+
+
+BYTES = tiny(vocab_size=256, vocab_multiple=128)
+
+
+@pytest.fixture(scope="session")
+def params() -> model.Params:
+    """The parameters of a random model over bytes."""
+    return jax.device_get(scaled_params(BYTES, jax.random.key(1)))
+
+
+@pytest.fixture
+def hf(tmp_path: Path, params: model.Params) -> Path:
+    """A folder in Hugging Face's format with that model, and without a tokenizer."""
+    (tmp_path / "hf").mkdir()
+    huggingface.write_folder(tmp_path / "hf", BYTES, params, None)
+    return tmp_path / "hf"
 
 
 def need(name: str) -> Any:

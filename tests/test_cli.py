@@ -15,7 +15,7 @@ import pytest
 
 import sample
 import train
-from gptjax.commands.doctor import plugins
+from gptjax.commands.machine_checks import plugins
 from gptjax.config import (
     GPTConfig,
     SampleConfig,

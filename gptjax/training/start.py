@@ -8,7 +8,7 @@ from pathlib import Path
 from gptjax.checkpoints import restore as checkpoint
 from gptjax.checkpoints.run_folder import Run
 from gptjax.config import GPTConfig, TrainConfig, load_config
-from gptjax.conversion.convert import SourceConfig, load_start
+from gptjax.conversion.sources import SourceConfig, load_model
 from gptjax.errors import CheckpointError, UsageError
 from gptjax.terminal.flags import PATHS
 from gptjax.tokenizer import Tokenizer, load_tokenizer
@@ -89,7 +89,7 @@ def find_source(config: TrainConfig) -> Run | None:
     """The model that a run begins with, None if with a fresh one."""
     if config.init_from in ("scratch", "auto"):
         return None
-    return load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
+    return load_model(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
 
 
 # What a model is made of: it comes with the parameters, whatever the preset says.
