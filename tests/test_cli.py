@@ -16,7 +16,7 @@ import pytest
 import sample
 import train
 from gptjax import errors
-from gptjax.commands.doctor import plugins
+from gptjax.commands.machine_checks import plugins
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig
 from gptjax.config_file import load_config, to_json
 from gptjax.errors import UsageError
