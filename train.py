@@ -15,15 +15,15 @@ from gptjax.training import plan
 from gptjax.training.feed import BatchFeed
 from gptjax.training.replay import replay
 from gptjax.training.resume_check import resume_check
-from gptjax.training.run import (
+from gptjax.training.run_log import RunLog
+from gptjax.training.settings import read_settings
+from gptjax.training.start import (
     TrainingRun,
     hold_folder,
     init_or_restore,
     open_run,
     prepare_folder,
 )
-from gptjax.training.run_log import RunLog
-from gptjax.training.settings import read_settings
 from gptjax.training.step import (
     TrainState,
     abstract_state,

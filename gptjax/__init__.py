@@ -18,8 +18,7 @@ if TYPE_CHECKING:  # the same names again, for editors and type checkers
     from gptjax.model import forward, init_params, prepare_for_decoding, resolve
     from gptjax.presets import PRESETS
     from gptjax.sampling import generate
-    from gptjax.training.optimizer import make_optimizer
-    from gptjax.training.step import make_train_step
+    from gptjax.training.step import abstract_state, init_state, make_train_step
 
 __version__ = "0.2.0"
 __all__ = [
@@ -28,13 +27,14 @@ __all__ = [
     "Run",
     "SampleConfig",
     "TrainConfig",
+    "abstract_state",
     "forward",
     "generate",
     "init_params",
+    "init_state",
     "load_model",
     "load_run",
     "loss_fn",
-    "make_optimizer",
     "make_train_step",
     "prepare_for_decoding",
     "resolve",
@@ -48,8 +48,7 @@ HOMES = {  # module -> what is imported from it
     "gptjax.model": ("forward", "init_params", "prepare_for_decoding", "resolve"),
     "gptjax.presets": ("PRESETS",),
     "gptjax.sampling": ("generate",),
-    "gptjax.training.optimizer": ("make_optimizer",),
-    "gptjax.training.step": ("make_train_step",),
+    "gptjax.training.step": ("abstract_state", "init_state", "make_train_step"),
 }
 
 if not TYPE_CHECKING:  # where a name that is not there has to stay an error

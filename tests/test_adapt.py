@@ -18,7 +18,7 @@ from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
-from gptjax.training import adapt, start
+from gptjax.training import adapt, origin
 from gptjax.training.settings import read_settings
 
 
@@ -125,7 +125,7 @@ def combine(*given: str, **changes: Any) -> GPTConfig:
     tokenizer = changes.pop("tokenizer", "auto")
     model = dataclasses.replace(GPTConfig(vocab_size=256, dropout=0.1), **changes)
     config = TrainConfig(model=model, tokenizer=tokenizer, init_from="out/other")
-    return start.model_of_source(config, SOURCE, given or set(changes))
+    return origin.model_of_source(config, SOURCE, given or set(changes))
 
 
 def test_a_source_brings_its_model() -> None:

@@ -20,7 +20,7 @@ from gptjax.errors import DataError, UsageError
 from gptjax.settings import architecture, flatten, names
 from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
-from gptjax.training import metrics, start
+from gptjax.training import metrics, origin
 
 from .helpers import TINY, init_params, need, other_values, scaled_params, tiny
 
@@ -145,21 +145,21 @@ def test_a_source_keeps_its_own(changes: dict[str, Any]) -> None:
     source = Run(TrainConfig(model=theirs), ByteTokenizer(), {}, 0)
     config = TrainConfig(model=tiny(), init_from="out/other")
     (name,) = changes
-    taken = start.model_of_source(config, source, given=())
+    taken = origin.model_of_source(config, source, given=())
     kept = {"block_size": 16} if name == "block_size" else {}  # a longer context is cut
     assert taken == dataclasses.replace(theirs, dropout=0.0, **kept)
     if name != "block_size":
         with pytest.raises(UsageError, match=f"--{name}="):
-            start.model_of_source(config, source, given=(name,))
+            origin.model_of_source(config, source, given=(name,))
     smaller = Run(TrainConfig(model=tiny()), ByteTokenizer(), {}, 0)
     with pytest.raises(UsageError, match=f"--{name}={changes[name]}: "):
-        start.model_of_source(TrainConfig(model=theirs, init_from="x"), smaller, given=(name,))
+        origin.model_of_source(TrainConfig(model=theirs, init_from="x"), smaller, given=(name,))
 
 
 def test_a_source_is_cut_to_a_shorter_context() -> None:
     long, short = tiny(block_size=32), tiny()
     params = init_params(long, jax.random.key(0))
-    cut = start.crop_context(params, model.param_shapes(short))
+    cut = origin.crop_context(params, model.param_shapes(short))
     assert jax.tree.map(np.shape, cut) == jax.tree.map(np.shape, model.param_shapes(short))
     assert np.array_equal(cut["wpe"]["embedding"], params["wpe"]["embedding"][:16])
     del cut["wpe"], params["wpe"]

@@ -24,14 +24,14 @@ from gptjax.terminal.console import TrainConsole
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import faults, plan
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
-from gptjax.training.run import (
+from gptjax.training.run_log import RunLog
+from gptjax.training.start import (
     Progress,
     TrainingRun,
     init_or_restore,
     open_run,
     prepare_folder,
 )
-from gptjax.training.run_log import RunLog
 from gptjax.training.step import TrainState, abstract_state, digest, init_state, make_train_step
 from gptjax.training.validation import validate, write_sample
 

@@ -8,7 +8,7 @@ from gptjax.errors import DataError
 from gptjax.terminal.console import print_table
 from gptjax.training import bad_steps, faults
 from gptjax.training.feed import step_windows
-from gptjax.training.run import TrainingRun, init_or_restore
+from gptjax.training.start import TrainingRun, init_or_restore
 from gptjax.training.step import abstract_state, loss_and_grad, make_train_step, norms_by_layer
 
 

@@ -16,7 +16,7 @@ from gptjax.errors import NonFiniteError, plural
 from gptjax.files import append_line
 from gptjax.training import bad_steps, feed, metrics
 from gptjax.training.plan import is_due
-from gptjax.training.run import TrainingRun
+from gptjax.training.start import TrainingRun
 from gptjax.training.step import Metrics
 
 Sink = Callable[[dict[str, Any]], None]  # takes a record with `step`; see `metrics.Recorder`

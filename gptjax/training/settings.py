@@ -1,6 +1,9 @@
 """The settings of a run: a preset, or those of the run that goes on, and the flags over them."""
 
+import contextlib
 import dataclasses
+from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any
 
 from gptjax import files
@@ -8,11 +11,11 @@ from gptjax.config import TrainConfig
 from gptjax.config_file import load_config
 from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
-from gptjax.settings import names, once
+from gptjax.settings import fields_of, names, once
 from gptjax.terminal import flags, output
 from gptjax.terminal.nanogpt_flags import config_file_problem
 from gptjax.training.adapt import adapt_preset
-from gptjax.training.start import name_settings, settings_to_go_on, with_shape_of
+from gptjax.training.origin import with_architecture_of
 
 
 def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -46,3 +49,44 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
             output.note(note)
     with name_settings(settings, given):
         return flags.apply(config, given), given
+
+
+@contextlib.contextmanager
+def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None]:
+    """Say of a refused setting that no flag gave that it comes from the run that goes on.
+
+    Args:
+        settings: its config.json; None where no run goes on.
+        given: the flags.
+    """
+    try:
+        yield
+    except UsageError as error:
+        flag = str(error).partition("=")[0]
+        if settings is None or not flag.startswith("--") or flag[2:] in given:
+            raise
+        where = f"{flag} comes from {settings}"
+        if fields_of(TrainConfig)[flag[2:]].metadata["path"]:
+            where += (
+                ", and a path counts from where the run was started: go there, or pass it again"
+            )
+        raise UsageError(f"{error} ({where})") from error
+
+
+def settings_to_go_on(run_dir: Path, init_from: str | None, replay: str | None) -> Path | None:
+    """Return the config.json of the run that goes on in this folder, None if none does."""
+    path = run_dir / "config.json"
+    return path if path.is_file() and (init_from in ("resume", "auto") or replay) else None
+
+
+def with_shape_of(config: TrainConfig, init_from: str) -> TrainConfig:
+    """Return the settings with the model of another run's folder, but for its context length.
+
+    So that flags are checked against the model that there will be, not the preset's.
+    """
+    path = Path(init_from)
+    if not (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
+        return config
+    theirs = load_config(path / "config.json").model
+    theirs = dataclasses.replace(theirs, block_size=config.model.block_size)
+    return dataclasses.replace(config, model=with_architecture_of(config.model, theirs))

@@ -1,150 +1,254 @@
-"""Where a run begins: its own newest step, another model's parameters, or nothing."""
+"""How a run begins: its settings, data and devices, its first state, and its folder."""
 
 import contextlib
 import dataclasses
+import math
+import time
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
+from gptjax import files, model, sharding
+from gptjax.checkpoints import record
+from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.run_folder import Run
-from gptjax.checkpoints.steps import (
-    checkpoint_folder,
-    quarantined,
-    require_steps,
-    saved_steps,
-)
+from gptjax.checkpoints.save import check_space
+from gptjax.checkpoints.steps import Meta, saved_steps, set_aside, step_folder
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.config_file import load_config
-from gptjax.conversion.sources import SourceConfig, load_model
-from gptjax.errors import CheckpointError, UsageError
-from gptjax.model import Params
-from gptjax.settings import architecture, fields_of, names
-from gptjax.tokenizer import Tokenizer, load_tokenizer
-from gptjax.training.bad_steps import BadStep
+from gptjax.config_file import load_config, to_json
+from gptjax.data.datasets import Dataset, load_dataset
+from gptjax.errors import UsageError
+from gptjax.terminal import cli, output
+from gptjax.terminal.console import TrainConsole, show_progress
+from gptjax.tokenizer import Tokenizer, save_tokenizer
+from gptjax.training import bad_steps, faults, metrics, origin, plan
+from gptjax.training.adapt import fit_batch
+from gptjax.training.failures import explain_failures
+from gptjax.training.settings import name_settings, settings_to_go_on
+from gptjax.training.step import TrainState, init_state
 
 
-def find_start(
-    config: TrainConfig, run_dir: Path, bad: BadStep | None
-) -> tuple[list[int], Run | None]:
-    """The steps to go on from, oldest first, or the run to take parameters and tokenizer from."""
-    saved = saved_steps(run_dir)
-    if bad is not None:  # from a step before it, or from where the run began
-        before = [step for step in saved if step <= bad["step"]]
-        return before, None if before else find_source(config)
-    if config.init_from == "resume" or (config.init_from == "auto" and saved):
-        require_steps(run_dir)
-        if config.resume_step < 0:
-            return saved, None
-        if config.resume_step not in saved:
-            raise UsageError(f"--resume_step={config.resume_step}: must be one of {saved}")
-        return [config.resume_step], None
-    if saved:
+class TrainingRun(NamedTuple):
+    """Hold what a run is made of, before any array of its state is."""
+
+    config: TrainConfig  # whose model has no "auto" left
+    stored: TrainConfig  # what config.json gets: the same, but for what "auto" stands for
+    run_dir: Path
+    dataset: Dataset
+    mesh: Mesh
+    console: TrainConsole
+    record: record.Record  # what belongs to each checkpoint, and is compared on resume
+    steps: list[int]  # the saved steps to go on from, oldest first; none in a new run
+    source: Run | None  # the model whose parameters a new run begins with
+    bad: bad_steps.BadStep | None  # the step to replay
+    fault: faults.Fault | None
+    stop_signals: list[int]  # grows when one comes
+    began: float  # time.monotonic()
+
+    @property
+    def primary(self) -> bool:
+        """Return whether this process is the one that writes and prints."""
+        return jax.process_index() == 0
+
+
+class Progress(NamedTuple):
+    """Hold how far a run had come when it began."""
+
+    step: int | None  # the step that was restored, None in a new run
+    val_loss: float | None  # after that step, None where it was not evaluated
+    best: float  # least validation loss, infinite where there is none
+
+
+# ---- Settings, data, devices ---------------------------------------------------------------------
+
+
+def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> TrainingRun:
+    """Find what to go on from, read the data, and settle what was left open in the settings.
+
+    From here on signals that ask to stop are only noted (see `cli.catch_stop_signals`).
+
+    Args:
+        config: the settings.
+        run_dir: the run folder, which is ours.
+        given: the flags that the user gave: these are honoured, or refused.
+
+    Raises:
+        UsageError: a setting cannot be honoured.
+        DataError: the data is damaged, too short or cannot be had.
+        CheckpointError: there is nothing to go on from.
+    """
+    began = time.monotonic()
+    fault = faults.planned_fault()
+    bad = bad_steps.read_bad_step(Path(config.replay)) if config.replay else None
+    steps, source = origin.find_start(config, run_dir, bad)
+    check_flags(config, given, steps, replaying=bad is not None)
+    mesh = sharding.make_mesh()
+    fixed, how = ({"batch_size"}, " with --allow_change=batch_size") if steps else (given, "")
+    config, batch_note = fit_batch(config, mesh.devices.size, fixed, how)
+    cfg = config.model if source is None else origin.model_of_source(config, source, given)
+    console = TrainConsole(config.max_iters, quiet=jax.process_index() > 0)
+    if batch_note:
+        console.note(batch_note)
+    tokenizer = origin.choose_tokenizer(config, steps, source, run_dir)
+    dataset = read_dataset(config, cfg, tokenizer, console)
+    stop_signals = cli.catch_stop_signals()  # until here there is nothing to save
+    n_vocab = dataset.tokenizer.n_vocab
+    if "vocab_size" in given and cfg.vocab_size != n_vocab:
         raise UsageError(
-            f"--out_dir={run_dir}: holds a run up to step {saved[-1]}; take --init_from=resume to "
-            "go on with it, or another --out_dir"
+            f"--vocab_size={cfg.vocab_size}: the tokenizer has {n_vocab} tokens, which decides; "
+            "leave the flag out"
         )
-    damaged = quarantined(run_dir)
-    if damaged:
-        raise CheckpointError(
-            f"{checkpoint_folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
-            "another --out_dir to start anew"
+    stored = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
+    if source is not None:  # whose tokenizer counts, also when this run is resumed
+        stored = dataclasses.replace(stored, tokenizer="auto")
+    if steps and (run_dir / "config.json").is_file():
+        # What it was started from: a replay may have to start there again.
+        started = load_config(run_dir / "config.json")
+        stored = dataclasses.replace(stored, init_from=started.init_from)
+    config = dataclasses.replace(stored, model=model.resolve(stored.model))
+    shards = [*dataset.train, *dataset.val]
+    return TrainingRun(
+        config,
+        stored,
+        run_dir,
+        dataset,
+        mesh,
+        console,
+        record.make_record(config, config.model, shards, dataset.tokenizer, len(dataset.train)),
+        steps,
+        source,
+        bad,
+        fault,
+        stop_signals,
+        began,
+    )
+
+
+def check_flags(
+    config: TrainConfig, given: Container[str], steps: list[int], *, replaying: bool
+) -> None:
+    """Raise UsageError for a flag that makes no sense where the run begins."""
+    if replaying:
+        return
+    asked = {"max_iters": config.max_iters, "stop_step": config.stop_step or config.max_iters}
+    for name, last in asked.items():
+        if steps and last < steps[-1]:
+            raise UsageError(f"--{name}={last}: the run is at step {steps[-1]} already")
+    for name in ("resume_step", "allow_change"):
+        if name in given and config.init_from not in ("resume", "auto"):
+            raise UsageError(f"--{name}: goes with --init_from=resume or auto; leave the flag out")
+
+
+def read_dataset(
+    config: TrainConfig, cfg: GPTConfig, tokenizer: Tokenizer | str, console: TrainConsole
+) -> Dataset:
+    """Return the tokens of both splits, while the console shows how far it has come."""
+    with show_progress(console.console) as progress:
+        return load_dataset(
+            config.dataset,
+            block_size=cfg.block_size,
+            val_dataset=config.val_dataset,
+            val_fraction=config.val_fraction,
+            tokenizer=tokenizer,
+            tokenizer_dir=config.tokenizer_dir,
+            decode_errors=config.decode_errors,
+            allow_special=config.allow_special,
+            notify=console.note,
+            progress=progress,
         )
-    return [], find_source(config)
+
+
+# ---- The first state -----------------------------------------------------------------------------
+
+
+def init_or_restore(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, Progress]:
+    """Return the newest whole step of the run; a fresh state if it is new.
+
+    Raises:
+        CheckpointError: no saved step is whole.
+        UsageError: the settings are not those that the run was saved with.
+    """
+    if run.steps:
+        return restore_state(run, abstract)
+    state = init_state(run.config, abstract)
+    if run.source is not None:
+        params = origin.crop_context(run.source.params, abstract.params)
+        shardings = sharding.shardings_of(abstract.params)
+        state = state._replace(params=jax.device_put(params, shardings))
+    return state, Progress(None, None, math.inf)
+
+
+def restore_state(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, Progress]:
+    """Return the newest whole one of the steps to go on from; damaged ones are set aside."""
+    allowed = [name for name in run.config.allow_change.split(",") if name]
+
+    def accept(meta: Meta) -> None:
+        record.check_record(meta["record"], run.record, allowed, run.console.note)
+
+    extra = {"opt_state": abstract.opt_state, "guard": abstract.guard}
+    restored = restore_newest(
+        run.run_dir, (abstract.params, extra), accept, notify=run.console.note, only=run.steps
+    )
+    step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+    state = TrainState(step, restored.params, **restored.extra)
+    run.console.note(f"resuming at step {restored.step}")
+    meta = restored.meta
+    return state, Progress(restored.step, meta["val_loss"], meta["best_val_loss"] or math.inf)
+
+
+# ---- The folder ----------------------------------------------------------------------------------
+
+
+def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -> None:
+    """Write what the run is made of; forget what comes after the step that it goes on from.
+
+    Raises:
+        DiskError: there is not room enough for the checkpoints, unless config.force is set.
+    """
+    if run.primary:
+        if not run.config.force:
+            check_space(
+                run.run_dir,
+                (abstract.params, abstract.opt_state),
+                plan.count_saves(run.config),
+                "make room, lower --keep_checkpoints, or take --force to start all the same",
+            )
+        with files.replacing(run.run_dir / "config.json") as settings:
+            settings.write(to_json(run.stored).encode())
+        save_tokenizer(run.dataset.tokenizer, run.run_dir)
+        if progress.step is None:
+            (run.run_dir / "metrics.jsonl").write_text("")
+            (run.run_dir / "samples.txt").write_text("")
+        else:
+            file = run.run_dir / "metrics.jsonl"
+            metrics.drop_metrics_from(file, progress.step, run.console.note)
+    if progress.step is not None:
+        newer = [step for step in saved_steps(run.run_dir) if step > progress.step]
+        sharding.all_agree(True)  # before one process renames them, all have looked
+        for step in newer:
+            name = set_aside(step_folder(run.run_dir, step), "aside")
+            run.console.note(f"step {step} is set aside as {name}")
 
 
 @contextlib.contextmanager
-def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None]:
-    """Say of a refused setting that no flag gave that it comes from the run that goes on.
+def hold_folder(config: TrainConfig, run_dir: Path, given: Container[str]) -> Iterator[None]:
+    """Keep other processes out of the run folder meanwhile, and put failures into plain words.
 
-    Args:
-        settings: its config.json; None where no run goes on.
-        given: the flags.
-    """
-    try:
-        yield
-    except UsageError as error:
-        flag = str(error).partition("=")[0]
-        if settings is None or not flag.startswith("--") or flag[2:] in given:
-            raise
-        where = f"{flag} comes from {settings}"
-        if fields_of(TrainConfig)[flag[2:]].metadata["path"]:
-            where += (
-                ", and a path counts from where the run was started: go there, or pass it again"
-            )
-        raise UsageError(f"{error} ({where})") from error
-
-
-def settings_to_go_on(run_dir: Path, init_from: str | None, replay: str | None) -> Path | None:
-    """Return the config.json of the run that goes on in this folder, None if none does."""
-    path = run_dir / "config.json"
-    return path if path.is_file() and (init_from in ("resume", "auto") or replay) else None
-
-
-def with_shape_of(config: TrainConfig, init_from: str) -> TrainConfig:
-    """Return the settings with the model of another run's folder, but for its context length.
-
-    So that flags are checked against the model that there will be, not the preset's.
-    """
-    path = Path(init_from)
-    if not (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
-        return config
-    theirs = load_config(path / "config.json").model
-    theirs = dataclasses.replace(theirs, block_size=config.model.block_size)
-    return dataclasses.replace(config, model=with_architecture_of(config.model, theirs))
-
-
-def find_source(config: TrainConfig) -> Run | None:
-    """The model that a run begins with, None if with a fresh one."""
-    if config.init_from in ("scratch", "auto"):
-        return None
-    return load_model(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
-
-
-def with_architecture_of(cfg: GPTConfig, theirs: GPTConfig) -> GPTConfig:
-    """Return the model that their parameters belong to, for the rest as `cfg`."""
-    taken = {name: getattr(theirs, name) for name in names(GPTConfig, architecture)}
-    return dataclasses.replace(cfg, **taken)
-
-
-def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> GPTConfig:
-    """Return the source's model with this run's dropout and machine settings, and a context no
-    longer than asked for.
+    What cannot be printed is written to unprinted.txt.
 
     Raises:
-        UsageError: a flag that was given asks for another model or tokenizer than the source's.
+        OutputError: another process holds the folder.
     """
-    cfg = with_architecture_of(config.model, source.config.model)
-    where = f"the model that --init_from={config.init_from} names"
-    for name in names(GPTConfig, architecture):
-        ours, theirs = getattr(config.model, name), getattr(cfg, name)
-        fits = ours <= theirs if name == "block_size" else ours == theirs
-        if name in given and not fits:
-            rule = f"allows at most {theirs}" if name == "block_size" else f"has {name}={theirs}"
-            raise UsageError(f"--{name}={ours}: {where} {rule}; leave the flag out")
-    kind = source.tokenizer.kind
-    if "tokenizer" in given and config.tokenizer not in ("auto", kind):
-        raise UsageError(
-            f"--tokenizer={config.tokenizer}: {where} has its own ({kind}); leave the flag out"
-        )
-    block_size = min(config.model.block_size, cfg.block_size)
-    return dataclasses.replace(cfg, block_size=block_size)
-
-
-def crop_context(params: Params, shapes: Params) -> Params:
-    """Return a source's parameters without the positions behind this run's block_size.
-
-    Args:
-        params: of a model that differs in block_size alone, as `model_of_source` sees to.
-        shapes: of this run's parameters; what is longer there ends where these end.
-    """
-    return jax.tree.map(lambda p, to: p[tuple(map(slice, to.shape))], params, shapes)
-
-
-def choose_tokenizer(
-    config: TrainConfig, steps: list[int], source: Run | None, run_dir: Path
-) -> Tokenizer | str:
-    """The source's, the resumed run's, or the one that the flag names."""
-    if source is not None:
-        return source.tokenizer
-    return load_tokenizer(run_dir) if steps and config.tokenizer == "auto" else config.tokenizer
+    settings = settings_to_go_on(run_dir, config.init_from, config.replay)
+    lock = files.locked(run_dir / ".lock") if jax.process_index() == 0 else contextlib.nullcontext()
+    with (
+        output.forgiving_output(run_dir / "unprinted.txt"),
+        lock,
+        explain_failures(config),
+        name_settings(settings, given),
+    ):
+        yield

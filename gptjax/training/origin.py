@@ -1,0 +1,114 @@
+"""What a run begins with: a step of its own, another model's parameters, or nothing."""
+
+import dataclasses
+from collections.abc import Container
+from pathlib import Path
+
+import jax
+
+from gptjax.checkpoints.run_folder import Run
+from gptjax.checkpoints.steps import (
+    checkpoint_folder,
+    quarantined,
+    require_steps,
+    saved_steps,
+)
+from gptjax.config import GPTConfig, TrainConfig
+from gptjax.conversion.sources import SourceConfig, load_model
+from gptjax.errors import CheckpointError, UsageError
+from gptjax.model import Params
+from gptjax.settings import architecture, names
+from gptjax.tokenizer import Tokenizer, load_tokenizer
+from gptjax.training.bad_steps import BadStep
+
+
+def find_start(
+    config: TrainConfig, run_dir: Path, bad: BadStep | None
+) -> tuple[list[int], Run | None]:
+    """Return the steps to go on from, oldest first, or the model to take parameters from.
+
+    Raises:
+        UsageError: the folder holds a run that shall not go on, or not the step that was named.
+        CheckpointError: there is no step to go on from, or only damaged ones.
+    """
+    saved = saved_steps(run_dir)
+    if bad is not None:  # from a step before it, or from where the run began
+        before = [step for step in saved if step <= bad["step"]]
+        return before, None if before else find_source(config)
+    if config.init_from == "resume" or (config.init_from == "auto" and saved):
+        require_steps(run_dir)
+        if config.resume_step < 0:
+            return saved, None
+        if config.resume_step not in saved:
+            raise UsageError(f"--resume_step={config.resume_step}: must be one of {saved}")
+        return [config.resume_step], None
+    if saved:
+        raise UsageError(
+            f"--out_dir={run_dir}: holds a run up to step {saved[-1]}; take --init_from=resume to "
+            "go on with it, or another --out_dir"
+        )
+    damaged = quarantined(run_dir)
+    if damaged:
+        raise CheckpointError(
+            f"{checkpoint_folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
+            "another --out_dir to start anew"
+        )
+    return [], find_source(config)
+
+
+def find_source(config: TrainConfig) -> Run | None:
+    """Return the model that a run begins with, None if with a fresh one."""
+    if config.init_from in ("scratch", "auto"):
+        return None
+    return load_model(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
+
+
+def with_architecture_of(cfg: GPTConfig, theirs: GPTConfig) -> GPTConfig:
+    """Return the model that their parameters belong to, for the rest as `cfg`."""
+    taken = {name: getattr(theirs, name) for name in names(GPTConfig, architecture)}
+    return dataclasses.replace(cfg, **taken)
+
+
+def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> GPTConfig:
+    """Return the source's model as this run uses it.
+
+    Dropout and what concerns the machine are this run's, and the context is no longer than asked
+    for.
+
+    Raises:
+        UsageError: a flag that was given asks for another model or tokenizer than the source's.
+    """
+    cfg = with_architecture_of(config.model, source.config.model)
+    where = f"the model that --init_from={config.init_from} names"
+    for name in names(GPTConfig, architecture):
+        ours, theirs = getattr(config.model, name), getattr(cfg, name)
+        fits = ours <= theirs if name == "block_size" else ours == theirs
+        if name in given and not fits:
+            rule = f"allows at most {theirs}" if name == "block_size" else f"has {name}={theirs}"
+            raise UsageError(f"--{name}={ours}: {where} {rule}; leave the flag out")
+    kind = source.tokenizer.kind
+    if "tokenizer" in given and config.tokenizer not in ("auto", kind):
+        raise UsageError(
+            f"--tokenizer={config.tokenizer}: {where} has its own ({kind}); leave the flag out"
+        )
+    block_size = min(config.model.block_size, cfg.block_size)
+    return dataclasses.replace(cfg, block_size=block_size)
+
+
+def crop_context(params: Params, shapes: Params) -> Params:
+    """Return a source's parameters without the positions behind this run's block_size.
+
+    Args:
+        params: of a model that differs in block_size alone, as `model_of_source` sees to.
+        shapes: of this run's parameters; what is longer there ends where these end.
+    """
+    return jax.tree.map(lambda p, to: p[tuple(map(slice, to.shape))], params, shapes)
+
+
+def choose_tokenizer(
+    config: TrainConfig, steps: list[int], source: Run | None, run_dir: Path
+) -> Tokenizer | str:
+    """Return the tokenizer of the source or of the resumed run, or what the flag names."""
+    if source is not None:
+        return source.tokenizer
+    return load_tokenizer(run_dir) if steps and config.tokenizer == "auto" else config.tokenizer
