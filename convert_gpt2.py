@@ -13,15 +13,11 @@ from typing import TypeVar
 from gptjax import allocator, model, programs
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import DEBUG
-from gptjax.conversion.convert import (
-    SourceConfig,
-    export_run,
-    import_run,
-    open_weights,
-)
+from gptjax.conversion.convert import export_run, import_run
 from gptjax.conversion.reference import load_reference, write_random_model
+from gptjax.conversion.sources import SourceConfig, open_source
 from gptjax.conversion.tensors import read_params
-from gptjax.conversion.verify import Check, check_sizes, first_difference, verify
+from gptjax.conversion.verify import Check, check_sizes, first_failure, verify
 from gptjax.errors import DataError, UsageError
 from gptjax.files import expand
 from gptjax.presets import PRESETS
@@ -130,11 +126,11 @@ def verify_command(name: str, argv: list[str]) -> int:
     else:
         require(bool(name), "against", config.against, "name a run folder before the flags")
         require(bool(config.against), "against", config.against, "name what to compare with")
-        source, _ = open_weights(config.against, config)
+        source = open_source(config.against, config)
         run = load_run(Path(name), config.checkpoint)
         check_sizes(run.config.model, source)
         checks = verify(run.config.model, run.params, load_reference(source))
-    first = first_difference(checks)
+    first = first_failure(checks)
     if config.json:
         print(to_json(checks))
     else:
@@ -159,7 +155,7 @@ def self_test(config: VerifyConfig) -> list[Check]:
         cfg = dataclasses.replace(cfg, activation=config.activation)
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(cfg, Path(folder))
-        source, _ = open_weights(folder, config)
+        source = open_source(folder, config)
         return verify(source.cfg, read_params(source), load_reference(source))
 
 
@@ -169,7 +165,7 @@ def to_json(checks: list[Check]) -> str:
     for entry in report:  # JSON has no NaN
         for key in ("difference", "allowed"):
             entry[key] = entry[key] if math.isfinite(entry[key]) else None
-    first = first_difference(checks)
+    first = first_failure(checks)
     where = None if first is None else f"{first.group} {first.name}"
     return json.dumps({"ok": first is None, "first_difference": where, "checks": report})
 
@@ -184,12 +180,10 @@ def show(checks: list[Check], verbose: bool) -> None:
         groups.setdefault(check.group.removesuffix("s") + "s", []).append(check)
     rows = []
     for group, members in groups.items():
-        at = first_difference(members) or max(
-            members, key=lambda c: c.difference / (c.allowed or 1)
-        )
+        at = first_failure(members) or max(members, key=lambda c: c.difference / (c.allowed or 1))
         count = f"{sum(check.ok for check in members)} of {len(members)}"
         rows.append([group, count, f"{at.difference:.2g}", f"{at.allowed:.2g}", at.name])
-    failed = [first_difference(members) is not None for members in groups.values()]
+    failed = [first_failure(members) is not None for members in groups.values()]
     print_table(["what", "hold", "difference", "allowed", "at"], rows, failed)
     for group, members in groups.items():
         shown = [check for check in members if verbose or not check.ok]

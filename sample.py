@@ -11,7 +11,7 @@ import jax
 from gptjax import model, programs, sampling
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import COMPILE_CACHE, DEBUG, DType, GPTConfig, SampleConfig
-from gptjax.conversion.convert import load_start
+from gptjax.conversion import sources
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.files import expand
 from gptjax.presets import PRESETS
@@ -82,11 +82,10 @@ def load_model(config: SamplerConfig) -> tuple[GPTConfig, model.Params, Tokenize
         cfg = dataclasses.replace(PRESETS[config.preset].model, vocab_size=tokenizer.n_vocab)
         init_params = jax.jit(model.init_params, static_argnums=0)
         return cfg, init_params(cfg, jax.random.key(config.seed)), tokenizer
-    run_dir = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    if config.init_from == "resume" or (run_dir / "checkpoints").is_dir():
-        run = load_run(run_dir, config.checkpoint)
+    if config.init_from == "resume":
+        run = load_run(Path(config.out_dir), config.checkpoint)
     else:
-        run = load_start(config.init_from)
+        run = sources.load_model(config.init_from, which=config.checkpoint)
     return run.config.model, run.params, run.tokenizer
 
 

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file
 from gptjax.config import GPTConfig
 from gptjax.conversion import huggingface, llmc
 from gptjax.conversion.huggingface import format_config
-from gptjax.conversion.nanogpt import SIZES
-from gptjax.conversion.tensors import is_linear, read_params, slots
+from gptjax.conversion.tensors import LIMITS, is_linear, read_params, slots
 from gptjax.presets import PRESETS
 from tests.test_tf_checkpoint import HEADER, block, entry, table
 
@@ -77,7 +76,7 @@ def write_nanogpt(folder: Path, cfg: GPTConfig) -> Path:
         tensor = torch.from_numpy(array)
         model[f"transformer.{name}"] = tensor.T.contiguous() if is_linear(name) else tensor
     model["lm_head.weight"] = model["transformer.wte.weight"]
-    args = {name: getattr(cfg, name) for name in (*SIZES, "bias")}
+    args = {name: getattr(cfg, name) for name in (*LIMITS, "bias")}
     path = folder / "ckpt.pt"
     torch.save({"model": model, "model_args": args}, path)
     return path
@@ -93,7 +92,7 @@ def write_llmc(folder: Path, cfg: GPTConfig) -> Path:
 def write_tensorflow(folder: Path, cfg: GPTConfig) -> Path:
     """OpenAI's."""
     names = {"block_size": "n_ctx", "vocab_size": "n_vocab"}
-    hparams = {names.get(name, name): getattr(cfg, name) for name in SIZES}
+    hparams = {names.get(name, name): getattr(cfg, name) for name in LIMITS}
     (folder / "hparams.json").write_text(json.dumps(hparams))
     path, pairs, offset = folder / "model.ckpt.data-00000-of-00001", [HEADER], 0
     named = {openai_name(name): array for name, array in read_random(folder).items()}

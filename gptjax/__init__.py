@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the same names again, for editors and type checkers
     from gptjax.checkpoints.run_folder import Run, load_run
     from gptjax.config import GPTConfig, SampleConfig, TrainConfig
+    from gptjax.conversion.sources import load_model
     from gptjax.loss import loss_fn
     from gptjax.model import forward, init_params, prepare_for_decoding, resolve
     from gptjax.presets import PRESETS
@@ -30,6 +31,7 @@ __all__ = [
     "forward",
     "generate",
     "init_params",
+    "load_model",
     "load_run",
     "loss_fn",
     "make_optimizer",
@@ -41,6 +43,7 @@ __all__ = [
 HOMES = {  # module -> what is imported from it
     "gptjax.checkpoints.run_folder": ("Run", "load_run"),
     "gptjax.config": ("GPTConfig", "SampleConfig", "TrainConfig"),
+    "gptjax.conversion.sources": ("load_model",),
     "gptjax.loss": ("loss_fn",),
     "gptjax.model": ("forward", "init_params", "prepare_for_decoding", "resolve"),
     "gptjax.presets": ("PRESETS",),

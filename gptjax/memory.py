@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gptjax.config import TrainConfig
-from gptjax.errors import OutOfMemoryError, first_line
+from gptjax.errors import DataError, OutOfMemoryError, first_line
 
 # What a container may have, as it reads it itself: of version 2 of Linux's control groups, of 1.
 CGROUP_LIMITS = (
@@ -21,6 +21,15 @@ CGROUP_LIMITS = (
 def physical_memory() -> int:
     """Return the bytes of memory of the machine, whoever uses them now."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise DataError, which begins with `what`, if the machine has not so many bytes of memory."""
+    present = physical_memory()
+    if needed > present:
+        raise DataError(
+            f"{what} takes {needed / 1e9:.1f} GB of memory; this machine has {present / 1e9:.1f}"
+        )
 
 
 def allowed_memory() -> int:

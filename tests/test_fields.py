@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from gptjax.conversion import huggingface, nanogpt
-from gptjax.conversion.convert import SourceConfig
 from gptjax.conversion.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
+from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import DataError
 from gptjax.terminal import flags
 

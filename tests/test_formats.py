@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax import model, tokenizer
+from gptjax import gpt2_files, model, tokenizer
 from gptjax.conversion import gguf, huggingface, llmc, nanogpt, openai
-from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params
+from gptjax.conversion.tensors import HEAD, LIMITS, Source, named_tensors, read_params
 from gptjax.errors import DataError, UsageError
 from gptjax.functions import ACTIVATIONS
 
@@ -419,7 +419,7 @@ def nanogpt_state(cfg: Any, params: model.Params) -> dict[str, Any]:
 
 
 def nanogpt_args(cfg: Any = CFG) -> dict[str, Any]:
-    return {name: getattr(cfg, name) for name in (*nanogpt.SIZES, "bias")}
+    return {name: getattr(cfg, name) for name in (*LIMITS, "bias")}
 
 
 def save_nanogpt(path: Path, cfg: Any, params: model.Params, **changes: Any) -> None:
@@ -601,7 +601,7 @@ def test_gguf(tmp_path: Path) -> None:
     library = need("gguf")
     cfg = tiny(vocab_size=50257, vocab_multiple=128, n_embd=8)
     params = jax.device_get(scaled_params(cfg, jax.random.key(4)))
-    gpt2 = tokenizer.load_gpt2_tokenizer()
+    gpt2 = gpt2_files.load_gpt2_tokenizer()
     gguf.write_file(tmp_path / "model.gguf", cfg, params, gpt2)
     reader = library.GGUFReader(tmp_path / "model.gguf")
     found = {tensor.name: tensor.data for tensor in reader.tensors}

@@ -32,12 +32,11 @@ def check_exact() -> None:
     """`gelu_erf` is right to 7 digits; where it vanishes, on the left, still to 4."""
     expected = np.array([exact(float(x)) for x in X]).T
     for found, wanted in zip(values(functions.gelu_erf, X), expected, strict=True):
-        ok = np.abs(found - wanted) <= 2e-7 * np.maximum(1, np.abs(wanted))
-        assert ok.all(), X[~ok]
+        right = np.abs(found - wanted) <= 2e-7 * np.maximum(1, np.abs(wanted))
+        assert right.all(), X[~right]
     y, wanted = values(functions.gelu_erf, X)[0], expected[0]
     vanishing = (X < -1) & (X > -12)
-    ok = np.abs(y - wanted)[vanishing] <= 1e-4 * np.abs(wanted)[vanishing]
-    assert ok.all()
+    assert (np.abs(y - wanted)[vanishing] <= 1e-4 * np.abs(wanted)[vanishing]).all()
 
 
 def test_the_settings_are_the_functions() -> None:
@@ -71,8 +70,8 @@ def test_the_gradient_is_jaxs(name: str, tolerance: float) -> None:
     """JAX's of the tanh form has lost digits where tanh is nearly 1."""
     theirs = values(lambda x: jax.nn.gelu(x, approximate=name == "gelu_tanh"), X[:-4])
     for ours, other in zip(values(ACTIVATIONS[name], X[:-4]), theirs, strict=True):
-        ok = np.abs(ours - other) <= tolerance * np.maximum(1, np.abs(other))
-        assert ok.all(), X[:-4][~ok]
+        right = np.abs(ours - other) <= tolerance * np.maximum(1, np.abs(other))
+        assert right.all(), X[:-4][~right]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -81,8 +80,8 @@ def test_bfloat16_is_float32_rounded(name: str) -> None:
     for half, full in zip(
         values(ACTIVATIONS[name], x), values(ACTIVATIONS[name], x.astype(np.float32)), strict=True
     ):
-        ok = np.abs(half - full) <= np.maximum(2**-8 * np.abs(full), 1e-37)
-        assert ok.all(), x[~ok]
+        right = np.abs(half - full) <= np.maximum(2**-8 * np.abs(full), 1e-37)
+        assert right.all(), x[~right]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -94,8 +93,8 @@ def test_values_and_gradients_are_pytorchs(name: str) -> None:
     y.sum().backward()
     ours, slope = values(ACTIVATIONS[name], X[:-4])
     for found, theirs in ((ours, y.detach().numpy()), (slope, x.grad.numpy())):
-        ok = np.abs(found - theirs) <= 4e-6 * np.maximum(1, np.abs(theirs))
-        assert ok.all(), X[:-4][~ok]
+        right = np.abs(found - theirs) <= 4e-6 * np.maximum(1, np.abs(theirs))
+        assert right.all(), X[:-4][~right]
 
 
 def test_the_two_forms_are_not_the_same() -> None:

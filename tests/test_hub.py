@@ -16,13 +16,12 @@ from huggingface_hub import constants
 
 from gptjax import model
 from gptjax.conversion import huggingface
-from gptjax.conversion.convert import SourceConfig, load_start
+from gptjax.conversion.sources import SourceConfig, load_model
 from gptjax.errors import DataError, UsageError
 
-from .helpers import scaled_params, tiny
+from .helpers import BYTES
 from .test_formats import shard, to_bin
 
-CFG = tiny(vocab_size=256, vocab_multiple=128)
 BYTE = SourceConfig(tokenizer="byte")
 NAME = "someone/gpt2"
 
@@ -75,18 +74,13 @@ class Server:
                 request.connection.close()
 
 
-@pytest.fixture(scope="module")
-def params() -> model.Params:
-    return jax.device_get(scaled_params(CFG, jax.random.key(1)))
-
-
 @pytest.fixture
 def server(
     tmp_path: Path, params: model.Params, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Server]:
     folder = tmp_path / "served"
     folder.mkdir()
-    huggingface.write_folder(folder, CFG, params, None)
+    huggingface.write_folder(folder, BYTES, params, None)
     server = Server(folder)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -102,7 +96,7 @@ def server(
 
 
 def assert_loaded(params: model.Params, config: SourceConfig = BYTE) -> None:
-    jax.tree.map(np.testing.assert_array_equal, load_start(NAME, config).params, params)
+    jax.tree.map(np.testing.assert_array_equal, load_model(NAME, config).params, params)
 
 
 @contextlib.contextmanager
@@ -132,22 +126,22 @@ def test_shards(server: Server, params: model.Params) -> None:
 def test_a_revision(server: Server, params: model.Params) -> None:
     assert_loaded(params, SourceConfig(tokenizer="byte", revision="v1"))
     with pytest.raises(DataError, match="has no revision v2"):
-        load_start(NAME, SourceConfig(tokenizer="byte", revision="v2"))
+        load_model(NAME, SourceConfig(tokenizer="byte", revision="v2"))
 
 
 def test_no_such_model(server: Server) -> None:
     with pytest.raises(DataError, match="nor such a model on the Hub"):
-        load_start("someone/gpt3", BYTE)
+        load_model("someone/gpt3", BYTE)
     with pytest.raises(UsageError, match=r"no file or folder \.\./gpt2"):
-        load_start("../gpt2", BYTE)
+        load_model("../gpt2", BYTE)
 
 
 def test_an_adapter_is_told_and_its_base_named(server: Server) -> None:
     fields = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
     (server.folder / "adapter_config.json").write_text(json.dumps(fields))
     for _ in range(2):  # with a config.json beside it, and without
-        with pytest.raises(DataError, match=r"an adapter \(LORA\) of the model gpt2, not a model"):
-            load_start(NAME, BYTE)
+        with pytest.raises(DataError, match=r"\(LORA\) of the model gpt2"):
+            load_model(NAME, BYTE)
         (server.folder / "config.json").unlink(missing_ok=True)
     (server.folder / "adapter_config.json").unlink()
 
@@ -156,12 +150,12 @@ def test_a_model_in_another_format(server: Server) -> None:
     """Such as one that holds GGUF only."""
     (server.folder / "config.json").unlink()
     with pytest.raises(DataError, match=r"has no config\.json on the Hub"):
-        load_start(NAME, BYTE)
+        load_model(NAME, BYTE)
 
 
 def test_never_fetched_and_no_network(server: Server) -> None:
     with offline(server), pytest.raises(DataError, match="cannot reach the Hub"):
-        load_start(NAME, BYTE)
+        load_model(NAME, BYTE)
 
 
 @pytest.mark.parametrize("proxy", [True, False])
@@ -175,13 +169,13 @@ def test_nobody_listens(
     server.http.server_close()
     assert_loaded(params)  # from the cache
     with pytest.raises(DataError, match="cannot reach the Hub"):
-        load_start("someone/else", BYTE)
+        load_model("someone/else", BYTE)
 
 
 def test_a_download_cut_short_is_not_used(server: Server, params: model.Params) -> None:
     server.cut = "model.safetensors"
     with pytest.raises(DataError, match="cannot download"):
-        load_start(NAME, BYTE)
+        load_model(NAME, BYTE)
     server.cut = None
     assert_loaded(params)
 
@@ -189,7 +183,7 @@ def test_a_download_cut_short_is_not_used(server: Server, params: model.Params) 
 def test_pickles_are_not_even_fetched(server: Server, params: model.Params) -> None:
     to_bin(server.folder)
     with pytest.raises(DataError, match=r"--allow_pickle \(which also takes pytorch"):
-        load_start(NAME, BYTE)
+        load_model(NAME, BYTE)
     assert "pytorch_model.bin" not in server.sent
     assert_loaded(params, SourceConfig(tokenizer="byte", allow_pickle=True))
 
@@ -199,7 +193,7 @@ def test_an_index_may_not_name_other_folders(server: Server) -> None:
     index = {"weight_map": dict.fromkeys(weight_map, "../../x.safetensors")}
     (server.folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="not a plain file name"):
-        load_start(NAME, BYTE)
+        load_model(NAME, BYTE)
 
 
 def blob_of(tmp_path: Path) -> Path:
@@ -217,7 +211,7 @@ def test_a_poisoned_cache_is_fetched_again(
     data[-5] ^= 1
     blob.write_bytes(data)
     with offline(server), pytest.raises(DataError, match=r"has sha256 \w{64}, the cache says"):
-        load_start(NAME, BYTE)
+        load_model(NAME, BYTE)
     assert not blob.exists()
     assert_loaded(params)
     blob.write_bytes(data)
@@ -231,5 +225,5 @@ def test_a_server_that_fails_is_no_reason_to_take_a_pickle(server: Server) -> No
     (server.folder / "model.safetensors").write_bytes(weights)
     server.failing = "model.safetensors"
     with pytest.raises(DataError, match="cannot reach the Hub"):
-        load_start(NAME, SourceConfig(tokenizer="byte", allow_pickle=True))
+        load_model(NAME, SourceConfig(tokenizer="byte", allow_pickle=True))
     assert "pytorch_model.bin" not in server.sent

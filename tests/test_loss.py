@@ -32,14 +32,12 @@ def check(vocab_size: int, padded: int, dtype: str) -> None:
     expected, gradient = reference(x_NV.astype(jnp.float32), targets_N, weights_N)
     found, vjp = jax.vjp(jax.jit(lambda x_NV: loss.token_losses(x_NV, targets_N)), x_NV)
     assert found.dtype == jnp.float32
-    ok = np.abs(found - expected).max() <= 2e-4  # 1000 has a spacing of 6e-5
-    assert ok
+    assert np.abs(found - expected).max() <= 2e-4  # 1000 has a spacing of 6e-5
     (found,) = vjp(jnp.asarray(weights_N, jnp.float32))
     assert found.dtype == x_NV.dtype
-    ok = np.abs(np.asarray(found, np.float64) - gradient).max() <= (
+    assert np.abs(np.asarray(found, np.float64) - gradient).max() <= (
         1e-2 if dtype == "bfloat16" else 2e-4
     )
-    assert ok
 
 
 CASES = [(61, 61, "float32"), (300, 384, "float32"), (300, 384, "bfloat16")]
@@ -67,8 +65,7 @@ def test_one_pass_is_logsumexp(columns: int) -> None:
     x_NV = x_NV.at[0].set(-jnp.inf).at[1, 1:].set(-jnp.inf)
     found, expected = loss.one_pass_logsumexp(x_NV), jax.nn.logsumexp(x_NV, axis=1)
     assert found[0] == expected[0] == -jnp.inf
-    ok = np.abs(found[1:] - expected[1:]).max() <= 1e-5 * np.abs(expected[1:]).max()
-    assert ok
+    assert np.abs(found[1:] - expected[1:]).max() <= 1e-5 * np.abs(expected[1:]).max()
 
 
 def test_gates_turn_red(one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:

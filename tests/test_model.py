@@ -156,8 +156,7 @@ def test_scan_unrolled_and_remat_agree_to_the_bit(other: dict[str, int]) -> None
     expected, found = (value_and_grad(c) for c in (cfg, dataclasses.replace(cfg, **other)))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         scale = float(jnp.abs(a).max())
-        ok = max_difference(a, b) <= 1e-6 * scale
-        assert ok
+        assert max_difference(a, b) <= 1e-6 * scale
 
 
 def test_unstacked_layers_are_the_same_model() -> None:
@@ -165,8 +164,7 @@ def test_unstacked_layers_are_the_same_model() -> None:
     params = scaled_params(cfg, jax.random.key(0))
     unstacked = model.unstack_layers(params, cfg.n_layer)
     expected = logits(cfg, params)
-    ok = max_difference(expected, logits(cfg, unstacked)) <= 1e-6 * np.abs(expected).max()
-    assert ok
+    assert max_difference(expected, logits(cfg, unstacked)) <= 1e-6 * np.abs(expected).max()
 
 
 @functools.cache
@@ -305,8 +303,7 @@ def test_bfloat16_is_near_float32() -> None:
     assert half.dtype == np.float32
     full = logits(cfg, params)
     difference = max_difference(half, full)
-    ok = 0 < difference <= 0.03 * np.abs(full).max()
-    assert ok
+    assert 0 < difference <= 0.03 * np.abs(full).max()
 
 
 def test_padding_rows_never_speak() -> None:
@@ -343,8 +340,7 @@ def test_blocks_of_queries_are_the_reference(length: int) -> None:
     expected = probe(lambda q: attention.attend(q, k, v, positions))
     found = probe(lambda q: attention.attend_xla(q, k, v))
     for a, b in zip(expected, found, strict=True):
-        ok = max_difference(a, b) <= 1e-5 * max(1, float(jnp.abs(a).max()))
-        assert ok
+        assert max_difference(a, b) <= 1e-5 * max(1, float(jnp.abs(a).max()))
 
 
 def test_the_settings_are_the_functions() -> None:
@@ -416,8 +412,7 @@ def check_against_torch(cfg: GPTConfig) -> None:
     params = scaled_params(cfg, jax.random.key(3))
     expected, expected_loss, gradients = torch_results(cfg, params)
     found = logits(cfg, params)
-    ok = max_difference(expected, found) <= 1e-5 * max(1, np.abs(expected).max())
-    assert ok
+    assert max_difference(expected, found) <= 1e-5 * max(1, np.abs(expected).max())
     assert np.array_equal(expected.argmax(-1), found.argmax(-1))
 
     gradient = jax.jit(jax.value_and_grad(loss_fn, argnums=1), static_argnums=0)
@@ -425,8 +420,7 @@ def check_against_torch(cfg: GPTConfig) -> None:
     assert abs(loss - expected_loss) <= 1e-5 * expected_loss
     for path, ours in jax.tree_util.tree_leaves_with_path(grads):
         theirs = gradients[jax.tree_util.keystr(path, simple=True, separator="/")]
-        ok = max_difference(ours, theirs) <= 1e-5 * np.abs(theirs).max()
-        assert ok, path
+        assert max_difference(ours, theirs) <= 1e-5 * np.abs(theirs).max(), path
 
 
 @pytest.mark.skipif(
@@ -449,8 +443,7 @@ def test_cudnn_attention_is_attention() -> None:
     )
     for name, x, y, z in zip("yqkv", exact, reference, fast, strict=True):
         error, allowed = np.linalg.norm(z - x), np.linalg.norm(y - x)
-        ok = error <= 1.5 * allowed
-        assert ok, (name, error, allowed)
+        assert error <= 1.5 * allowed, (name, error, allowed)
 
 
 @pytest.mark.parametrize(

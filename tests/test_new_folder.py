@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.conversion.convert import new_folder
+from gptjax.conversion.new_folder import new_folder
 from gptjax.errors import DataError, DiskError, OutputError, UsageError
 
 from .helpers import ROOT
@@ -89,9 +89,9 @@ def test_what_fails_inside_is_said_of_the_folder(
         assert str(error.value) == f"cannot write {path}/a, nor run"
     with pytest.raises(DiskError) as error, new_folder(path) as folder:
         (folder / "no" / "such").write_text("x")
-    assert str(error.value) == f"cannot write to --out_dir={path}: No such file or directory"
+    assert str(error.value).startswith(f"cannot write to --out_dir={path}: ")
     with pytest.raises(DiskError) as error, new_folder(path) as folder:
         path.mkdir()
         (path / "from").write_text("somebody else")
-    assert str(error.value) == f"cannot write to --out_dir={path}: Directory not empty"
+    assert str(error.value).startswith(f"cannot write to --out_dir={path}: ")
     assert [file.name for file in tmp_path.iterdir()] == ["run"]

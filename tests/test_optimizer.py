@@ -133,8 +133,7 @@ TORCH_CONFIG = TrainConfig(
 
 
 def test_adamw_is_pytorchs() -> None:
-    ok = difference_to_torch(optimizer.make_optimizer(TORCH_CONFIG), TORCH_CONFIG) <= 1e-4
-    assert ok
+    assert difference_to_torch(optimizer.make_optimizer(TORCH_CONFIG), TORCH_CONFIG) <= 1e-4
 
 
 @pytest.mark.parametrize("mistake", ["decay of biases", "clip after Adam", "beta2"])
@@ -151,5 +150,4 @@ def test_adamw_gate_turns_red(mistake: str) -> None:
         "clip after Adam": optax.chain(adamw(), clip),
         "beta2": optax.chain(clip, adamw(b2=0.999)),
     }[mistake]
-    ok = difference_to_torch(wrong, TORCH_CONFIG) <= 1e-4
-    assert not ok
+    assert not difference_to_torch(wrong, TORCH_CONFIG) <= 1e-4

@@ -16,9 +16,9 @@ import train
 from gptjax import programs
 from gptjax.checkpoints.restore import require_extra
 from gptjax.checkpoints.run_folder import Run
-from gptjax.commands import doctor
+from gptjax.commands import run_checks
 from gptjax.config import TrainConfig
-from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import CheckpointError
 from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
@@ -146,7 +146,7 @@ def test_verify_is_given_what_import_was(
 
     imported = Run(TrainConfig(model=tiny()), ByteTokenizer(), {}, 0)
     monkeypatch.setattr(convert_gpt2, "import_run", lambda *args: (imported, {}))
-    monkeypatch.setattr(convert_gpt2, "open_weights", stop)
+    monkeypatch.setattr(convert_gpt2, "open_source", stop)
     argv = ["import", "some/gpt2", "--out_dir=r", *flags.changed(given, SourceConfig())]
     assert cli.run(convert_gpt2.main, argv) == 0
     (line,) = re.findall(r"^  or: (.*)", capsys.readouterr().out, re.MULTILINE)
@@ -158,9 +158,9 @@ def test_verify_is_given_what_import_was(
 
 def test_doctors_remedies(tmp_path: Path) -> None:
     folder = tmp_path / ODD
-    subprocess.run(["sh", "-c", doctor.check_folder(folder).remedy], check=True, cwd=tmp_path)
+    subprocess.run(["sh", "-c", run_checks.check_folder(folder).remedy], check=True, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
-    assert doctor.check_folder(folder).status == "ok"
+    assert run_checks.check_folder(folder).status == "ok"
 
 
 def test_a_start_from_a_run_without_optimizer_state(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import model, sampling
+from gptjax import model, sampling, scoring
 from gptjax.checkpoints.run_folder import Run
-from gptjax.commands import evaluation
+from gptjax.commands import protocols
 from gptjax.config import SampleConfig
-from gptjax.conversion import convert, reference, verify
-from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion import reference, sources, verify
+from gptjax.conversion.sources import SourceConfig
 from gptjax.loss import loss_fn
 
 WEIGHTS = os.environ.get("GPTJAX_GPT2_DIR", "")
@@ -37,7 +37,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return convert.load_source(WEIGHTS)
+    return sources.load_model(WEIGHTS)
 
 
 def continue_greedily(run: Run, prompts: list[str], count: int) -> list[str]:
@@ -58,8 +58,8 @@ def test_it_is_gpt2(run: Run) -> None:
 
 
 def test_verify(run: Run) -> None:
-    theirs = reference.load_reference(convert.open_source(WEIGHTS, SourceConfig()))
-    first = verify.first_difference(verify.verify(run.config.model, run.params, theirs))
+    theirs = reference.load_reference(sources.open_source(WEIGHTS, SourceConfig()))
+    first = verify.first_failure(verify.verify(run.config.model, run.params, theirs))
     assert first is None, first
 
 
@@ -155,8 +155,7 @@ def test_llmcs_losses(run: Run) -> None:
     value_and_grad = jax.jit(jax.value_and_grad(functools.partial(loss_fn, cfg)))
     for step, wanted in enumerate(expected):
         loss, grads = value_and_grad(params, windows)
-        ok = abs(float(loss) - wanted) <= 1e-2
-        assert ok, (step, float(loss), wanted)
+        assert abs(float(loss) - wanted) <= 1e-2, (step, float(loss), wanted)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
 
@@ -168,13 +167,11 @@ def read_file(name: str) -> str:
     return path.read_bytes().decode()
 
 
-def evaluate(run: Run, task: str, text: str, context: int = 1024) -> evaluation.Result:
+def evaluate(run: Run, task: str, text: str, context: int = 1024) -> protocols.Result:
     cfg = model.resolve(run.config.model)
-    score = functools.partial(
-        evaluation.score_texts, cfg, run.params, context=context, batch_size=8
-    )
-    settings = evaluation.Settings(context, context, 0)
-    return getattr(evaluation, task)(score, run.tokenizer, text, settings)
+    score = functools.partial(scoring.score_texts, cfg, run.params, context=context, batch_size=8)
+    settings = protocols.Settings(context, context, 0)
+    return getattr(protocols, task)(score, run.tokenizer, text, settings)
 
 
 def test_wikitext2(run: Run) -> None:
@@ -186,20 +183,17 @@ def test_wikitext2(run: Run) -> None:
     text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
     found = evaluate(run, "wikitext2", text)
     assert found["tokens"] == 287_644
-    ok = abs(found["perplexity"] - 30.0) <= 0.2
-    assert ok, found
+    assert abs(found["perplexity"] - 30.0) <= 0.2, found
 
 
 @pytest.mark.parametrize(("context", "published"), [(1024, 29.17), (256, 43.34)])
 def test_wikitext2_by_context(run: Run, context: int, published: float) -> None:
     """huggingface/transformers, issue 483, whose windows are not described to the token."""
     found = evaluate(run, "wikitext2", read_file("wiki.test.raw"), context)
-    ok = abs(found["perplexity"] / published - 1) <= 0.02
-    assert ok, found
+    assert abs(found["perplexity"] / published - 1) <= 0.02, found
 
 
 def test_lambada(run: Run) -> None:
     """Perplexity 40.06 and accuracy 0.3256: EleutherAI/lm-evaluation-harness, issue 2159."""
     found = evaluate(run, "lambada", read_file("lambada_test.jsonl"))
-    ok = abs(found["perplexity"] - 40.06) <= 0.5 and abs(found["acc"] - 0.3256) <= 0.005
-    assert ok, found
+    assert abs(found["perplexity"] - 40.06) <= 0.5 and abs(found["acc"] - 0.3256) <= 0.005, found

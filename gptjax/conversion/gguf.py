@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.tensors import Params, is_linear, named_tensors
+from gptjax.conversion.tensors import is_linear, named_tensors
 from gptjax.errors import UsageError
+from gptjax.gpt2_files import gpt2_merges, gpt2_spelling
+from gptjax.model import Params
 from gptjax.settings import require
-from gptjax.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_merges, gpt2_spelling
+from gptjax.tokenizer import GPT2Tokenizer, Tokenizer
 
 NAMES = {  # ours, behind h.#. where there is one -> GGUF's for the architecture gpt2
     "wte": "token_embd",
@@ -24,7 +26,7 @@ NAMES = {  # ours, behind h.#. where there is one -> GGUF's for the architecture
 
 
 def gguf_name(name: str) -> str:
-    """`h.0.attn.c_attn.weight` -> `blk.0.attn_qkv.weight`."""
+    """Turn `h.0.attn.c_attn.weight` into `blk.0.attn_qkv.weight`."""
     stem, _, leaf = name.rpartition(".")
     if not stem.startswith("h."):
         return f"{NAMES[stem]}.{leaf}"
@@ -33,7 +35,7 @@ def gguf_name(name: str) -> str:
 
 
 def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
-    """Write model and vocabulary in float32.
+    """Write the model in float32, and its vocabulary.
 
     The head is tied, so there is no output.weight; llama.cpp reads such a GPT-2 since March 2025.
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from gptjax.errors import DataError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256, read_json
 
+BESIDE = ("adapter_config.json", "gptjax_tokenizer.json", "vocab.json", "tokenizer.json")
+NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # that a model may have there
+
 
 def can_connect(endpoint: str) -> bool:
-    """Whether the Hub's host answers; assumed behind a proxy, which knows better.
+    """Return whether the Hub's host answers; behind a proxy, which knows better, it is assumed.
 
     Without a network huggingface_hub would try for half a minute before it looks in its cache.
     """
@@ -28,13 +31,16 @@ def can_connect(endpoint: str) -> bool:
     return True
 
 
-def download(name: str, weights: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a model of the Hub, from huggingface_hub's cache or the network.
+def download_model(name: str, weights: Sequence[str], revision: str | None = None) -> Path:
+    """Return the folder of a model of the Hub, from huggingface_hub's cache or the network.
 
-    Of the weight files it gets the first of these names that is there, whole or in shards. The
-    cache names a weight file by its sha256: one that has another is fetched again, once.
-
+    The cache names a weight file by its sha256: one that has another is fetched again, once.
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and HF_TOKEN mean what they mean to that library.
+
+    Args:
+        name: of the model, such as gpt2 or someone/gpt2.
+        weights: names of weight files; the first that is there, whole or in shards, is taken.
+        revision: a branch, tag or commit; None means main.
 
     Raises:
         DataError: there is no such model, revision or file, or no way to get it.
@@ -101,12 +107,7 @@ def download(name: str, weights: Sequence[str], revision: str | None = None) -> 
             flag = "" if len(weights) > 1 else "--allow_pickle"
             text = f"{name} has no {' or '.join(weights)} that could be had"
             raise DataError(text, flag, "which also takes pytorch_model.bin")
-        for file in (
-            "adapter_config.json",
-            "gptjax_tokenizer.json",
-            "vocab.json",
-            "tokenizer.json",
-        ):
+        for file in BESIDE:
             optional(get, file)
     except HFValidationError as error:
         raise UsageError(f"{name!r} is neither a file or folder nor a name on the Hub") from error

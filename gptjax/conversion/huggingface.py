@@ -13,12 +13,11 @@ from safetensors.numpy import save_file
 
 from gptjax.config import GPTConfig
 from gptjax.conversion.fields import ACTIVATIONS, check_fields, is_one_of, says_nothing, shown
-from gptjax.conversion.signatures import SUFFIXES, stranger
 from gptjax.conversion.tensors import (
     FLOATS,
     LIMITS,
-    Params,
     Source,
+    Table,
     make_config,
     named_tensors,
     published_names,
@@ -27,10 +26,11 @@ from gptjax.conversion.tensors import (
     some_of_each,
 )
 from gptjax.conversion.torch_file import check_size, load_torch, tensor_table, to_numpy
+from gptjax.conversion.weight_check import AGAIN, SUFFIXES, why_no_weights
 from gptjax.errors import DataError, DiskError
 from gptjax.files import read_json
+from gptjax.model import Params
 
-Table = dict[str, tuple[tuple[int, ...], str]]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"  # peft's
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -39,7 +39,7 @@ BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which i
 # ---- config.json ---------------------------------------------------------------------------------
 
 # What a field may say for the model to be the one that gptjax computes.
-MUST_BE: dict[str, tuple[Any, ...]] = {
+MUST_BE: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": tuple(ACTIVATIONS),
     "layer_norm_epsilon": (1e-5,),
@@ -54,10 +54,10 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
 
 
 def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = ()) -> GPTConfig:
-    """The model that a config.json describes.
+    """Return the model that a config.json describes.
 
     Args:
-        fields: the file's.
+        fields: what the file says.
         where: its path, for the message.
         accept: fields that gptjax does not know and the user vouches for.
 
@@ -101,15 +101,15 @@ def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = (
     )
 
 
-def must_be(name: str, value: Any) -> str:
-    """What is wrong with a field that has another value than GPT-2's."""
+def must_be(name: str, value: object) -> str:
+    """Return what is wrong with a field that has another value than GPT-2's."""
     if name == "quantization_config":
         return f"{shown(name, value)}: take the model from before it was quantised"
     return f"{shown(name, value)}, gptjax computes {' or '.join(map(repr, MUST_BE[name]))}"
 
 
-def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
-    """config.json for transformers; `gptjax` in it keeps what the format has no words for."""
+def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, object]:
+    """Return config.json for transformers; its field `gptjax` has what the format cannot say."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -137,7 +137,7 @@ def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, Any]:
 def open_folder(
     folder: Path, allow_pickle: bool = False, accept: Collection[str] = (), file: Path | None = None
 ) -> Source:
-    """The model of a folder, from one file or from shards.
+    """Open the model of a folder, in one file or in shards.
 
     Args:
         folder: holds config.json and the weights.
@@ -186,14 +186,14 @@ def open_folder(
     )
     where = str(file or folder)
     return Source(
-        *(cfg, table, lambda name: readers[name](), None, where, tuple(paths)),
+        *(cfg, table, lambda name: readers[name](), where, tuple(paths)),
         is_hf=alike,
         says_activation=True,
     )
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files of a folder's weights and, for shards, which of them holds which tensor.
+    """Return the files of a folder's weights and, for shards, which of them holds which tensor.
 
     Raises:
         DataError: there are none, or the index of the shards is damaged.
@@ -221,7 +221,9 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """DataError: an adapter is a change to a model that is elsewhere."""
+    """Raise DataError for a folder with an adapter, which changes a model that is elsewhere."""
+    if not (folder / ADAPTER).is_file():
+        return
     fields = read_json(folder / ADAPTER)
     base, kind = fields.get("base_model_name_or_path"), fields.get("peft_type")
     raise DataError(
@@ -232,7 +234,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of this name in the folder; DataError if it would lie anywhere else."""
+    """Return the file of this name in the folder; DataError if it would lie anywhere else."""
     root = folder.resolve()
     if root.parent.name == "snapshots":  # the Hub's cache links its snapshots to its blobs
         root = root.parent.parent
@@ -248,7 +250,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np.ndarray]]:
-    """What a weight file holds, and a function that reads one tensor of it."""
+    """Return what a weight file holds, and a function that reads one tensor of it."""
     if path.suffix == ".bin":
         state = load_torch(path, allow_pickle)
         return tensor_table(state, path), lambda name: to_numpy(state.pop(name))
@@ -266,16 +268,15 @@ def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        strange = stranger(path)
-        reason = f"it is {strange}" if strange else error
-        raise DataError(f"cannot read the weights ({path}): {reason}") from error
+        wrong = why_no_weights(path) or f"cut short or damaged ({error}); {AGAIN}"
+        raise DataError(f"cannot read the weights ({path}): it is {wrong}") from error
     return found, read
 
 
 def drop_zero_biases(
     cfg: GPTConfig, table: Table, readers: dict[str, Callable[[], np.ndarray]], folder: Path
 ) -> None:
-    """Drop the zeros that `write_folder` stores for a model without biases; DataError if not 0."""
+    """Drop what `write_folder` stores for biases that a model has not; DataError if it is not 0."""
     with_biases = {slot.name: slot.shape for slot in slots(dataclasses.replace(cfg, bias=True))}
     for name, (shape, dtype) in list(table.items()):
         if name.endswith(".bias") and with_biases.get(name) == shape and dtype in FLOATS:
@@ -285,7 +286,7 @@ def drop_zero_biases(
 
 
 def write_folder(folder: Path, cfg: GPTConfig, params: Params, eot: int | None) -> None:
-    """config.json and model.safetensors, float32, as transformers reads them."""
+    """Write config.json and model.safetensors, in float32, as transformers reads them."""
     text = json.dumps(format_config(cfg, eot), indent=2) + "\n"
     (folder / "config.json").write_text(text)
     tensors = {f"transformer.{name}": array for name, array in named_tensors(cfg, params)}

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.tensors import Params, Source, is_linear, make_config, named_tensors, slots
+from gptjax.conversion.tensors import Source, is_linear, make_config, named_tensors, slots
 from gptjax.errors import DataError
+from gptjax.model import Params
 from gptjax.settings import require
 
 MAGIC = 20240326
@@ -24,7 +25,7 @@ DTYPES = {3: np.dtype(np.float32), 5: np.dtype(ml_dtypes.bfloat16)}  # by versio
 
 
 class Part(NamedTuple):
-    """Where a tensor lies in the file."""
+    """Where a tensor lies in the file; the offset is in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +33,7 @@ class Part(NamedTuple):
 
 
 def layout(cfg: GPTConfig, dtype: np.dtype) -> Iterator[Part]:
-    """Every tensor in the file's order, which is that of `slots`, by its shape there."""
+    """Yield every tensor in the file's order, which is that of `slots`, with its shape there."""
     offset = HEADER
     for slot in slots(cfg):
         shape = slot.shape[::-1] if is_linear(slot.name) else slot.shape
@@ -43,7 +44,7 @@ def layout(cfg: GPTConfig, dtype: np.dtype) -> Iterator[Part]:
 
 
 def open_file(path: Path) -> Source:
-    """The model of a file that llm.c wrote or reads.
+    """Open a file that llm.c wrote or reads.
 
     Raises:
         DataError: the file is damaged, or of a version that gptjax does not read.
@@ -79,11 +80,13 @@ def open_file(path: Path) -> Source:
         for name, part in parts.items()
     }
     tensors["wte.weight"] = ((V, D), dtype.name)
-    return Source(cfg, tensors, read, None, str(path), (path,))
+    return Source(cfg, tensors, read, str(path), (path,))
 
 
 def write_file(path: Path, cfg: GPTConfig, params: Params) -> None:
-    """Write the model in float32, zeros for biases it has not, its vocabulary padded to 128s.
+    """Write the model in float32, its vocabulary padded to a multiple of 128.
+
+    A model without biases gets zeros for them.
 
     Raises:
         UsageError: its activation is not llm.c's.

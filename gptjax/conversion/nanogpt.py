@@ -5,13 +5,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptjax.conversion.fields import check_fields
-from gptjax.conversion.tensors import HEAD, Source, is_linear, make_config, published_names
+from gptjax.conversion.tensors import HEAD, LIMITS, Source, is_linear, make_config, published_names
 from gptjax.conversion.torch_file import load_torch, tensor_table, to_numpy
 from gptjax.errors import DataError
 
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-ARGS = {*SIZES, "bias", "dropout"}
+ARGS = {*LIMITS, "bias", "dropout"}
 PADDED, GPT2_VOCAB = 50304, 50257  # nanoGPT's default vocabulary, and the tokens in it
 
 
@@ -33,7 +34,7 @@ def choose_activation(args: dict[str, Any]) -> tuple[str, str]:
 
 
 def open_file(path: Path, allow_pickle: bool, accept: Collection[str] = ()) -> Source:
-    """The model of a nanoGPT checkpoint.
+    """Open a nanoGPT checkpoint.
 
     Of a vocabulary of 50304 it keeps GPT-2's 50257: the other rows belong to no token (nanoGPT
     leaves them in the softmax, where training drives them to nothing). Checkpoints from before
@@ -55,7 +56,7 @@ def open_file(path: Path, allow_pickle: bool, accept: Collection[str] = ()) -> S
         raise DataError(text)
     model: Any = saved.get("model")
     tensor_table(model, path)
-    sizes = {name: args.get(name) for name in SIZES}
+    sizes = {name: args.get(name) for name in LIMITS}
     if sizes["vocab_size"] == PADDED:
         sizes["vocab_size"] = GPT2_VOCAB
     bias = args.get("bias", True)
@@ -74,14 +75,14 @@ def open_file(path: Path, allow_pickle: bool, accept: Collection[str] = ()) -> S
             tensor = tensor[: cfg.vocab_size] if len(tensor) == args["vocab_size"] else tensor
         state[name] = tensor
 
-    def read(name: str) -> Any:
+    def read(name: str) -> np.ndarray:
         return to_numpy(state.pop(name))
 
-    return Source(cfg, tensor_table(state, path), read, None, str(path), (path,), assumed=assumed)
+    return Source(cfg, tensor_table(state, path), read, str(path), (path,), assumed=assumed)
 
 
-def instead(saved: Any) -> str:
-    """What a pickle holds that is not nanoGPT's, and what to do, for the end of a message."""
+def instead(saved: object) -> str:
+    """Return the end of a message: what another pickle holds instead, and what to do."""
     if not isinstance(saved, dict):
         return f", but a {type(saved).__name__}"
     keys = ", ".join(repr(str(key)[:60]) for key in list(saved)[:4]) or "nothing"

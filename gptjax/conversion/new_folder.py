@@ -15,14 +15,14 @@ LOCK = ".lock"  # of a temporary folder while it is written
 
 
 def refuse_existing(path: Path) -> None:
-    """OutputError if there is anything at `path`, but for an empty folder."""
+    """Raise OutputError if there is anything at `path` but an empty folder."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise OutputError(f"--out_dir={path}: is there already; take another, or remove it")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """Give a temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
 
     It holds a lock, by which the next one knows it for what a killed process left.
 
@@ -62,7 +62,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def is_left(folder: Path, process: int) -> bool:
-    """Whether nobody writes into a temporary folder any more; another host's lock says nothing."""
+    """Return whether nobody writes into a temporary folder; another host's lock says nothing."""
     lock = folder / LOCK
     try:
         holder = lock.read_text(errors="replace") if lock.exists() else ""

@@ -17,7 +17,7 @@ LEAVES = {"w": "weight", "g": "weight", "b": "bias"}
 
 
 def published_name(name: str) -> str:
-    """`model/h0/attn/c_attn/w` -> `h.0.attn.c_attn.weight`; what does not fit stays as it is."""
+    """Turn `model/h0/attn/c_attn/w` into `h.0.attn.c_attn.weight`; leave what does not fit."""
     parts = name.removeprefix("model/").split("/")
     if parts in (["wte"], ["wpe"]):
         return f"{parts[0]}.weight"
@@ -26,7 +26,7 @@ def published_name(name: str) -> str:
 
 
 def open_folder(folder: Path, accept: Collection[str] = ()) -> Source:
-    """The model of a folder with hparams.json and model.ckpt.*.
+    """Open a folder with hparams.json and model.ckpt.*.
 
     Args:
         folder: holds them.
@@ -48,7 +48,7 @@ def open_folder(folder: Path, accept: Collection[str] = ()) -> Source:
     entries = {published_name(name): entry for name, entry in index.items()}
 
     def shape(stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Without the leading 1 of what OpenAI wrote as a convolution of width 1."""
+        """Drop the leading 1 of what OpenAI wrote as a convolution of width 1."""
         return stored[1:] if len(stored) == 3 and stored[0] == 1 else stored
 
     def read(name: str) -> np.ndarray:
@@ -58,4 +58,4 @@ def open_folder(folder: Path, accept: Collection[str] = ()) -> Source:
     tensors = {name: (shape(entry.shape), entry.dtype.name) for name, entry in entries.items()}
     shards = {entry.shard for entry in entries.values()}
     files = (folder / "model.ckpt.index", *sorted(shards))
-    return Source(cfg, tensors, read, None, str(folder), files)
+    return Source(cfg, tensors, read, str(folder), files)

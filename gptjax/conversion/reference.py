@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import GPTConfig
+from gptjax.conversion.huggingface import format_config
 from gptjax.conversion.tensors import HEAD, Source, check_tensors, slots
 from gptjax.errors import UsageError
 
+Reference = Any  # a GPT2LMHeadModel of transformers, which need not be installed
 
-def load_reference(source: Source) -> Any:
-    """transformers' GPT2LMHeadModel with the source's weights, float32, eager attention.
+
+def load_reference(source: Source) -> Reference:
+    """Return transformers' GPT2LMHeadModel of a source, in float32, with eager attention.
 
     It reads a folder of its own format by itself. Other formats it cannot read: then it is given
     our reader's tensors, zeros for biases that the source has not, and what is compared is the
@@ -25,9 +28,10 @@ def load_reference(source: Source) -> Any:
     """
     torch, transformers = import_reference()
     check_tensors(source)
-    how: Any = {"attn_implementation": "eager", "dtype": torch.float32}
     if source.is_hf:
-        reference = transformers.GPT2LMHeadModel.from_pretrained(source.where, **how)
+        reference = transformers.GPT2LMHeadModel.from_pretrained(
+            source.where, attn_implementation="eager", dtype=torch.float32
+        )
     else:
         reference = transformers.GPT2LMHeadModel(reference_config(source.cfg))
         state = {}
@@ -42,7 +46,7 @@ def load_reference(source: Source) -> Any:
 
 
 def import_reference() -> tuple[Any, Any]:
-    """torch and transformers, without progress bars and advice; UsageError if they are missing."""
+    """Return torch and transformers, made silent; UsageError if one is missing."""
     try:
         import torch
         import transformers
@@ -53,26 +57,17 @@ def import_reference() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def reference_config(cfg: GPTConfig) -> Any:
-    """transformers' config of the same model."""
-    from transformers import GPT2Config
-
-    fields: Any = {"attn_implementation": "eager"}
-    return GPT2Config(
-        vocab_size=cfg.vocab_size,
-        n_positions=cfg.block_size,
-        n_embd=cfg.n_embd,
-        n_layer=cfg.n_layer,
-        n_head=cfg.n_head,
-        activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu"}[cfg.activation],
-        bos_token_id=None,
-        eos_token_id=None,
-        **fields,
-    )
+def reference_config(cfg: GPTConfig) -> Any:  # a GPT2Config of transformers
+    """Return transformers' configuration of the same model."""
+    _, transformers = import_reference()
+    fields = {**format_config(cfg, None), "gptjax": None}
+    return transformers.GPT2Config(**fields, attn_implementation="eager")
 
 
-def reference_activations(reference: Any, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
-    """What every part of the model puts out, by name, and the logits (still a torch tensor)."""
+def reference_activations(
+    reference: Reference, tokens: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return what every part of the model puts out, by name, and the logits."""
     import torch
 
     gpt2 = reference.transformer
@@ -94,11 +89,11 @@ def reference_activations(reference: Any, tokens: np.ndarray) -> tuple[dict[str,
     logits = reference(torch.from_numpy(tokens)).logits
     for hook in hooks:
         hook.remove()
-    return found, logits
+    return found, logits.detach().numpy()
 
 
-def reference_gradients(reference: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The gradient of the mean cross-entropy, by the published names."""
+def reference_gradients(reference: Reference, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the gradient of the mean cross-entropy, by the published names."""
     import torch
 
     logits = reference(torch.from_numpy(tokens[:, :-1])).logits
@@ -110,8 +105,8 @@ def reference_gradients(reference: Any, tokens: np.ndarray) -> dict[str, np.ndar
     }
 
 
-def reference_half(reference: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The logits in float32 and in bfloat16, to which the weights are cast for good."""
+def reference_half(reference: Reference, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits in float32 and in bfloat16, to which the weights are cast for good."""
     import torch
 
     with torch.no_grad():
@@ -120,8 +115,8 @@ def reference_half(reference: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.n
     return full, half
 
 
-def reference_greedy(reference: Any, tokens: np.ndarray, count: int) -> list[int]:
-    """The likeliest continuation, every token from the whole context."""
+def reference_greedy(reference: Reference, tokens: np.ndarray, count: int) -> list[int]:
+    """Return the likeliest continuation, every token from the whole context."""
     import torch
 
     ids = torch.from_numpy(tokens)[None]
@@ -132,7 +127,7 @@ def reference_greedy(reference: Any, tokens: np.ndarray, count: int) -> list[int
 
 
 def write_random_model(cfg: GPTConfig, folder: Path, seed: int = 0) -> None:
-    """A random model that transformers itself writes, in which small mistakes show.
+    """Write a random model by transformers itself, in which small mistakes show.
 
     At GPT-2's initialisation an erf-GELU moves the logits by 2.5e-6, so weights are scaled up and
     biases and LayerNorms are noisy.

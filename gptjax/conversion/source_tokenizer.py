@@ -4,25 +4,18 @@ from pathlib import Path
 
 from gptjax.conversion.tensors import Source
 from gptjax.errors import DataError, UsageError, plural
-from gptjax.tokenizer import (
-    GPT2_FILES,
-    ByteTokenizer,
-    Tokenizer,
-    load_gpt2_tokenizer,
-    load_tokenizer,
-    read_gpt2_files,
-)
+from gptjax.gpt2_files import GPT2_FILES, load_gpt2_tokenizer, read_gpt2_files
+from gptjax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 OWN_TOKENIZER = "gptjax_tokenizer.json"  # ours, in a folder whose tokenizer.json is another's
 GPT2_VOCAB = 50257  # tokens
 
 
-def choose_tokenizer(source: Source, folder: Path, wanted: str, vocab_dir: str) -> Tokenizer:
+def find_tokenizer(source: Source, wanted: str, vocab_dir: str) -> Tokenizer:
     """Return the tokenizer that was asked for, or the one that belongs to the model.
 
     Args:
-        source: the model.
-        folder: where it lies, perhaps with its tokenizer.
+        source: the model, beside whose files its tokenizer may lie.
         wanted: auto, gpt2, byte or a run folder.
         vocab_dir: as of `load_gpt2_tokenizer`.
 
@@ -30,12 +23,13 @@ def choose_tokenizer(source: Source, folder: Path, wanted: str, vocab_dir: str) 
         UsageError: none is known, so the user must name one.
         DataError: it has another number of tokens than the model, or cannot be read.
     """
-    size = source.cfg.vocab_size
-    how = ("--tokenizer=FOLDER", "a run folder that has the model's own")
-    if size == ByteTokenizer.n_vocab:
-        how = ("--tokenizer=byte", "or a run folder that has the model's own")
-    if size == GPT2_VOCAB:
-        how = ("--tokenizer=gpt2", "or a run folder that has the model's own")
+    folder, size = source.files[0].parent, source.cfg.vocab_size
+    by_size = {ByteTokenizer.n_vocab: "byte", GPT2_VOCAB: "gpt2"}
+    folder_too = "a run folder that has the model's own"
+    how = (
+        f"--tokenizer={by_size.get(size, 'FOLDER')}",
+        f"or {folder_too}" if size in by_size else folder_too,
+    )
     model = f"the model ({source.where}) has {size} {plural(size, 'token')}"
     if wanted == "byte":
         found: Tokenizer = ByteTokenizer()

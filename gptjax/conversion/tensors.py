@@ -6,19 +6,21 @@ own file.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gptjax.config import Activation, GPTConfig
+from gptjax.config import GPTConfig
 from gptjax.errors import DataError, plural
 from gptjax.model import Params, param_shapes
 from gptjax.settings import architecture, names, require
-from gptjax.tokenizer import Tokenizer
+
+Table = dict[str, tuple[tuple[int, ...], str]]  # name of a tensor -> shape, dtype
 
 # our path -> published name, with # for the layer
 TENSORS = {
@@ -71,14 +73,13 @@ class Source(NamedTuple):
     """A checkpoint in any format: opened, its tensors not yet read."""
 
     cfg: GPTConfig
-    tensors: dict[str, tuple[tuple[int, ...], str]]  # published name -> shape, dtype
+    tensors: Table  # by published names
     read: Callable[[str], np.ndarray]  # each name once: what was read may be let go
-    tokenizer: Tokenizer | None
     where: str  # the file or folder, for error messages
-    files: tuple[Path, ...] = ()  # that hold the weights
+    files: tuple[Path, ...]  # that hold the weights, all in one folder
     is_hf: bool = False  # whether transformers reads that folder by itself
     says_activation: bool = False  # whether the file does
-    assumed: str = ""  # what the file does not say, and what was taken for it: a sentence
+    assumed: str = ""  # a sentence: what the file does not say, and what was taken for it
 
 
 class Slot(NamedTuple):
@@ -91,7 +92,7 @@ class Slot(NamedTuple):
 
 
 def size_problems(sizes: dict[str, Any]) -> list[str]:
-    """What is wrong with sizes that a file gives: no integers, or beyond belief."""
+    """Return what is wrong with sizes that a file gives: no integers, or beyond belief."""
     problems = [
         f"{name}={sizes.get(name)!r}, expected 1 to {limit:,}"
         for name, limit in LIMITS.items()
@@ -103,30 +104,15 @@ def size_problems(sizes: dict[str, Any]) -> list[str]:
 
 
 def make_config(sizes: dict[str, Any], where: object, **settings: Any) -> GPTConfig:
-    """The model of these sizes, or DataError; settings are further fields of GPTConfig."""
+    """Return the model of these sizes, and further settings; DataError if they make no sense."""
     problems = size_problems(sizes)
     if problems:
         raise DataError(f"cannot use this model ({where}): {'; '.join(problems)}")
     return GPTConfig(**sizes, **settings)
 
 
-def with_activation(source: Source, activation: Literal["auto", Activation]) -> Source:
-    """The source with the activation that was asked for; UsageError if its file says another."""
-    if activation == "auto":
-        return source
-    require(
-        not source.says_activation or activation == source.cfg.activation,
-        "activation",
-        activation,
-        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag out, or "
-        "set activation_function there",
-    )
-    cfg = dataclasses.replace(source.cfg, activation=activation)
-    return source._replace(cfg=cfg, assumed="")
-
-
 def published_names(stored: Iterable[str], where: object) -> dict[str, str]:
-    """Each stored name -> the published one, without what stands before all of them.
+    """Map each stored name to the published one, without what stands before all of them.
 
     That may be `transformer.`, which the head has not, what PyTorch's wrappers add (`module.`,
     `_orig_mod.`), `base_model.model.` or any other, several of them, or nothing.
@@ -158,7 +144,7 @@ def published_names(stored: Iterable[str], where: object) -> dict[str, str]:
 
 
 def is_linear(name: str) -> bool:
-    """Whether a tensor is the kernel of a linear layer, which PyTorch's own stores as (out, in)."""
+    """Return whether a tensor is a linear layer's kernel, which PyTorch stores as (out, in)."""
     return ".c_" in name and name.endswith(".weight")
 
 
@@ -178,15 +164,16 @@ def slots(cfg: GPTConfig) -> Iterator[Slot]:
             yield Slot(path, None, name, shapes[path])
 
 
-def find(params: Params, path: str) -> Any:
-    """The parameter at a path like `h/ln_1/scale`."""
+def find(params: Params, path: str) -> jax.Array:
+    """Return the parameter at a path like `h/ln_1/scale`."""
+    node: Any = params
     for key in path.split("/"):
-        params = params[key]
-    return params
+        node = node[key]
+    return node
 
 
 def check_tensors(source: Source) -> None:
-    """See that the source has exactly the model's tensors, with their shapes, as floats.
+    """Check that the source has exactly the model's tensors, with their shapes, as floats.
 
     Raises:
         DataError: it does not; all that is wrong with it is listed at once.
@@ -195,7 +182,7 @@ def check_tensors(source: Source) -> None:
 
 
 def tensor_problems(source: Source) -> dict[str, str]:
-    """What is wrong with the source's tensors by their names, before any is read."""
+    """Return what is wrong with the source's tensors, by their names, before any is read."""
     expected = {slot.name: slot.shape for slot in slots(source.cfg)}
     optional = {HEAD: expected["wte.weight"]}
     problems = {name: "is missing" for name in expected if name not in source.tensors}
@@ -211,7 +198,7 @@ def tensor_problems(source: Source) -> dict[str, str]:
 
 
 def refuse(source: Source, problems: list[tuple[str, str]]) -> None:
-    """DataError with some of each kind of problem, if there are any."""
+    """Raise DataError with some of each kind of problem, if there are any."""
     if problems:
         count = f"{len(problems)} {plural(len(problems), 'problem')}"
         raise DataError(
@@ -220,7 +207,7 @@ def refuse(source: Source, problems: list[tuple[str, str]]) -> None:
 
 
 def some_of_each(problems: list[tuple[str, str]]) -> str:
-    """Pairs of a tensor's name and what is wrong with it, as one line: a few of each kind."""
+    """Return tensors' names and what is wrong with them as one line: a few of each kind."""
     kinds: dict[str, list[str]] = {}
     for name, problem in problems:
         kind = " ".join(problem.split()[:2])  # is missing, is not, has shape, is int64, ...
@@ -235,8 +222,10 @@ def some_of_each(problems: list[tuple[str, str]]) -> str:
     return "; ".join([*hints, *parts])
 
 
-def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x) -> Params:
-    """The tree of parameters, in float32, with each tensor of the source used exactly once.
+def read_params(
+    source: Source, place: Callable[[np.ndarray], np.ndarray | jax.Array] = lambda x: x
+) -> Params:
+    """Read the tree of parameters, in float32, with each tensor of the source used exactly once.
 
     Args:
         source: checked here as by `check_tensors`; what can be read of a bad one is read too, so
@@ -250,10 +239,8 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
     cfg, unreadable = source.cfg, tensor_problems(source)
     problems = list(unreadable.items())
     params: Params = {}
-    parts: dict[str, list[Slot]] = {}
-    for slot in slots(cfg):
-        parts.setdefault(slot.path, []).append(slot)
-    for path, group in parts.items():
+    for path, found in itertools.groupby(slots(cfg), lambda slot: slot.path):
+        group = list(found)
         shape = group[0].shape
         if path == "wte/embedding":
             shape = (cfg.padded_vocab_size, cfg.n_embd)
@@ -284,7 +271,7 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
 
 
 def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Published names with float32 arrays, without the padding rows of wte.
+    """Yield published names with float32 arrays, without the padding rows of wte.
 
     A model without biases gets zeros for them, since GPT-2's formats know none without.
 

@@ -33,12 +33,15 @@ class TensorEntry(NamedTuple):
     crc32c: int  # masked
 
 
-class Damaged(Exception):
-    """What is wrong, before the file's name is known."""
+class Unreadable(Exception):
+    """What is wrong with a file, before its name is known."""
 
 
 def read_index(prefix: Path) -> dict[str, TensorEntry]:
-    """The tensors of a checkpoint by name, in order of name; `prefix` is such as 124M/model.ckpt.
+    """Return the tensors of a checkpoint by name, in order of name.
+
+    Args:
+        prefix: what the names of its files begin with, such as 124M/model.ckpt.
 
     Raises:
         DataError: a file is missing, or damaged, or its tensors are compressed, sliced, empty or
@@ -48,21 +51,21 @@ def read_index(prefix: Path) -> dict[str, TensorEntry]:
     try:
         (key, header), *pairs = read_table(path.read_bytes())
         if key:
-            raise Damaged("it has no header")
+            raise Unreadable("it has no header")
         numbers, _ = read_fields(header)
         n_shards = numbers.get(1, 0)
         if numbers.get(2, 0):
-            raise Damaged("its tensors are big-endian")
+            raise Unreadable("its tensors are big-endian")
         entries = {}
         for key, value in pairs:
             try:
                 if key.startswith(b"\0"):
-                    raise Damaged("it is a slice of a tensor, which is not read")
+                    raise Unreadable("it is a slice of a tensor, which is not read")
                 entries[key.decode()] = read_entry(value, prefix, n_shards)
-            except (Damaged, UnicodeDecodeError) as error:
-                raise Damaged(f"tensor {key!r}: {error}") from error
+            except (Unreadable, UnicodeDecodeError) as error:
+                raise Unreadable(f"tensor {key!r}: {error}") from error
         check_places(entries)
-    except Damaged as error:
+    except Unreadable as error:
         raise DataError(f"cannot read {path}: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -70,7 +73,7 @@ def read_index(prefix: Path) -> dict[str, TensorEntry]:
 
 
 def read_tensor(entry: TensorEntry) -> np.ndarray:
-    """The tensor, in memory once.
+    """Read a tensor, which is in memory once.
 
     Raises:
         DataError: the shard cannot be read, or its bytes do not match their checksum.
@@ -87,52 +90,52 @@ def read_tensor(entry: TensorEntry) -> np.ndarray:
 
 
 def read_table(table: bytes) -> list[tuple[bytes, bytes]]:
-    """All keys and values of a table, at least one, the keys ascending."""
+    """Return all keys and values of a table, at least one, the keys ascending."""
     if int.from_bytes(table[-8:], "little") != MAGIC:
-        raise Damaged("it is cut short, or no index of a TensorFlow checkpoint")
+        raise Unreadable("it is cut short, or no index of a TensorFlow checkpoint")
     footer = table[-FOOTER:-8]
     metaindex, at = read_handle(footer, 0)
     index, at = read_handle(footer, at)
     if any(footer[at:]):
-        raise Damaged("its footer is not padded with zeros")
+        raise Unreadable("its footer is not padded with zeros")
     handles = [read_handle(value, 0)[0] for _, value in read_block(table, *index)]
     end = 0
     for start, size in (*handles, metaindex, index, (len(table) - FOOTER, 0)):
         # So no byte goes unchecked, and no block is read twice.
         if start != end:
-            raise Damaged(f"a block begins at byte {start}, but the one before ends at {end}")
+            raise Unreadable(f"a block begins at byte {start}, but the one before ends at {end}")
         end = start + size + TRAILER
     read_block(table, *metaindex)
     pairs = [pair for handle in handles for pair in read_block(table, *handle)]
     if not pairs:
-        raise Damaged("it is empty")
+        raise Unreadable("it is empty")
     for (key, _), (following, _) in itertools.pairwise(pairs):
         if key >= following:
-            raise Damaged(f"key {following!r} comes after {key!r}")
+            raise Unreadable(f"key {following!r} comes after {key!r}")
     return pairs
 
 
 def read_handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """A block's start and size, then where the handle ends."""
+    """Return a block's start and size, then where the handle ends."""
     start, at = read_varint(data, at)
     size, at = read_varint(data, at)
     return (start, size), at
 
 
 def read_block(table: bytes, start: int, size: int) -> list[tuple[bytes, bytes]]:
-    """The keys and values of one block; a key is stored as what differs from the one before."""
+    """Return keys and values of a block, which stores of a key what differs from the one before."""
     block, at = read_bytes(table, start, size)
     trailer, _ = read_bytes(table, at, TRAILER)
     if mask(crc32c(block + trailer[:1])) != int.from_bytes(trailer[1:], "little"):
-        raise Damaged(f"the block at byte {start} does not match its checksum")
+        raise Unreadable(f"the block at byte {start} does not match its checksum")
     if trailer[0]:
         kind = "snappy" if trailer[0] == 1 else f"unknown type {trailer[0]}"
-        raise Damaged(f"the block at byte {start} is compressed ({kind}), which is not read")
+        raise Unreadable(f"the block at byte {start} is compressed ({kind}), which is not read")
     n_restarts = int.from_bytes(block[-4:], "little")
     end = size - 4 - 4 * n_restarts
     if end < 0 or not n_restarts:
         counts = f"{n_restarts} {plural(n_restarts, 'restart')} in {size} {plural(size, 'byte')}"
-        raise Damaged(f"the block at byte {start} has {counts}")
+        raise Unreadable(f"the block at byte {start} has {counts}")
     restarts = np.frombuffer(block[end:-4], "<u4").tolist()
     entries, at = block[:end], 0
     key, pairs, whole = b"", [], {0}
@@ -142,7 +145,7 @@ def read_block(table: bytes, start: int, size: int) -> list[tuple[bytes, bytes]]
         n_new, at = read_varint(entries, at)
         n_value, at = read_varint(entries, at)
         if n_shared > len(key):
-            raise Damaged(
+            raise Unreadable(
                 f"a key shares {n_shared} {plural(n_shared, 'byte')} with one of {len(key)}"
             )
         if not n_shared:
@@ -152,44 +155,44 @@ def read_block(table: bytes, start: int, size: int) -> list[tuple[bytes, bytes]]
         key = key[:n_shared] + new
         pairs.append((key, value))
     if restarts[0] or not whole.issuperset(restarts):
-        raise Damaged(f"the block at byte {start} has a restart where no whole key begins")
+        raise Unreadable(f"the block at byte {start} has a restart where no whole key begins")
     return pairs
 
 
 def read_entry(message: bytes, prefix: Path, n_shards: int) -> TensorEntry:
-    """What a BundleEntryProto says, checked by itself."""
+    """Return what a BundleEntryProto says, checked by itself."""
     numbers, messages = read_fields(message)
     data_type, shard, offset, size, checksum = (numbers.get(i, 0) for i in (1, 3, 4, 5, 6))
     _, dims = read_fields(b"".join(messages.get(2, [])))
     shape = tuple(read_fields(dim)[0].get(1, 0) for dim in dims.get(2, []))
     if 7 in messages:
-        raise Damaged("it is stored in slices, which are not read")
+        raise Unreadable("it is stored in slices, which are not read")
     if data_type not in DTYPES:
-        raise Damaged(f"its type is number {data_type} of types.proto, which is not read")
+        raise Unreadable(f"its type is number {data_type} of types.proto, which is not read")
     dtype = np.dtype(DTYPES[data_type])
     if len(shape) > MAX_DIMS or not all(0 < dim < 2**63 for dim in shape):
-        raise Damaged(f"its shape is {shape}")
+        raise Unreadable(f"its shape is {shape}")
     if math.prod(shape) * dtype.itemsize != size:
         are = plural(size, "byte is", "bytes are")
-        raise Damaged(f"{size} {are} not what {dtype} of shape {shape} takes")
+        raise Unreadable(f"{size} {are} not what {dtype} of shape {shape} takes")
     if shard >= n_shards:
-        raise Damaged(f"it is in shard {shard} of {n_shards}")
+        raise Unreadable(f"it is in shard {shard} of {n_shards}")
     path = Path(f"{prefix}.data-{shard:05d}-of-{n_shards:05d}")
     return TensorEntry(dtype, shape, path, offset, size, checksum)
 
 
 def check_places(entries: dict[str, TensorEntry]) -> None:
-    """Damaged if two tensors overlap or one is not within its shard; OSError if that is missing."""
+    """Raise Unreadable if tensors overlap or leave their shard, OSError if that is missing."""
     ends = {shard: shard.stat().st_size for shard in {entry.shard for entry in entries.values()}}
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset, reverse=True):
         end = ends[entry.shard]
         if entry.offset + entry.size > end:
-            raise Damaged(f"tensor {name!r} reaches beyond byte {end} of {entry.shard.name}")
+            raise Unreadable(f"tensor {name!r} reaches beyond byte {end} of {entry.shard.name}")
         ends[entry.shard] = entry.offset
 
 
 def read_fields(message: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]:
-    """A protobuf message's numbers, unsigned, then its messages and strings, by field number."""
+    """Return a protobuf message's unsigned numbers, then its strings and messages, by field."""
     numbers: dict[int, int] = {}
     messages: dict[int, list[bytes]] = {}
     at = 0
@@ -206,36 +209,38 @@ def read_fields(message: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]
             value, at = read_bytes(message, at, 4)
             numbers[field] = int.from_bytes(value, "little")
         else:
-            raise Damaged(f"field {field} has the wire type {wire_type}")
+            raise Unreadable(f"field {field} has the wire type {wire_type}")
     return numbers, messages
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """An unsigned 64-bit number, 7 bits a byte and the lowest first, then where it ends."""
+    """Return an unsigned 64-bit number, stored 7 bits a byte, lowest first, then where it ends."""
     value = 0
     for shift in range(0, 70, 7):
         (byte,), at = read_bytes(data, at, 1)
         value |= (byte & 0x7F) << shift
         if byte < 0x80 and value < 2**64:
             return value, at
-    raise Damaged("a number has more than 64 bits")
+    raise Unreadable("a number has more than 64 bits")
 
 
 def read_bytes(data: bytes, at: int, size: int) -> tuple[bytes, int]:
-    """The next `size` bytes, then where they end."""
+    """Return the next `size` bytes, then where they end."""
     if at + size > len(data):
         are, left = plural(size, "byte is", "bytes are"), max(0, len(data) - at)
-        raise Damaged(f"{size} {are} said to follow, but only {left} {plural(left, 'does', 'do')}")
+        raise Unreadable(
+            f"{size} {are} said to follow, but only {left} {plural(left, 'is', 'are')} left"
+        )
     return data[at : at + size], at + size
 
 
 def mask(crc: int) -> int:
-    """A checksum as LevelDB stores it, since one of data that holds its own checksum is weak."""
+    """Return a checksum as LevelDB stores it: one of data that holds its checksum is weak."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
-    """The CRC-32 with Castagnoli's polynomial: half a second for 500 MB.
+    """Return the CRC-32 with Castagnoli's polynomial, in half a second for 500 MB.
 
     The register is linear in the message, so words that are a fixed distance apart can be folded
     onto each other: row upon row while there are rows, then the halves of the last row.
@@ -258,14 +263,14 @@ def crc32c(data: bytes | np.ndarray) -> int:
 
 
 def append_zeros(words: np.ndarray, log_words: int) -> np.ndarray:
-    """What the register, from each of the words, becomes after 2**log_words words of zeros."""
+    """Return what the register becomes, from each word, after 2**log_words words of zeros."""
     low, high = zero_tables(log_words)
     return low[words & 0xFFFF] ^ high[words >> 16]
 
 
 @functools.cache
 def zero_tables(log_words: int) -> tuple[np.ndarray, np.ndarray]:
-    """`append_zeros` of all lower, then of all upper halves of a word."""
+    """Return `append_zeros` of all lower, then of all upper halves of a word."""
     bits: np.ndarray = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if log_words:
         bits = append_zeros(append_zeros(bits, log_words - 1), log_words - 1)

@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.conversion.signatures import stranger
+from gptjax.conversion.tensors import Table
+from gptjax.conversion.weight_check import why_no_weights
 from gptjax.errors import DataError, UsageError, first_line
-from gptjax.memory import physical_memory
+from gptjax.memory import require_memory
 
 MINIMUM = (2, 10)  # older ones have known holes in weights_only
 
 
 def load_torch(path: Path, allow_pickle: bool) -> Any:
-    """What torch.save wrote, on CPU, limited to tensors and plain Python values.
+    """Return what torch.save wrote, on CPU, limited to tensors and plain Python values.
+
+    Args:
+        path: the file.
+        allow_pickle: whether it may be read at all.
 
     Raises:
         UsageError: pickles are not allowed, or PyTorch is missing or too old.
@@ -23,9 +28,8 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
             has run).
     """
     check_size([path])
-    strange = stranger(path)
-    if strange:
-        raise DataError(f"cannot read the pickle ({path}): it is {strange}")
+    if wrong := why_no_weights(path):
+        raise DataError(f"cannot read the pickle ({path}): it is {wrong}")
     if not allow_pickle:
         raise UsageError(
             f"{path} is a pickle, which can run code as it is read; take a safetensors file",
@@ -61,18 +65,15 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
 
 
 def check_size(paths: Sequence[Path]) -> None:
-    """DataError if pickles that are held at the same time are larger than memory."""
-    size, present = sum(path.stat().st_size for path in paths), physical_memory()
-    if size > present:
+    """Raise DataError if pickles that are held at the same time are larger than memory."""
+    if paths:
         what = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-        raise DataError(
-            f"{what}: a pickle is read whole, and takes {size / 1e9:.0f} GB of memory; this "
-            f"machine has {present / 1e9:.0f}"
-        )
+        size = sum(path.stat().st_size for path in paths)
+        require_memory(size, f"{what}: a pickle is read whole, which")
 
 
-def tensor_table(state: Any, path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor in a state dict; DataError if it holds anything else."""
+def tensor_table(state: object, path: Path) -> Table:
+    """Return shape and dtype of each tensor in a state dict; DataError if it has anything else."""
     import torch
 
     if not isinstance(state, dict) or not all(
@@ -90,5 +91,5 @@ def tensor_table(state: Any, path: Path) -> dict[str, tuple[tuple[int, ...], str
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """A tensor of floats as float32 numbers on their own."""
+    """Return a tensor of floats as an array of float32."""
     return tensor.detach().float().numpy()

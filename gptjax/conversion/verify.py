@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gptjax import model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.conversion.reference import (
+    Reference,
     reference_activations,
     reference_gradients,
     reference_greedy,
@@ -46,21 +48,22 @@ class Check(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the two models agree here."""
+        """Return whether the two models agree here."""
         return math.isfinite(self.allowed) and self.difference <= self.allowed
 
 
-def first_difference(checks: list[Check]) -> Check | None:
-    """Where the models part, in the order of computation."""
+def first_failure(checks: list[Check]) -> Check | None:
+    """Return the first check that fails, in the order of computation; None if all hold."""
     return next((check for check in checks if not check.ok), None)
 
 
 def compare(
-    group: str, name: str, ours: Any, theirs: Any, tolerance: float, path: str = ""
+    group: str, name: str, ours: ArrayLike, theirs: ArrayLike, tolerance: float, path: str = ""
 ) -> Check:
-    """The largest difference, allowed to be tolerance * max(1, largest value of theirs).
+    """Compare two arrays by their largest difference.
 
-    A gradient has no such 1: its size says nothing about its error.
+    It may be tolerance * max(1, largest value of theirs). A gradient has no such 1, since its size
+    says nothing about its error.
     """
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
@@ -74,7 +77,7 @@ def compare(
 
 
 def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dict[str, Any]:
-    """What every part of our model puts out, by the same names."""
+    """Return what every part of our model puts out, by the names of `reference_activations`."""
 
     @jax.jit
     def run_block(layer: model.Params, x_BTD: jax.Array) -> Any:
@@ -99,8 +102,8 @@ def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dic
 # ---- Both ----------------------------------------------------------------------------------------
 
 
-def verify(cfg: GPTConfig, params: model.Params, reference: Any) -> list[Check]:
-    """Every comparison, in the order of computation.
+def verify(cfg: GPTConfig, params: model.Params, reference: Reference) -> list[Check]:
+    """Make every comparison, in the order of computation.
 
     Args:
         cfg: our model; compute dtype and attention are chosen here.
@@ -127,7 +130,7 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Any) -> list[Check]:
 
 
 def check_sizes(cfg: GPTConfig, source: Source) -> None:
-    """DataError if our model is not the source's: there is nothing to compare then."""
+    """Raise DataError if our model is not the source's: there is nothing to compare then."""
     compared = [name for name in names(GPTConfig, architecture) if name not in UNSAID]
     differing = [
         f"{name} {getattr(cfg, name)} is {getattr(source.cfg, name)} there"
@@ -140,8 +143,8 @@ def check_sizes(cfg: GPTConfig, source: Source) -> None:
         raise DataError(f"{said}; {assumed}" if assumed else said)
 
 
-def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Any) -> Iterator[Check]:
-    """Every weight under its published name: equal to the bit; their head is our wte."""
+def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Reference) -> Iterator[Check]:
+    """Compare every weight, to the bit, under its published name; their head is our wte."""
     state, path = reference.state_dict(), our_paths(cfg)
     for name, ours in named_tensors(cfg, params):
         theirs = state[f"transformer.{name}"]
@@ -151,7 +154,7 @@ def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Any) -> Ite
 
 
 def our_paths(cfg: GPTConfig) -> dict[str, str]:
-    """Where each tensor that we have is kept: h.0.ln_1.weight -> h/ln_1/scale[0]."""
+    """Return where we keep each published tensor: h.0.ln_1.weight in h/ln_1/scale[0]."""
     return {
         slot.name: slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
         for slot in slots(cfg)
@@ -159,19 +162,19 @@ def our_paths(cfg: GPTConfig) -> dict[str, str]:
 
 
 def forward(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> np.ndarray:
-    """Our logits, without those of the padding."""
+    """Return our logits, without those of the padding."""
     logits = jax.jit(model.forward, static_argnums=0)(cfg, params, tokens)[0]
     return np.asarray(logits)[..., : cfg.vocab_size]
 
 
 def compare_outputs(
-    cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
+    cfg: GPTConfig, params: model.Params, reference: Reference, tokens: np.ndarray
 ) -> Iterator[Check]:
-    """What each part puts out; then the logits by value, by KL divergence, by their largest."""
-    outputs, logits = reference_activations(reference, tokens)
+    """Compare what each part puts out, then the logits: values, KL divergence, likeliest token."""
+    outputs, theirs = reference_activations(reference, tokens)
     for name, value in activations(cfg, params, tokens).items():
         yield compare("activation", name, value, outputs[name], TOLERANCE)
-    ours, theirs = forward(cfg, params, tokens), logits.detach().numpy()
+    ours = forward(cfg, params, tokens)
     absolute = compare("logits", "largest difference", ours, theirs, TOLERANCE)
     largest = float(np.max(np.abs(theirs)))
     yield absolute
@@ -190,9 +193,9 @@ def compare_outputs(
 
 
 def compare_gradients(
-    cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray
+    cfg: GPTConfig, params: model.Params, reference: Reference, tokens: np.ndarray
 ) -> Iterator[Check]:
-    """The gradient of the mean cross-entropy, tensor by tensor."""
+    """Compare the gradient of the mean cross-entropy, tensor by tensor."""
     theirs = reference_gradients(reference, tokens)
     ours = jax.jit(jax.grad(loss_fn, argnums=1), static_argnums=0)(cfg, params, tokens)
     path = our_paths(cfg)
@@ -203,9 +206,12 @@ def compare_gradients(
 
 
 def compare_greedy(
-    cfg: GPTConfig, params: model.Params, reference: Any, prompt: np.ndarray
+    cfg: GPTConfig, params: model.Params, reference: Reference, prompt: np.ndarray
 ) -> Check:
-    """Tokens that differ in the likeliest continuation: our cached decoder, their full context."""
+    """Count the tokens that differ in the likeliest continuation.
+
+    Ours comes from the cached decoder, theirs from the full context at every token.
+    """
     count = min(GREEDY, cfg.block_size - len(prompt))
     pieces = sampling.generate(
         cfg,
@@ -223,8 +229,10 @@ def compare_greedy(
     return Check("tokens", "greedy continuation", (count,), wrong, 0.0)
 
 
-def compare_half(cfg: GPTConfig, params: model.Params, reference: Any, tokens: np.ndarray) -> Check:
-    """Our logits' error in bfloat16, against PyTorch's error in bfloat16."""
+def compare_half(
+    cfg: GPTConfig, params: model.Params, reference: Reference, tokens: np.ndarray
+) -> Check:
+    """Compare our logits' error in bfloat16 with PyTorch's error in bfloat16."""
     exact, theirs = reference_half(reference, tokens)
     ours = forward(dataclasses.replace(cfg, dtype="bfloat16"), params, tokens)
     error, their_error = (float(np.max(np.abs(half - exact))) for half in (ours, theirs))

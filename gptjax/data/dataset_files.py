@@ -1,20 +1,24 @@
 """Which files a dataset is, and which of them are its validation split."""
 
 import collections
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptjax.data.file_kinds import TOKENS, is_text, kind_of, read_head
+from gptjax.config import TrainConfig
+from gptjax.data.text_check import is_text
 from gptjax.errors import DataError, UsageError
+from gptjax.file_kinds import TOKENS, kind_of, read_head
+from gptjax.files import show_paths
 
 VAL_WORDS = {"val", "valid", "validation"}
 TEXT_NAME = re.compile(r"\.(txt|text)(\.(gz|xz|bz2))?$", re.IGNORECASE)
 
 
 def find_files(dataset: str, flag: str, both: bool, notify: Callable[[str], None]) -> list[Path]:
-    """The files that a path, a glob or the name of a folder in data/ stands for, in name order.
+    """Return the files that a path, a glob or a folder's name in data/ stands for, in name order.
 
     Args:
         dataset: what the flag says.
@@ -48,7 +52,7 @@ def find_files(dataset: str, flag: str, both: bool, notify: Callable[[str], None
 
 
 def match(pattern: Path) -> list[Path]:
-    """The files that a glob matches; folders that exist as they are written are no patterns."""
+    """Return the files that a glob matches; a folder that exists as written is no pattern."""
     fixed = next((folder for folder in pattern.parents if folder.is_dir()), Path())
     rest = str(pattern.relative_to(fixed))
     if rest.endswith("**"):
@@ -66,7 +70,7 @@ def match(pattern: Path) -> list[Path]:
 
 
 def folder_files(folder: Path, flag: str, both: bool, notify: Callable[[str], None]) -> list[Path]:
-    """nanoGPT's train.bin and val.bin, or all token files, or all texts of a folder."""
+    """Return nanoGPT's train.bin and val.bin, or all token files, or all texts of a folder."""
     try:
         inside = sorted(path for path in folder.iterdir() if path.name[0] != ".")
         files = {path.name: path for path in inside if path.is_file()}
@@ -108,7 +112,7 @@ def folder_files(folder: Path, flag: str, both: bool, notify: Callable[[str], No
 
 
 def with_partner(path: Path) -> list[Path]:
-    """A token file, and where its name has the word train or val, the file with the other one."""
+    """Return a token file, and where its name says train or val, the file that says the other."""
     if are_tokens(path):
         pairs = [("train", word) for word in sorted(VAL_WORDS)]
         for old, new in [*pairs, *((val, train) for train, val in pairs)]:
@@ -120,7 +124,7 @@ def with_partner(path: Path) -> list[Path]:
 
 
 def split_by_name(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Those to train on, and those with the word val, valid or validation in their name.
+    """Return those to train on, and those with the word val, valid or validation in their name.
 
     Words end at whatever is no letter; folders count below the one that holds all the files.
     """
@@ -134,7 +138,7 @@ def split_by_name(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def are_tokens(path: Path) -> bool:
-    """Whether a file holds token ids, by its header, or by its name where it is no text."""
+    """Return whether a file holds token ids, by its header, or by its name if it is no text."""
     head = read_head(path)
     kind = kind_of(head)
     text = len(head) >= 64 and is_text(head)
@@ -142,7 +146,7 @@ def are_tokens(path: Path) -> bool:
 
 
 def hold_tokens(files: Sequence[Path]) -> bool:
-    """Whether files hold token ids rather than texts; DataError if only some do."""
+    """Return whether files hold token ids rather than texts; DataError if only some do."""
     kinds = {path: are_tokens(path) for path in files}
     if len(set(kinds.values())) > 1:
         tokens = next(path for path in files if kinds[path])
@@ -152,18 +156,26 @@ def hold_tokens(files: Sequence[Path]) -> bool:
 
 
 def choose_splits(
-    name: str, found: Sequence[Path], given: Sequence[Path], *, alone: bool
+    name: str,
+    found: Sequence[Path],
+    given: Sequence[Path],
+    alone: bool,
+    val_fraction: float,
+    notify: Callable[[str], None],
 ) -> tuple[list[Path], list[Path]]:
-    """The files to train on and those for validation, none where a part is to be held back.
+    """Return the files to train on and those for validation, none if a part is to be held back.
 
     Args:
         name: of the dataset, for messages.
         found: its files.
         given: the files of a validation set of one's own.
         alone: whether the dataset is one file, named by its path.
+        val_fraction: the part to hold back where no file is for validation.
+        notify: is told of both splits where there are several files.
 
     Raises:
         DataError: nothing is left to train on.
+        UsageError: a part is to be held back, but whole files are for validation.
     """
     train, val = (list(found), []) if alone else split_by_name(found)
     if given:
@@ -174,4 +186,14 @@ def choose_splits(
         train, val = train[:-1], train[-1:]  # as llm.c's data without a shard for validation
     if not train:
         raise DataError(f"no file is left to train on ({name}): {len(found)} found, all validation")
+    show = functools.partial(show_paths, among=[*found, *given])
+    if val and val_fraction != TrainConfig.val_fraction:
+        raise UsageError(
+            f"--val_fraction={val_fraction}: whole files are the validation split ({show(val)}); "
+            f"leave it at {TrainConfig.val_fraction}"
+        )
+    if len(found) > 1 or given:
+        rest = show(val) if val else f"the last {100 * val_fraction:g} % of it"
+        left = [path for path in found if path not in (*train, *val)]
+        notify(f"train: {show(train)}; val: {rest}" + (f"; not used: {show(left)}" if left else ""))
     return train, val

@@ -23,15 +23,14 @@ from gptjax.files import (
     cache_dir,
     download,
     replacing,
-    show_paths,
     writing_to_cache,
 )
+from gptjax.gpt2_files import load_gpt2_tokenizer
 from gptjax.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
     fingerprint,
-    load_gpt2_tokenizer,
     load_tokenizer,
 )
 
@@ -50,9 +49,9 @@ SCANNED = 200_000_000  # tokens checked at the start, in 0.1 s; every batch is c
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Token arrays (memmapped), train and validation, with the tokenizer that made them.
+    """Memmapped token arrays for training and validation, with the tokenizer that made them.
 
-    They are uint16, little endian, unless a file of the user's holds wider integers or others.
+    They are uint16, little endian, unless a file of the user's has another integer type.
     """
 
     name: str
@@ -78,31 +77,25 @@ def load_dataset(
 
     Raises:
         UsageError: there is no such dataset, or the tokenizer does not go with it.
-        DataError: what is there is damaged, too short, or not to be had.
+        DataError: what is there is damaged, too short, or cannot be had.
     """
     name, found = find(dataset, "dataset", not val_dataset, notify, progress)
     given = find(val_dataset, "val_dataset", False, notify, progress)[1] if val_dataset else []
-    train, val = choose_splits(name, found, given, alone=found == [Path(dataset).expanduser()])
-    show = functools.partial(show_paths, among=[*found, *given])
-    if val and val_fraction != TrainConfig.val_fraction:
-        raise UsageError(
-            f"--val_fraction={val_fraction}: whole files are the validation split ({show(val)}); "
-            f"leave it at {TrainConfig.val_fraction}"
-        )
-    if len(found) > 1 or given:
-        rest = show(val) if val else f"the last {100 * val_fraction:g} % of it"
-        left = [path for path in found if path not in (*train, *val)]
-        notify(f"train: {show(train)}; val: {rest}" + (f"; not used: {show(left)}" if left else ""))
-
+    alone = found == [Path(dataset).expanduser()]
+    train, val = choose_splits(name, found, given, alone, val_fraction, notify)
+    # Files of token ids are opened where they lie, texts are tokenised; a split may be of either.
+    own = train if given else [*train, *val]
+    train_has_ids = hold_tokens(own)
+    val_has_ids = hold_tokens(val) if given else train_has_ids
     arrays: dict[str, list[np.ndarray]] = {}
-    made, texts = tokenizer, {"train": train, "val": val}
-    if hold_tokens(train):
+    texts = {} if train_has_ids else {"train": train}
+    if val and not val_has_ids:
+        texts["val"] = val
+    made = tokenizer
+    if train_has_ids:
         made = tokenizer_beside(train[0].parent, tokenizer, tokenizer_dir)
-        opened = open_tokens([*train, *([] if given else val)], made, notify)
+        opened = open_tokens(own, made, notify)
         arrays = {"train": opened[: len(train)], "val": opened[len(train) :]}
-        del texts["train"]
-    if not val or hold_tokens(val):
-        del texts["val"]
     if texts:
         made, encoded = tokenise(
             name,
@@ -116,14 +109,15 @@ def load_dataset(
         )
         arrays |= encoded
     assert not isinstance(made, str)
-    if given and "val" not in texts:
+    if given and val_has_ids:
         require_same(val[0].parent, made)
         arrays["val"] = open_tokens(val, made, notify)
-    if not val and "train" not in texts:
+    if not arrays["val"]:
         (whole,) = arrays["train"]
         cut = int(len(whole) * (1 - val_fraction))
         arrays = {"train": [whole[:cut]], "val": [whole[cut:]]}
         notify(f"{name}: its last {100 * val_fraction:g} % are the validation split")
+
     loaded = Dataset(name, made, **arrays)
     for split in arrays:
         check_split(loaded, split, block_size)
@@ -133,7 +127,7 @@ def load_dataset(
 def find(
     dataset: str, flag: str, both: bool, notify: Notify, progress: Progress
 ) -> tuple[str, list[Path]]:
-    """The name and the files of what a flag says; `both` as for `find_files`."""
+    """Return the name and the files of what a flag says; `both` as for `find_files`."""
     if dataset == "auto" or dataset in DATASETS:
         name, path = fetch(dataset, notify, progress)
         return name, [path]
@@ -149,7 +143,7 @@ def find(
 
 
 def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
-    """The name and file of a named text; "auto" falls back to what needs no network."""
+    """Return the name and file of a named text; "auto" falls back to what needs no network."""
     if name == "auto":
         try:
             return fetch("tinyshakespeare", notify, progress)
@@ -170,7 +164,7 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
             with writing_to_cache():
                 download(url, sha256, path, progress=progress)
         except DataError as error:
-            raise DataError(f"{name} is not to be had ({error})") from error
+            raise DataError(f"cannot get {name}: {error}") from error
     return name, path
 
 
@@ -180,7 +174,14 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
 def make_tokenizer(
     kind: str | Tokenizer, tokenizer_dir: str = "", *, auto: str, chars: str = ""
 ) -> Tokenizer:
-    """A tokenizer of this kind, or the one given; "auto" is `auto`, char needs the characters."""
+    """Return a tokenizer of this kind, or the one given.
+
+    Args:
+        kind: auto, char, byte or gpt2, or a tokenizer.
+        tokenizer_dir: as of `load_gpt2_tokenizer`.
+        auto: the kind that "auto" means here.
+        chars: the vocabulary of a char tokenizer.
+    """
     if not isinstance(kind, str):
         return kind
     kind = auto if kind == "auto" else kind
@@ -198,7 +199,7 @@ def make_tokenizer(
 
 
 def tokenizer_beside(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Tokenizer:
-    """The tokenizer that is asked for, or the one in the folder of token files, or else GPT-2's."""
+    """Return the tokenizer asked for, or the one in the folder of token files, or GPT-2's."""
     if kind == "auto" and (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     if kind == "auto" and (folder / "meta.pkl").is_file():
@@ -210,7 +211,7 @@ def tokenizer_beside(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) ->
 
 
 def require_same(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the validation tokens in a folder where another tokenizer has made them."""
+    """Refuse the validation tokens in a folder if another tokenizer has made them."""
     beside = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if beside is None and tokenizer.kind == "char":
         raise UsageError(
@@ -225,7 +226,7 @@ def require_same(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def check_split(loaded: Dataset, split: str, block_size: int) -> None:
-    """DataError if no window fits, or if an id among the first 200 million is too large."""
+    """Raise DataError if no window fits, or if an id among the first 200 million is too large."""
     shards = getattr(loaded, split)
     longest = max(len(shard) for shard in shards)
     if longest < block_size + 1:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.data.file_kinds import HEAD, OPENERS, advise, check_text, kind_of, read_head
+from gptjax.data.text_check import OPENERS, advise, check_text
 from gptjax.errors import DataError, plural
+from gptjax.file_kinds import HEAD, kind_of, read_head
 from gptjax.files import Progress, cache_dir, file_sha256, show_paths, writing_to_cache
 from gptjax.tokenizer import Tokenizer, fingerprint, save_tokenizer
 
@@ -101,9 +102,10 @@ def tokenise(
 
 
 class TextFile:
-    """Reads a text, packed or not, in pieces, every character kept (CRLF, NUL, BOM too)."""
+    """A text, packed or not, read in pieces with every character kept, also CRLF, NUL and BOM."""
 
     def __init__(self, path: Path, errors: str) -> None:
+        """Take a file and what to do with bytes that are not UTF-8, "strict" or "replace"."""
         self.path, self.errors = path, errors
         kind = kind_of(read_head(path))
         self.packed = kind if kind in OPENERS else ""
@@ -119,6 +121,7 @@ class TextFile:
             progress()
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the text in pieces; DataError if it cannot be read."""
         self.replaced = self.done = 0
         position, kept = 0, b""
         try:
@@ -154,7 +157,7 @@ class TextFile:
 
 
 def require_uint16(n_vocab: int) -> None:
-    """DataError where an id would not fit (numpy would wrap 70000 to 4464)."""
+    """Raise DataError where an id would not fit; numpy would wrap 70000 to 4464."""
     if n_vocab > 2**16:
         raise DataError(
             f"{n_vocab} tokens do not fit the 65,536 ids of uint16; take another tokenizer"
@@ -189,7 +192,7 @@ def encode_stream(
 
 
 def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
-    """The characters start...end of a text in pieces."""
+    """Yield the characters start...end of a text in pieces."""
     position = 0
     for piece in pieces:
         part = piece[max(0, start - position) : max(0, end - position)]
@@ -201,7 +204,7 @@ def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
 
 
 def cut_texts(texts: Sequence[TextFile], start: int, end: int) -> list[Iterator[str]]:
-    """The texts between two characters of all that are laid end to end; empty ones left out."""
+    """Cut what lies between two characters of texts laid end to end; leave out empty parts."""
     parts, position = [], 0
     for text in texts:
         first, last = max(0, start - position), min(text.length, end - position)
@@ -254,7 +257,7 @@ def write_tokens(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds the tokens that its meta.json promises."""
+    """Return whether a folder holds the tokens that its meta.json promises."""
     try:
         counts = json.loads((folder / "meta.json").read_text())["tokens"]
         sizes = {split: (folder / f"{split}.bin").stat().st_size for split in counts}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.data.file_kinds import SHORT, kind_of, read_head, refuse
+from gptjax.data.text_check import refuse_kind
 from gptjax.errors import DataError, plural
+from gptjax.file_kinds import SHORT, kind_of, read_head
 from gptjax.files import read_json, show_paths
 from gptjax.tokenizer import Tokenizer
 
@@ -24,14 +25,19 @@ LARGE = 2**20  # more than any vocabulary has
 def open_tokens(
     paths: Sequence[Path], tokenizer: Tokenizer, notify: Callable[[str], None]
 ) -> list[np.ndarray]:
-    """Memmap token files of one kind; tells where one without a header holds no plain uint16.
+    """Memmap token files of one kind.
+
+    Args:
+        paths: the files.
+        tokenizer: that made the ids.
+        notify: is told of files without a header that hold anything but plain uint16.
 
     Raises:
         DataError: a file is damaged, of another kind than the others, or holds no token ids.
     """
     kinds = {path: token_kind(path, tokenizer.n_vocab) for path in paths}
     for path, kind in kinds.items():
-        refuse(path, kind)
+        refuse_kind(path, kind)
         if kind != "llm.c" and "llm.c" in kinds.values():
             raise DataError(f"{path}: not a shard of llm.c, as others of its dataset are")
     types = choose_types([path for path in paths if kinds[path] == ""], tokenizer)
@@ -51,7 +57,7 @@ def open_tokens(
 
 
 def token_kind(path: Path, n_vocab: int) -> str:
-    """As of `kind_of`, but ids of the vocabulary that only begin with a short mark are ids."""
+    """Return as `kind_of` does, except that ids which only begin with a short mark are ids."""
     head = read_head(path)
     kind = kind_of(head)
     whole = head[: len(head) // 4 * 4]
@@ -60,17 +66,17 @@ def token_kind(path: Path, n_vocab: int) -> str:
 
 
 def describe(dtype: str) -> str:
-    """`int32` for "<i4", `big-endian int32` for ">i4"."""
+    """Return `int32` for "<i4", `big-endian int32` for ">i4"."""
     return f"{'big-endian ' if dtype[0] == '>' else ''}{np.dtype(dtype).name}"
 
 
 def promise(path: Path) -> str:
-    """What a meta.json would say of this file."""
+    """Return what a meta.json would say of this file."""
     return f'{{"tokens": {{"{path.stem}": NUMBER}}}}'
 
 
 def map_tokens(path: Path, dtype: str = NORM, offset: int = 0) -> np.ndarray:
-    """Memmap what follows `offset`; DataError if there is a part of a token."""
+    """Memmap what follows `offset` bytes; DataError if there is a part of a token."""
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if (size - offset) % width:
         name = np.dtype(dtype).name
@@ -130,7 +136,7 @@ def open_npy(path: Path) -> np.ndarray:
 
 
 def choose_types(paths: Sequence[Path], tokenizer: Tokenizer) -> dict[Path, str]:
-    """numpy's name of the type in each file; one too small to tell is as the others are."""
+    """Return numpy's name of the type in each file; one too small to tell is like the others."""
     samples = {path: read_sample(path) for path in paths}
     promised = {path: promised_tokens(path) for path in paths}
     types = {
@@ -148,7 +154,7 @@ def choose_types(paths: Sequence[Path], tokenizer: Tokenizer) -> dict[Path, str]
 
 
 def read_sample(path: Path) -> np.ndarray:
-    """Bytes of blocks spread over the file, a multiple of eight."""
+    """Return the bytes of blocks spread over the file, a multiple of eight."""
     size = path.stat().st_size // 8 * 8
     if size == 0:
         return np.zeros(0, np.uint8)
@@ -160,7 +166,7 @@ def read_sample(path: Path) -> np.ndarray:
 
 
 def promised_tokens(path: Path) -> int | None:
-    """How many tokens the file has by the meta.json beside it."""
+    """Return how many tokens the file has by the meta.json beside it, None if that is not said."""
     meta = path.parent / "meta.json"
     if not meta.is_file():
         return None
@@ -171,7 +177,7 @@ def promised_tokens(path: Path) -> int | None:
 
 
 def promised_type(path: Path, sample: np.ndarray, n_vocab: int, count: int) -> str:
-    """The type in which a file has so many tokens; DataError if there is none."""
+    """Return the type in which a file has so many tokens; DataError if there is none."""
     size = path.stat().st_size
     types = [t for t in (NORM, ">u2", *INTEGERS) if np.dtype(t).itemsize * count == size]
     fitting = [t for t in types if in_range(sample.view(t), n_vocab).all()]
@@ -183,19 +189,19 @@ def promised_type(path: Path, sample: np.ndarray, n_vocab: int, count: int) -> s
 
 
 def in_range(values: np.ndarray, n_vocab: int) -> np.ndarray:
-    """Which of them are ids: whole numbers from 0 up to the vocabulary."""
+    """Return which of the values are ids: whole numbers from 0 up to the vocabulary."""
     with np.errstate(invalid="ignore"):
         return (values >= 0) & (values < n_vocab) & (values == np.floor(values))
 
 
 def enough(values: np.ndarray, kinds: int) -> bool:
-    """Whether so much can be no chance: 32 values other than 0, and so many different ones."""
+    """Return whether there are 32 values but 0, so many different ones that it is no chance."""
     values = values[values != 0]
     return len(values) >= LEAST and len(np.unique(values)) >= kinds
 
 
 def guess_type(path: Path, sample: np.ndarray, tokenizer: Tokenizer) -> str:
-    """numpy's name of the type of the ids in a file without a header.
+    """Return numpy's name of the type of the ids in a file without a header.
 
     Uint16, unless all wider numbers are ids of the vocabulary (as uint16, every second id at least
     would be 0), or unless uint16 gives ids outside of it and its other byte order gives none.

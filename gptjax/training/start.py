@@ -16,7 +16,7 @@ from gptjax.checkpoints.steps import (
 )
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.config_file import load_config
-from gptjax.conversion.convert import SourceConfig, load_start
+from gptjax.conversion.sources import SourceConfig, load_model
 from gptjax.errors import CheckpointError, UsageError
 from gptjax.model import Params
 from gptjax.settings import architecture, fields_of, names
@@ -98,7 +98,7 @@ def find_source(config: TrainConfig) -> Run | None:
     """The model that a run begins with, None if with a fresh one."""
     if config.init_from in ("scratch", "auto"):
         return None
-    return load_start(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
+    return load_model(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
 
 
 def with_architecture_of(cfg: GPTConfig, theirs: GPTConfig) -> GPTConfig:

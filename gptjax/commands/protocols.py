@@ -1,42 +1,22 @@
 """Published evaluations of a language model; docs/evaluation.md has their exact protocols.
 
-B batch, T time, N = B*T, D width, V vocabulary (padded).
+A protocol takes (scorer, tokenizer, the file's text, settings) and returns numbers by name.
 """
 
-import functools
 import json
 import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from gptjax.config import GPTConfig
-from gptjax.errors import DataError, NonFiniteError, plural
-from gptjax.loss import token_losses
-from gptjax.model import Params, head, hidden_states
-from gptjax.tokenizer import Tokenizer, check_ids, decode
+from gptjax.errors import DataError, plural
+from gptjax.scoring import Score, Text, is_too_long
+from gptjax.tokenizer import Tokenizer, decode
 
 T = TypeVar("T")
-SHORTEST = 32  # tokens of the narrowest batch; below, another compilation costs more than it saves
-
-
-class Text(NamedTuple):
-    """Token ids of which the last `scored` are predicted, each from those before it."""
-
-    ids: np.ndarray
-    scored: int
-
-
-class Score(NamedTuple):
-    """What the model made of a text's scored tokens."""
-
-    logprobs: np.ndarray  # (scored,) float64, in nats
-    hits: np.ndarray  # (scored,) bool: the token was the likeliest one
+Row = dict[str, Any]  # a line's JSON object
 
 
 class Settings(NamedTuple):
@@ -51,113 +31,8 @@ Scorer = Callable[[list[Text]], list[Score]]
 Result = dict[str, float | None]
 
 
-# ---- Scoring -------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def score_batch(
-    cfg: GPTConfig, params: Params, windows_BT: Array, lengths_B: Array
-) -> tuple[Array, Array]:
-    """Log-probability of tokens 1..T of each window, and whether it was the likeliest: (B, T) both.
-
-    Args:
-        cfg: the model, without "auto".
-        params: its tree, layers stacked.
-        windows_BT: ids (B, T+1), padded on the right.
-        lengths_B: ids in each window before the padding, which scores 0 and no hit.
-    """
-    tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    x_BTD, _ = hidden_states(cfg, params, tokens_BT)
-
-    def score_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
-        x_TD, targets_T = row
-        logits_TV = head(cfg, params, x_TD)
-        return -token_losses(logits_TV, targets_T), logits_TV.argmax(axis=1) == targets_T
-
-    # Row by row, because the float32 logits of a batch are by far the largest array: 0.2 GB a row
-    # for GPT-2.
-    logprobs_BT, hits_BT = jax.lax.map(score_row, (x_BTD, targets_BT))
-    is_token_BT = jnp.arange(1, targets_BT.shape[1] + 1)[None] < lengths_B[:, None]
-    return jnp.where(is_token_BT, logprobs_BT, 0), hits_BT & is_token_BT
-
-
-def score_texts(
-    cfg: GPTConfig,
-    params: Params,
-    texts: list[Text],
-    *,
-    context: int,
-    batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Score]:
-    """The scores of the texts, in their order.
-
-    Texts of similar length share batches, whose width is a power of two: few shapes to compile.
-
-    Args:
-        cfg: the model, without "auto".
-        params: its tree, layers stacked.
-        texts: of at least one token before the scored ones; too long ones are cut (`cut_left`).
-        context: tokens that a prediction sees at most; at most block_size.
-        batch_size: texts per forward pass.
-        progress: is told (texts done, texts in all).
-
-    Raises:
-        DataError: an id is outside the model's vocabulary.
-        NonFiniteError: the model says NaN or infinity.
-    """
-    texts = [cut_left(text, context) for text in texts]
-    groups: dict[int, list[int]] = {}
-    for i, text in enumerate(texts):
-        assert 0 < text.scored < len(text.ids), text
-        groups.setdefault(batch_width(len(text.ids) - 1, context), []).append(i)
-    scores: dict[int, Score] = {}
-    for width, members in sorted(groups.items()):
-        for first in range(0, len(members), batch_size):
-            chosen = members[first : first + batch_size]
-            windows = np.zeros((batch_size, width + 1), np.int32)
-            lengths = np.zeros(batch_size, np.int32)
-            for row, i in enumerate(chosen):
-                ids = check_ids(texts[i].ids, cfg.vocab_size)
-                windows[row, : len(ids)], lengths[row] = ids, len(ids)
-            logprobs, hits = jax.device_get(score_batch(cfg, params, windows, lengths))
-            if not np.isfinite(logprobs).all():
-                raise NonFiniteError(
-                    "the model's logits are NaN or infinite: its weights are damaged"
-                )
-            for row, i in enumerate(chosen):
-                end = lengths[row] - 1
-                scored = slice(end - texts[i].scored, end)
-                scores[i] = Score(logprobs[row, scored].astype(np.float64), hits[row, scored])
-            progress(len(scores), len(texts))
-    return [scores[i] for i in range(len(texts))]
-
-
-def batch_width(length: int, context: int) -> int:
-    """The least power of two that holds this many tokens, within SHORTEST and the context."""
-    return min(context, max(SHORTEST, 1 << (length - 1).bit_length()))
-
-
-def is_too_long(text: Text, context: int) -> bool:
-    """Whether its last token would be predicted from more than `context` tokens."""
-    return len(text.ids) > context + 1
-
-
-def cut_left(text: Text, context: int) -> Text:
-    """What of the text its last token may see: the last `context` tokens, and that token."""
-    return Text(text.ids[-(context + 1) :], min(text.scored, context))
-
-
-def exp(nats: float) -> float | None:
-    """A perplexity; None where no float is that large."""
-    return math.exp(nats) if nats < 709 else None
-
-
-# ---- The protocols: (scorer, tokenizer, the file's text, settings) -> numbers --------------------
-
-
 def wikitext2(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings) -> Result:
-    """Perplexity of a running text per token and per word, and its bits per byte.
+    """Return the perplexity of a running text per token and per word, and its bits per byte.
 
     Raises:
         DataError: the text has less than two tokens or no word, or the tokenizer refuses it.
@@ -185,7 +60,7 @@ def wikitext2(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings
 
 
 def cut_windows(ids: np.ndarray, context: int, stride: int) -> list[Text]:
-    """Windows that score each token but the first exactly once, from at most `context` tokens.
+    """Cut windows that score each token but the first once, from `context` tokens at most.
 
     The first window scores `context` tokens, each further one the next `stride`. A scored token
     sees at least context - stride + 1 tokens, the first `context` of the text excepted.
@@ -199,13 +74,13 @@ def cut_windows(ids: np.ndarray, context: int, stride: int) -> list[Text]:
 
 
 def lambada(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings) -> Result:
-    """Accuracy and perplexity of the last word of each row's "text".
+    """Return accuracy and perplexity of the last word of each row's "text".
 
     Raises:
         DataError: a row, named by its line, is not what it should be.
     """
 
-    def parse(row: dict[str, Any]) -> Text:
+    def parse(row: Row) -> Text:
         context, space, word = take_field(row, "text", str).rpartition(" ")
         if not space or not word:
             raise DataError('"text" has no last word behind a space')
@@ -224,13 +99,13 @@ def lambada(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings) 
 
 
 def hellaswag(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings) -> Result:
-    """Accuracy of choosing the likeliest of several endings, plain and by three measures of length.
+    """Return the accuracy of choosing the likeliest ending, plain and by three measures of length.
 
     Raises:
         DataError: a row, named by its line, is not what it should be.
     """
 
-    def parse(row: dict[str, Any]) -> tuple[list[Text], list[str], int]:
+    def parse(row: Row) -> tuple[list[Text], list[str], int]:
         query, choices, gold = parse_question(row)
         return [continuation(tokenizer, query, " " + c) for c in choices], choices, gold
 
@@ -260,8 +135,8 @@ def hellaswag(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings
 # ---- Rows of JSON --------------------------------------------------------------------------------
 
 
-def read_rows(text: str, limit: int, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-    """Each line's JSON object, parsed; empty lines are skipped.
+def read_rows(text: str, limit: int, parse: Callable[[Row], T]) -> list[T]:
+    """Return each line's JSON object, parsed; skip empty lines.
 
     Raises:
         DataError: there is no row, or a line, named by its number, is not as it should be.
@@ -287,8 +162,8 @@ def read_rows(text: str, limit: int, parse: Callable[[dict[str, Any]], T]) -> li
     return rows
 
 
-def take_field(row: dict[str, Any], name: str, kind: type[T]) -> T:
-    """A field of a row; DataError if it is missing or of another type."""
+def take_field(row: Row, name: str, kind: type[T]) -> T:
+    """Return a field of a row; DataError if it is missing or of another type."""
     if name not in row:
         raise DataError(f'no field "{name}" among {", ".join(row) or "none"}')
     value = row[name]
@@ -297,8 +172,8 @@ def take_field(row: dict[str, Any], name: str, kind: type[T]) -> T:
     return value
 
 
-def parse_question(row: dict[str, Any]) -> tuple[str, list[str], int]:
-    """Query, choices and the right one's index, from a prepared row or one of HellaSwag itself."""
+def parse_question(row: Row) -> tuple[str, list[str], int]:
+    """Return query, choices and the right one's index, of a prepared row or one of HellaSwag."""
     prepared = "query" in row
     choices = take_field(row, "choices" if prepared else "endings", list)
     if len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
@@ -321,13 +196,13 @@ def parse_question(row: dict[str, Any]) -> tuple[str, list[str], int]:
 
 
 def clean(text: str) -> str:
-    """A text of HellaSwag without WikiHow's marks in brackets, just as lm-eval removes them."""
+    """Return a text of HellaSwag without WikiHow's marks, just as lm-eval removes them."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def continuation(tokenizer: Tokenizer, context: str, target: str) -> Text:
-    """Both as one text, of which the tokens behind those of the context are scored.
+    """Join both to one text, of which the tokens behind those of the context are scored.
 
     White space at the end of the context counts as the target's; an empty context becomes the
     tokenizer's start token. Source: lm-eval.
@@ -342,3 +217,8 @@ def continuation(tokenizer: Tokenizer, context: str, target: str) -> Text:
     if scored == len(ids):
         ids = np.concatenate([np.array([tokenizer.start_id], ids.dtype), ids])
     return Text(ids, scored)
+
+
+def exp(nats: float) -> float | None:
+    """Return a perplexity, None where no float is that large."""
+    return math.exp(nats) if nats < 709 else None

@@ -1,0 +1,224 @@
+"""From the name of a model in any format to its `Source`, and to a `Run` that can be used."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from gptjax import programs
+from gptjax.checkpoints.run_folder import Run, load_run
+from gptjax.config import TOKENIZER_DIR, Activation, TrainConfig
+from gptjax.conversion import hub, huggingface, llmc, nanogpt, openai
+from gptjax.conversion.source_tokenizer import find_tokenizer
+from gptjax.conversion.tensors import Source, read_params
+from gptjax.conversion.weight_check import weight_format, why_no_weights
+from gptjax.errors import DataError, InputError, UsageError
+from gptjax.file_kinds import read_head
+from gptjax.files import file_sha256
+from gptjax.memory import require_memory
+from gptjax.settings import once, require
+
+NANOGPT_SUFFIXES = (".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (*NANOGPT_SUFFIXES, ".bin", ".safetensors")  # of files, not of the Hub's names
+PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """How a source is opened."""
+
+    revision: str = once(
+        "", "Branch, tag or commit of a model on the Hub; empty = main.", section="Source"
+    )
+    allow_pickle: bool = once(
+        False, "Read pickles (.bin, .pt): their tensors only, with PyTorch 2.10 or newer."
+    )
+    tokenizer: str = once(
+        "auto",
+        "gpt2, byte, or a run folder to take it from. auto takes the source's own, or gpt2 for a "
+        "vocabulary of its size.",
+        path=True,
+    )
+    tokenizer_dir: str = once("", TOKENIZER_DIR, path=True)
+    activation: Literal["auto", Activation] = once(
+        "auto",
+        "Nonlinearity of the MLP, where the file does not say it: nanoGPT computes gelu, the exact "
+        "one, since June 2023, and gelu_tanh before. auto takes gelu for nanoGPT, else gelu_tanh.",
+    )
+    sha256: str = once(
+        "", "sha256 that the weight file must have, since a flipped bit is a valid number."
+    )
+    accept_fields: str = once(
+        "",
+        "Fields of its config.json that gptjax does not know and that you know to change nothing, "
+        "with commas between.",
+    )
+
+    def accepted(self) -> list[str]:
+        """Return the names in `accept_fields`."""
+        names = (name.strip() for name in self.accept_fields.split(","))
+        return [name for name in names if name]
+
+
+def load_model(name: str, config: SourceConfig | None = None, which: str = "best") -> Run:
+    """Load a model to use: of a run folder, or of any other format that `open_source` knows.
+
+    Args:
+        name: the path of a folder or file, or a name on the Hub.
+        config: how to open what is no run folder.
+        which: the step of a run folder, as `load_run` takes it.
+
+    Raises:
+        UsageError, DataError, CheckpointError: it cannot be loaded. Where a flag of
+            `convert_gpt2.py import` would help, the message has the command.
+    """
+    if (Path(name) / "checkpoints").is_dir():
+        return load_run(Path(name), which)
+    config = config or SourceConfig()
+    try:
+        return read_model(open_source(name, config), name, config)
+    except InputError as error:
+        if not error.flag:
+            raise
+        command = programs.command("convert_gpt2.py", "import", name, "--out_dir=RUN", error.flag)
+        raise type(error)(
+            f"{error.reason}; import it by {command} ({error.note}), then take --init_from=RUN"
+        ) from error
+
+
+def read_model(source: Source, name: str, config: SourceConfig) -> Run:
+    """Read the parameters of an opened source, beside a tokenizer that fits.
+
+    Raises:
+        UsageError, DataError: there is no such tokenizer, or the tensors are not as `read_params`
+            expects them.
+    """
+    tokenizer = find_tokenizer(source, config.tokenizer, config.tokenizer_dir)
+    check_memory(source)
+    # Waiting for each copy, or several would be held twice.
+    params = read_params(source, lambda array: jax.block_until_ready(jax.device_put(array)))
+    settings = TrainConfig(model=source.cfg, tokenizer=tokenizer.kind, init_from=name)  # type: ignore[arg-type]
+    return Run(settings, tokenizer, params, 0)
+
+
+def open_source(name: str, config: SourceConfig) -> Source:
+    """Open a model that is not yet a run folder, by what it is; no tensor is read.
+
+    Args:
+        name: a folder or file in one of the formats, or a name on the Hub.
+        config: how to open it.
+
+    Raises:
+        UsageError: it is none of these, or is a pickle and pickles are not allowed.
+        DataError: it is damaged, is not GPT-2, or cannot be downloaded.
+    """
+    path = Path(name)
+    if not (path.is_file() or path.is_dir()):
+        if path.suffix in WEIGHT_SUFFIXES or not hub.NAME.fullmatch(name):
+            raise UsageError(f"no file or folder {name}")
+        weights = huggingface.WEIGHTS[: 2 if config.allow_pickle else 1]
+        path = hub.download_model(name, weights, config.revision or None)
+    opened = open_folder(path, config) if path.is_dir() else open_file(path, config)
+    return with_activation(opened, config.activation)
+
+
+def open_file(path: Path, config: SourceConfig) -> Source:
+    """Open a file: nanoGPT's, llm.c's, or Hugging Face's weights with config.json beside them."""
+    folder = path.parent
+    kind, wrong = weight_format(read_head(path)), why_no_weights(path)
+    if path.name == "config.json" or path.name.endswith(".index.json") or PART.search(path.name):
+        raise UsageError(f"{path} is only a part of a model; give the folder")
+    if path.name.startswith("adapter_model."):
+        huggingface.refuse_adapter(folder)
+    has_config = (folder / "config.json").is_file()
+    pickle_of_hf = kind == "pickle" and (
+        path.name in huggingface.WEIGHTS or (path.suffix == ".bin" and has_config)
+    )
+    if (kind == "safetensors" or pickle_of_hf) and not wrong:
+        if not has_config:
+            raise DataError(
+                f"{path} holds weights alone, which do not say how many heads the model has; put "
+                "its config.json beside them"
+            )
+        check_sha256([path], config.sha256)
+        chosen = huggingface.weight_files(folder)[0] if path.name in huggingface.WEIGHTS else []
+        file = None if chosen == [path] else path
+        return huggingface.open_folder(folder, config.allow_pickle, config.accepted(), file)
+    check_sha256([path], config.sha256)
+    if kind == "pickle" or path.suffix in NANOGPT_SUFFIXES:
+        return nanogpt.open_file(path, config.allow_pickle, config.accepted())
+    if wrong:
+        raise DataError(f"{path} holds no model: it is {wrong}")
+    if path.suffix == ".bin":
+        return llmc.open_file(path)
+    raise UsageError(
+        f"{path}: a file must be nanoGPT's ckpt.pt, llm.c's .bin, or Hugging Face's weights beside "
+        "their config.json; for OpenAI's format give the folder"
+    )
+
+
+def open_folder(folder: Path, config: SourceConfig) -> Source:
+    """Open a folder: OpenAI's, Hugging Face's, or nanoGPT's out_dir."""
+    if (folder / "hparams.json").is_file():
+        check_sha256(sorted(folder.glob("model.ckpt.[id]*")), config.sha256)
+        return openai.open_folder(folder, config.accepted())
+    if (folder / "checkpoints").is_dir():
+        raise UsageError(f"{folder} is a run folder already: sample.py and train.py read it")
+    huggingface.refuse_adapter(folder)  # transformers, too, looks at it first
+    if (folder / "config.json").is_file():
+        check_sha256(huggingface.weight_files(folder)[0], config.sha256)
+        return huggingface.open_folder(folder, config.allow_pickle, config.accepted())
+    if (folder / "ckpt.pt").is_file():
+        return open_file(folder / "ckpt.pt", config)
+    names = sorted(path.name for path in folder.iterdir())
+    holds = f"holds {', '.join(names[:5])}" if names else "is empty"
+    if any(name in names for name in huggingface.WEIGHTS):
+        holds += "; the config.json of these weights says how many heads the model has"
+    elif any(Path(name).suffix in WEIGHT_SUFFIXES for name in names):
+        holds += "; give a file of nanoGPT or llm.c by its own name"
+    raise DataError(
+        f"no model in {folder}: it has no config.json, hparams.json or ckpt.pt; it {holds}"
+    )
+
+
+def with_activation(source: Source, activation: Literal["auto", Activation]) -> Source:
+    """Return the source with the activation asked for; UsageError if its file says another."""
+    if activation == "auto":
+        return source
+    require(
+        not source.says_activation or activation == source.cfg.activation,
+        "activation",
+        activation,
+        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag out, or "
+        "set activation_function there",
+    )
+    cfg = dataclasses.replace(source.cfg, activation=activation)
+    return source._replace(cfg=cfg, assumed="")
+
+
+def check_sha256(files: Sequence[Path], expected: str) -> None:
+    """Compare the hash of a weight file with the expected one, unless that is empty.
+
+    Raises:
+        UsageError: there are several files.
+        DataError: the hash is another.
+    """
+    if not expected:
+        return
+    if len(files) != 1:
+        raise UsageError(f"--sha256={expected}: the weights are in {len(files)} files, not one")
+    found = file_sha256(files[0])
+    if found != expected.lower():
+        raise DataError(f"{files[0]} has sha256 {found}, expected {expected}")
+
+
+def check_memory(source: Source) -> None:
+    """Raise DataError if the model cannot fit, before anything is allocated for it."""
+    parameters = sum(math.prod(shape) for shape, _ in source.tensors.values())
+    require_memory(
+        4 * parameters, f"{source.where} has {parameters:,} parameters in float32, which"
+    )
