@@ -1,11 +1,13 @@
-"""The pages name files that are there."""
+"""The pages name files that are there, and their code runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from .helpers import ROOT
+from .helpers import ROOT, Environment
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
 PAGES += (ROOT / "lessons").glob("*.md")
@@ -16,3 +18,12 @@ def test_a_link_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     ours = [link for link in links if not link.startswith(("http:", "https:"))]
     assert [link for link in ours if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs(environment: Environment, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    (tmp_path / "readme.py").write_text("".join(blocks) + "assert logits.shape == (1, 50304)\n")
+    env = environment | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, env=env, check=True, timeout=240)
