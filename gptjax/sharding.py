@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh of devices, with a table from parameter paths to layouts."""
+"""The layout of arrays: a mesh of devices, and a table from parameter paths to shardings."""
 
 import re
 from typing import Any
@@ -49,7 +49,7 @@ def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
 
 
 def abstract_tree(shapes: Any, shardings: Any) -> Any:
-    """Return shapes with the places that their arrays shall have: the target of a restore."""
+    """Return the shapes with their shardings: the target of a restore."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -70,7 +70,7 @@ def mesh_of(abstract: Any) -> Mesh:
 
 
 def on_one_device(tree: Any) -> Any:
-    """Return replicated arrays as those of the first device of this process, without a copy."""
+    """Return replicated arrays as arrays of this process's first device, without a copy."""
 
     def first(array: jax.Array) -> jax.Array:
         assert array.is_fully_replicated, "a part of an array is not the array"
@@ -80,7 +80,7 @@ def on_one_device(tree: Any) -> Any:
 
 
 def all_agree(mine: bool) -> bool:
-    """Return whether this is true in every process; all of them must ask."""
+    """Return whether `mine` is true in every process; all of them must call this."""
     if jax.process_count() == 1:
         return mine
     return bool(np.all(multihost_utils.process_allgather(np.array(mine))))

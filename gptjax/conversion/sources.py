@@ -29,33 +29,34 @@ PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """How a source is opened."""
+    """The settings of opening a source."""
 
     revision: str = once(
         "", "Branch, tag or commit of a model on the Hub; empty = main.", section="Source"
     )
     allow_pickle: bool = once(
-        False, "Read pickles (.bin, .pt): their tensors only, with PyTorch 2.10 or newer."
+        False, "Read pickle files (.bin, .pt): only their tensors, with PyTorch 2.10 or newer."
     )
     tokenizer: str = once(
         "auto",
-        "gpt2, byte, or a run folder to take it from. auto takes the source's own, or gpt2 for a "
-        "vocabulary of its size.",
+        "gpt2, byte, or a run folder whose tokenizer is taken. auto is the source's own, or gpt2 "
+        "if the vocabulary has its size.",
         path=True,
     )
     tokenizer_dir: str = once("", TOKENIZER_DIR, path=True)
     activation: Literal["auto", Activation] = once(
         "auto",
-        "Nonlinearity of the MLP, where the file does not say it: nanoGPT computes gelu, the exact "
-        "one, since June 2023, and gelu_tanh before. auto takes gelu for nanoGPT, else gelu_tanh.",
+        "Activation function of the MLP, if the file does not say it: nanoGPT computes gelu, the "
+        "exact form, since June 2023, and computed gelu_tanh before. auto is gelu for nanoGPT's "
+        "files that have a bias setting, else gelu_tanh.",
     )
     sha256: str = once(
-        "", "sha256 that the weight file must have, since a flipped bit is a valid number."
+        "", "Expected sha256 of the weight file; without it a flipped bit goes unnoticed."
     )
     accept_fields: str = once(
         "",
-        "Fields of its config.json that gptjax does not know and that you know to change nothing, "
-        "with commas between.",
+        "Fields of config.json, separated by commas, that gptjax does not know and that you know "
+        "not to change the computation.",
     )
 
     def accepted(self) -> list[str]:
