@@ -1,4 +1,4 @@
-"""A step whose update was skipped, written down so that it can be run again."""
+"""Records of steps whose update was skipped, by which they can be run again."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ Norms = dict[str, list[float | str]]  # by the parameter's path, of each layer
 
 
 class BadStep(TypedDict):
-    """What there is to know of a skipped step."""
+    """The record of a skipped step."""
 
     step: int
     loss: float | str  # in nats per token
@@ -88,9 +88,9 @@ def write_bad_step(
 
 
 def read_bad_step(path: Path) -> BadStep:
-    """Read what `write_bad_step` wrote; DataError if it is something else."""
+    """Read what `write_bad_step` wrote; raise DataError if it is something else."""
     record = read_json(path)
     norms = record.setdefault("gradient_norms", record.get("layer_norms"))  # version 0.1's name
     if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:
-        raise DataError(f"{path} is not of a run's bad_steps folder")
+        raise DataError(f"{path} is not a record of a skipped step, such as bad_steps/7.json")
     return cast(BadStep, record)

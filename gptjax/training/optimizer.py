@@ -61,7 +61,7 @@ def decay_end(config: TrainConfig) -> int:
 
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-    """Return linear warmup, then config.schedule, as a function of the step.
+    """Return the learning rate as a function of the step: linear warmup, then config.schedule.
 
     Step 0 trains: it gets peak / (warmup_iters + 1).
     """
@@ -76,7 +76,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
 
 
 def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """Return Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    """Return AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
     return optax.adamw(
         make_schedule(config),
         b1=config.beta1,

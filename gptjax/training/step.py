@@ -34,7 +34,7 @@ Metrics = dict[str, Any]  # arrays by name; `gradient_norms` is a tree of them
 
 
 class TrainState(NamedTuple):
-    """Hold all that changes from step to step."""
+    """All that changes from step to step."""
 
     step: Array
     params: Params
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 
 def fresh_state(config: TrainConfig, key: Array) -> TrainState:
-    """Return the state before the first step, computed where it is called."""
+    """Return the state before the first step, for use inside jit or eval_shape."""
     params = init_params(config.model, key)
     opt_state = make_optimizer(config).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_guard())
@@ -184,5 +184,5 @@ def norms_by_layer(tree: Params) -> Params:
 
 
 def digest(state: TrainState) -> str:
-    """Return the sha256 of all that a state holds: equal digests are bit-equal states."""
+    """Return the sha256 of a state, which is equal for two states only if all their bits are."""
     return json_sha256(leaf_digests(state))
