@@ -16,6 +16,7 @@ import pytest
 from gptjax import distributed, sharding
 from gptjax.checkpoints.record import make_record
 from gptjax.checkpoints.save import Saver
+from gptjax.checkpoints.steps import About
 from gptjax.config import TrainConfig
 from gptjax.data.batches import sample_batch
 from gptjax.data.datasets import Dataset
@@ -243,9 +244,9 @@ def take_steps(run: TrainingRun, count: int) -> tuple[TrainState, list[dict[str,
 
 
 def save(run: TrainingRun, state: TrainState, step: int) -> None:
-    meta = {"val_loss": 2.5, "best_val_loss": 2.25, "record": run.record}
+    about: About = {"val_loss": 2.5, "best_val_loss": 2.25, "record": run.record}
     with Saver(run.run_dir, 3) as saver:
-        saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, meta)
+        saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, about)
 
 
 def test_what_is_restored_goes_on_as_if_nothing_had_been(opened: TrainingRun) -> None:

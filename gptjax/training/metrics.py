@@ -171,8 +171,8 @@ def read_metrics(
     records = [parse_record(line) for line in lines]
     skipped = sum(record is None for record in records[:-1])
     if skipped:
-        lines = plural(skipped, "line that is no record", "lines that are no records")
-        notify(f"warning: skipped {skipped} {lines} ({path})")
+        what = plural(skipped, "line that is no record", "lines that are no records")
+        notify(f"warning: skipped {skipped} {what} ({path})")
     return [record for record in records if record is not None]
 
 
