@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gptjax.config import Attention
 from gptjax.errors import UsageError
 
 
@@ -99,7 +100,7 @@ ATTENTION = {"xla": attend_xla, "cudnn": attend_cudnn}
 CACHED_ATTENTION = {"xla": attend, "cudnn": attend}
 
 
-def choose_attention(name: str, dtype: str, dropout: float) -> str:
+def choose_attention(name: Attention, dtype: str, dropout: float) -> Attention:
     """Return the key of ATTENTION to use on this machine: "auto" decided, another name checked.
 
     Raises:

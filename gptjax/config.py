@@ -18,6 +18,7 @@ from gptjax.settings import (
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu"]
+Attention = Literal["auto", "xla", "cudnn"]
 COMPILE_CACHE = (
     "Folder for compiled programs. auto is the folder xla in the cache folder, which is "
     "~/.cache/gptjax or what the variable GPTJAX_CACHE names; off compiles every time."
@@ -55,7 +56,7 @@ class GPTConfig:
         "Data type of the computation; parameters are float32 whatever it is. auto is bfloat16 on "
         "a GPU or TPU, and float32 on a CPU.",
     )
-    attention: Literal["auto", "xla", "cudnn"] = run(
+    attention: Attention = run(
         "auto",
         "Implementation of attention. auto is cudnn on an NVIDIA GPU in half precision without "
         "dropout, and xla elsewhere.",
@@ -127,8 +128,7 @@ class TrainConfig:
     )
     tokenizer_dir: str = source("", TOKENIZER_DIR, path=True)
     decode_errors: Literal["strict", "replace"] = run(
-        "strict",
-        "What to do with bytes of a text that are not UTF-8: refuse the text, or replace them.",
+        "strict", "What to do with bytes that are not UTF-8: refuse the text, or replace them."
     )
     allow_special: bool = run(
         False, "Read <|endoftext|> in a text as gpt2's end-of-text token, not as ordinary text."
@@ -266,8 +266,8 @@ class TrainConfig:
         rule = f"must be at least warmup_iters={self.warmup_iters}, or 0 for max_iters"
         require(ok, "lr_decay_iters", self.lr_decay_iters, rule)
         for name in ("learning_rate", "muon_learning_rate", "eps"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, name, value, "must be above 0 and finite")
+            ok = math.isfinite(value := getattr(self, name)) and value > 0
+            require(ok, name, value, "must be above 0 and finite")
         require_range(self, "min_lr", 0, self.learning_rate)
         rule = "training in float16 would need loss scaling; take bfloat16 or float32"
         require(self.model.dtype != "float16", "dtype", self.model.dtype, rule)

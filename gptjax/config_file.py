@@ -37,7 +37,7 @@ def load_config(path: Path) -> TrainConfig:
         raise UsageError(f"cannot read the settings ({path}): they are nested too deep") from error
 
 
-def complete(config: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+def complete(config: Any, stored: Mapping[str, object]) -> dict[str, object]:
     """Return stored settings under today's names, older ones filled in where there were none.
 
     A setting that is newer than the run gets the value by which the run was computed.
@@ -47,7 +47,7 @@ def complete(config: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name}
 
 
-def check_types(config: Any, values: Mapping[str, Any]) -> None:
+def check_types(config: Any, values: Mapping[str, object]) -> None:
     """Raise UsageError unless these are settings of the config, and of their types."""
     fields = fields_of(config)
     for name, value in values.items():

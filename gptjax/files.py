@@ -219,7 +219,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: it is not a JSON object, has a key twice, or is larger than `JSON_LIMIT`.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a key occurs twice")

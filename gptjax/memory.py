@@ -4,12 +4,12 @@ import math
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from gptjax.config import TrainConfig
 from gptjax.errors import DataError, OutOfMemoryError, first_line
+from gptjax.sharding import PyTree
 
 # What a container may have, as it reads it itself: of version 2 of Linux's control groups, of 1.
 CGROUP_LIMITS = (
@@ -44,7 +44,7 @@ def allowed_memory() -> int:
     return min(limits)
 
 
-def tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: PyTree) -> int:
     """Return the bytes of all arrays in a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -54,7 +54,7 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def check_fits(state: Any) -> None:
+def check_fits(state: PyTree) -> None:
     """Raise MemoryError if a training state cannot fit into the host's memory.
 
     Only where JAX computes on the CPU, whose client may wait for ever for arrays that its threads

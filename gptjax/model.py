@@ -41,7 +41,7 @@ def resolve(cfg: GPTConfig) -> GPTConfig:
     """Return the config with every "auto" decided for this machine."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-    attention: Any = choose_attention(cfg.attention, dtype, cfg.dropout)
+    attention = choose_attention(cfg.attention, dtype, cfg.dropout)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 
 
@@ -257,7 +257,7 @@ def hidden_states(
     return apply(LayerNorm(cfg), params["ln_f"], x_BTD), cache
 
 
-def apply(module: nn.Module, params: Params, *inputs: Any, key: Array | None = None) -> Any:
+def apply(module: nn.Module, params: Params, *inputs: object, key: Array | None = None) -> Any:
     """Return a module's output for these parameters and inputs; `key` is the key of dropout."""
     return module.apply({"params": params}, *inputs, rngs={} if key is None else {"dropout": key})
 

@@ -81,7 +81,7 @@ def flatten(config: Any) -> dict[str, Any]:
     return found
 
 
-def change(config: T, values: Mapping[str, Any]) -> T:
+def change(config: T, values: Mapping[str, object]) -> T:
     """Return the config with these values changed, including those of nested configs."""
     inside = {
         name: change(value, values)

@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 of the tokens; a part of a character may stand at either end."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return everything that `load_tokenizer` needs."""
 
 
@@ -106,7 +106,7 @@ class CharTokenizer:
         """Return the UTF-8 of the tokens."""
         return b"".join(self.utf8[i] for i in check_ids(ids, self.n_vocab))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "chars": self.chars}
 
@@ -132,7 +132,7 @@ class ByteTokenizer:
         """Return the UTF-8 of the tokens."""
         return bytes(check_ids(ids, self.n_vocab))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind}
 
@@ -178,7 +178,7 @@ class GPT2Tokenizer:
         """Return the UTF-8 of the tokens."""
         return self.encoding.decode_bytes(check_ids(ids, self.n_vocab))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
 
@@ -220,7 +220,7 @@ def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
         raise DataError(f"cannot read the tokenizer ({path}): {reason}") from error
 
 
-READERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
+READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the file
     "char": lambda fields: CharTokenizer(fields["chars"]),
     "byte": lambda fields: ByteTokenizer(),
     "gpt2": lambda fields: GPT2Tokenizer(

@@ -287,7 +287,7 @@ def test_gpt2s_vocabulary_inside_hugging_faces_tokenizer_json(tmp_path: Path) ->
 
 def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
     before = sorted(hf.iterdir())
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         convert.import_run(str(hf), hf, BYTE)
     with pytest.raises(OutputError, match="cannot write"):
         convert.import_run(str(hf), hf / "config.json" / "x", BYTE)
@@ -404,7 +404,7 @@ def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.Mo
         (["import", "x"], 2, "--out_dir"),
         (["import", "x", "--out_dir=y", "--revison=z"], 2, "did you mean --revision?"),
         (["import", "/no/such", "--out_dir={tmp}/y"], 2, "no file or folder /no/such"),
-        (["export", "/no/such", "--out_dir={tmp}/y"], 2, "no run folder"),
+        (["export", "/no/such", "--out_dir={tmp}/y"], 2, "not a run folder"),
         (["export", "/no/such", "--to=onnx", "--out_dir={tmp}/y"], 2, "--to=onnx: must be one of"),
         (["verify", "/no/such"], 2, "--against"),
         (["verify", "--self_test", "--size=gpt5"], 2, "--size=gpt5: must be one of"),

@@ -176,7 +176,7 @@ def test_a_token_file_without_neighbour(tmp_path: Path) -> None:
         ([], r"has no train.bin and no val.bin.* it has no files"),
         (["a.parquet", "b.parquet", "c.md"], r"it holds 2 \.parquet, 1 \.md"),
         (["prepare.py", "readme.md"], r"run its prepare\.py first"),
-        (["sub/a.txt"], r"for what is in its folders pass '.*/\*\*/\*\.txt'"),
+        (["sub/a.txt"], r"for the files in its folders pass '.*/\*\*/\*\.txt'"),
         (["a.txt", "a.bin"], r"holds token files \(a\.bin\) and texts \(a\.txt\)"),
     ],
 )

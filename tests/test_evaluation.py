@@ -391,7 +391,7 @@ MISTAKES = [
     ("evaluate bytes --task=wikitext --data=wiki.txt", 2, "did you mean wikitext2?"),
     ("evaluate bytes --task=lambada", 2, "--data"),
     ("evaluate bytes --task=lambada --data=none.jsonl", 2, "none.jsonl: cannot be read: No such"),
-    ("evaluate none --task=lambada --data=lambada.jsonl", 2, "no run folder (none)"),
+    ("evaluate none --task=lambada --data=lambada.jsonl", 2, "none is not a run folder"),
     ("evaluate bytes --task=wikitext2 --data=wiki.txt --checkpoint=4", 2, "--checkpoint=4: must"),
     ("evaluate bytes --task=wikitext2 --data=wiki.txt --context=65", 2, "block_size=64"),
     ("evaluate bytes --task=wikitext2 --data=wiki.txt --stride=65", 2, "at most the context, 64"),

@@ -204,7 +204,7 @@ def test_numpys_files_of_other_things(tmp_path: Path, array: np.ndarray) -> None
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(BYTES.tobytes()), r"train.bin is packed: unpack it \(gzip -d\)"),
+        (gzip.compress(BYTES.tobytes()), r"train.bin is compressed: unpack it \(gzip -d\)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"PK\x03\x04" + bytes(100), "a zip archive"),
     ],

@@ -25,6 +25,7 @@ from gptjax.terminal.console import TrainConsole
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import faults, plan
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
+from gptjax.training.metrics import Record
 from gptjax.training.run_log import RunLog
 from gptjax.training.start import (
     Progress,
@@ -312,7 +313,7 @@ def records(run: TrainingRun) -> list[dict[str, Any]]:
 def test_the_log_is_one_call_behind(tmp_path: Path) -> None:
     run = make_run(tmp_path, log_interval=2)
     _, values = take_steps(run, 4)
-    seen: list[dict[str, Any]] = []
+    seen: list[Record] = []
     with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
         log.sinks.append(seen.append)  # all that a tracker takes
         for i in range(3):
@@ -359,7 +360,7 @@ def test_a_disk_that_is_full_costs_lines_but_not_the_run(
     run = make_run(tmp_path, log_interval=1)
     _, values = take_steps(run, 1)
 
-    def full(record: dict[str, Any]) -> None:
+    def full(record: Record) -> None:
         raise OSError(28, "No space left on device")
 
     with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:

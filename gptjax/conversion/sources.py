@@ -1,4 +1,4 @@
-"""From the name of a model in any format to its `Source`, and to a `Run` that can be used."""
+"""Models in any format, opened by name as a `Source` or loaded as a `Run`."""
 
 import dataclasses
 import math
@@ -66,11 +66,11 @@ class SourceConfig:
 
 
 def load_model(name: str, config: SourceConfig | None = None, which: str = "best") -> Run:
-    """Load a model to use: of a run folder, or of any other format that `open_source` knows.
+    """Return a model for use, from a run folder or any format that `open_source` reads.
 
     Args:
         name: the path of a folder or file, or a name on the Hub.
-        config: how to open what is no run folder.
+        config: how to open a model that is not a run folder.
         which: the step of a run folder, as `load_run` takes it.
 
     Raises:
@@ -92,7 +92,7 @@ def load_model(name: str, config: SourceConfig | None = None, which: str = "best
 
 
 def read_model(source: Source, name: str, config: SourceConfig) -> Run:
-    """Read the parameters of an opened source, beside a tokenizer that fits.
+    """Return the parameters of an opened source with a tokenizer that fits.
 
     Raises:
         UsageError, DataError: there is no such tokenizer, or the tensors are not as `read_params`
@@ -107,7 +107,7 @@ def read_model(source: Source, name: str, config: SourceConfig) -> Run:
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
-    """Open a model that is not yet a run folder, by what it is; no tensor is read.
+    """Open a model that is not a run folder, in the format that it has; no tensor is read.
 
     Args:
         name: a folder or file in one of the formats, or a name on the Hub.
@@ -202,7 +202,7 @@ def with_activation(source: Source, activation: Literal["auto", Activation]) -> 
 
 
 def check_sha256(files: Sequence[Path], expected: str) -> None:
-    """Compare the hash of a weight file with the expected one, unless that is empty.
+    """Check that a weight file has the expected sha256, unless that is empty.
 
     Raises:
         UsageError: there are several files.

@@ -1,7 +1,7 @@
 """The flags of the command line, read into the fields of a config and printed as --help."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 from gptjax.config_file import RENAMED
@@ -71,7 +71,7 @@ def read(
     return given
 
 
-def unknown(token: str, name: str, fields: Mapping[str, Any]) -> str:
+def unknown(token: str, name: str, fields: Iterable[str]) -> str:
     """Return the message for an unknown flag."""
     if name in RENAMED:
         today = RENAMED[name]
@@ -99,7 +99,7 @@ def read_value(name: str, kind: Any, text: str) -> Any:
         raise UsageError(f"--{name}={shown}: must be {rule}") from None
 
 
-def apply(default: T, given: Mapping[str, Any]) -> T:
+def apply(default: T, given: Mapping[str, object]) -> T:
     """Return the default config with the given values, and the home folder for `~` in paths.
 
     Raises:
@@ -138,7 +138,7 @@ def print_help(default: Any, description: str, prog: str | None = None) -> None:
     parser.print_help()
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """Return a value as --help shows it, with control characters as their escapes."""
     if isinstance(value, tuple):
         return " ".join(map(repr, value)) or "none"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import SupportsFloat, TypedDict, cast
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from gptjax.checkpoints.hashes import leaf_paths
 from gptjax.errors import DataError
 from gptjax.files import read_json, replacing
+from gptjax.model import Params
 
 Norms = dict[str, list[float | str]]  # by the parameter's path, of each layer
 
@@ -28,7 +29,7 @@ class BadStep(TypedDict):
     gradient_norms: Norms
 
 
-def number(value: Any) -> float | str:
+def number(value: SupportsFloat) -> float | str:
     """Return a number for JSON, which knows no NaN: that becomes a text."""
     value = float(value)
     return value if math.isfinite(value) else repr(value)
@@ -39,7 +40,7 @@ def windows_sha256(windows: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()
 
 
-def norm_table(norms: Any) -> Norms:
+def norm_table(norms: Params) -> Norms:
     """Return the tree of `step.norms_by_layer` as {parameter: norm of each layer}."""
     values = (np.atleast_1d(leaf) for leaf in jax.tree.leaves(norms))
     return {
@@ -55,7 +56,7 @@ def write_bad_step(
     seed: int,
     loss: float,
     grad_norm: float,
-    gradient_norms: Any,
+    gradient_norms: Params,
     rows: list[tuple[int, int]],
     windows: np.ndarray,
 ) -> Path:

@@ -9,16 +9,17 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gptjax.errors import DataError, UsageError
+from gptjax.model import Params
 
 FACTORS = {"nan_grad": jnp.nan, "spike": 1000.0}
-Corrupt = Callable[[Array, Array, Any], tuple[Array, Any]]  # step, loss, grads -> loss, grads
+Corrupt = Callable[[Array, Array, Params], tuple[Array, Params]]  # step, loss, grads -> the last 2
 
 
 class Fault(NamedTuple):
@@ -47,7 +48,7 @@ def make_corrupt(fault: Fault | None) -> Corrupt | None:
         return None
     factor = FACTORS[fault.kind]
 
-    def corrupt(step: Array, loss: Array, grads: Any) -> tuple[Array, Any]:
+    def corrupt(step: Array, loss: Array, grads: Params) -> tuple[Array, Params]:
         strikes = (step >= fault.first) & (step <= fault.last)
         return jax.tree.map(lambda x: jnp.where(strikes, x * factor, x), (loss, grads))
 

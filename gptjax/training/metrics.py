@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict, cast
 
 import numpy as np
 
@@ -85,6 +85,20 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return PEAK_FLOPS.get(" ".join(word for word in words if word not in NO_MATTER))
 
 
+class Record(TypedDict, total=False):
+    """A line of metrics.jsonl, of training or of an evaluation; None stands for the unknown."""
+
+    step: Required[int]
+    loss: float | None  # nats per token
+    grad_norm: float | None
+    skipped: int
+    learning_rate: float
+    tokens_per_second: int | None
+    seconds: float  # since the run began
+    mfu: float | None
+    val_loss: float
+
+
 class Recorder:
     """A collector of single steps' losses, of which it makes the records of metrics.jsonl."""
 
@@ -119,14 +133,12 @@ class Recorder:
             self.timed += 1
             self.elapsed += self.step_seconds
 
-    def record(
-        self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0
-    ) -> dict[str, Any]:
+    def record(self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0) -> Record:
         """Return the record of the steps since the last one, which end with `step`."""
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         mean_loss = float(np.mean(finite)) if finite else None  # JSON knows no NaN
         pace = self.timed * self.tokens_per_step / self.elapsed if self.timed else None
-        record = {
+        record: Record = {
             "step": step,
             "loss": mean_loss,
             "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
@@ -141,12 +153,12 @@ class Recorder:
         return record
 
 
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
+def append_metrics(path: Path, record: Record) -> None:
     """Append a line of JSON; None stands for what is not known."""
     append_line(path, json.dumps(record))
 
 
-def describe(record: dict[str, Any]) -> dict[str, str]:
+def describe(record: Record) -> dict[str, str]:
     """Return a record's numbers as text by name, the important ones first."""
     pace, mfu = record["tokens_per_second"], record.get("mfu")
     shown = {
@@ -157,9 +169,7 @@ def describe(record: dict[str, Any]) -> dict[str, str]:
     return shown | ({"mfu": "-" if mfu is None else f"{mfu:.1%}"} if "mfu" in record else {})
 
 
-def read_metrics(
-    path: Path, notify: Callable[[str], None] = lambda line: None
-) -> list[dict[str, Any]]:
+def read_metrics(path: Path, notify: Callable[[str], None] = lambda line: None) -> list[Record]:
     """Return all records of metrics.jsonl; `notify` is told how many lines were skipped, if any.
 
     A full disk or a crash may leave a blank line, NUL bytes or a part of a record anywhere. The
@@ -176,7 +186,7 @@ def read_metrics(
     return [record for record in records if record is not None]
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> Record | None:
     """Return the record in a line, None if it has no step or a loss that is not a number."""
     try:
         record = json.loads(line)
@@ -185,7 +195,8 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
     losses = (record.get(name) for name in ("loss", "val_loss"))
-    return record if all(x is None or type(x) in (int, float) for x in losses) else None
+    numbers = all(x is None or type(x) in (int, float) for x in losses)
+    return cast(Record, record) if numbers else None
 
 
 def drop_metrics_from(
@@ -201,7 +212,7 @@ def drop_metrics_from(
         file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def draw_losses(records: list[dict[str, Any]], path: Path, scale: str) -> None:
+def draw_losses(records: list[Record], path: Path, scale: str) -> None:
     """Draw train and validation loss over the steps into a PNG file, which is replaced whole."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s that --help need not pay
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from gptjax.training.plan import is_due
 from gptjax.training.start import TrainingRun
 from gptjax.training.step import Metrics
 
-Sink = Callable[[dict[str, Any]], None]  # takes a record with `step`; see `metrics.Recorder`
+Sink = Callable[[metrics.Record], None]  # takes a record with `step`; see `metrics.Recorder`
 
 
 class RunLog:
@@ -120,7 +120,7 @@ class RunLog:
                 f"examine one with --replay; the last good checkpoint is step {self.saver.last}"
             )
 
-    def _capture(self, step: int, now: dict[str, Any], norms: Any) -> None:
+    def _capture(self, step: int, now: dict[str, Any], norms: model.Params) -> None:
         """Report that a step was skipped, and write the record by which it can be run again."""
         text = f"step {step} skipped: loss {now['loss']:.4g}, grad norm {now['grad_norm']:.4g}"
         if self.run.primary:
@@ -140,7 +140,7 @@ class RunLog:
             text += f"; {programs.command('train.py', *words)} runs it again"
         self.note(text)
 
-    def _emit(self, record: dict[str, Any]) -> None:
+    def _emit(self, record: metrics.Record) -> None:
         """Hand a record to all sinks."""
         if self.run.primary:
             for sink in self.sinks:

@@ -88,7 +88,9 @@ def loss_and_grad(
     if passes == 1:
         return value_and_grad(cfg, params, windows_ABT[0], dropout_key(0))
 
-    def accumulate(carry: Any, xs: Any) -> tuple[Any, None]:
+    Sums = tuple[Array, Params]
+
+    def accumulate(carry: Sums, xs: tuple[Array, Array]) -> tuple[Sums, None]:
         windows_BT, i = xs
         new = value_and_grad(cfg, params, windows_BT, dropout_key(i))
         return jax.tree.map(jnp.add, carry, new), None
@@ -175,7 +177,7 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
 def norms_by_layer(tree: Params) -> Params:
     """Return the norm of every leaf, (L,) of the blocks' stacked ones and () of the others."""
 
-    def norm(path: Any, leaf: Array) -> Array:
+    def norm(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
         is_stacked = path[0] == jax.tree_util.DictKey("h")
         axes = tuple(range(int(is_stacked), leaf.ndim))
         return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes))
