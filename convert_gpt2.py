@@ -26,7 +26,7 @@ from gptjax.terminal import cli, flags
 from gptjax.terminal.console import print_table
 
 PROG = "convert_gpt2.py"
-CHECKPOINT = "best (by validation loss), latest, or the number of a step."
+CHECKPOINT = "Step to load: best (by validation loss), latest, or its number."
 T = TypeVar("T")
 USAGE = """usage: {me} import SOURCE --out_dir=RUN
        {me} export RUN --to=hf|llmc|gguf --out_dir=DIR
@@ -40,42 +40,42 @@ ckpt.pt or llm.c's .bin. RUN is a run folder, which train.py --init_from=RUN and
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig(SourceConfig):
-    """Make a run folder of a model in any format."""
+    """The settings of import."""
 
-    out_dir: str = once("", "Run folder to make.", section="Result", path=True)
+    out_dir: str = once("", "Run folder to create.", section="Result", path=True)
     debug: bool = once(False, DEBUG)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a run's model in another format."""
+    """The settings of export."""
 
     to: str = once(
         "hf",
         "Format: hf (transformers), llmc (llm.c's .bin) or gguf (llama.cpp).",
         section="Result",
     )
-    out_dir: str = once("", "Folder to make.", path=True)
+    out_dir: str = once("", "Folder to create.", path=True)
     checkpoint: str = once("best", CHECKPOINT)
     debug: bool = once(False, DEBUG)
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig(SourceConfig):
-    """Compare a run with transformers' model of the same weights."""
+    """The settings of verify."""
 
     against: str = once(
         "",
-        "The source that the run was imported from, or was exported to.",
+        "Source to compare with: what the run was imported from, or exported to.",
         section="Comparison",
         path=True,
     )
     checkpoint: str = once("best", CHECKPOINT)
     self_test: bool = once(
-        False, "Compare on random weights, which needs neither a run nor the network."
+        False, "Compare a model with random weights, which needs neither a run nor the network."
     )
     size: str = once(
-        "gpt2", "Size of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl."
+        "gpt2", "Model of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl."
     )
     verbose: bool = once(False, "Show every comparison, not only those that fail.")
     json: bool = once(False, "Print the report as JSON, with every comparison.")
@@ -83,14 +83,14 @@ class VerifyConfig(SourceConfig):
 
 
 def parse(config_class: type[T], argv: list[str], about: str, *words: str) -> T:
-    """Read the flags of a command, which is typed with these words."""
+    """Return the settings of a command, which is typed with these words, from its flags."""
     return flags.parse(config_class, argv, config_class(), about, programs.command(PROG, *words))
 
 
 def import_command(name: str, argv: list[str]) -> int:
-    """Import, and say what came out."""
+    """Import a model and print what was imported; return the exit code."""
     config = parse(ImportConfig, argv, "Import a GPT-2.", "import", "SOURCE")
-    require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to make")
+    require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to create")
     began = time.monotonic()
     allocator.return_freed_memory()
     run, digests = import_run(name, Path(config.out_dir), config, print)
@@ -108,9 +108,9 @@ def import_command(name: str, argv: list[str]) -> int:
 
 
 def export_command(name: str, argv: list[str]) -> int:
-    """Export, and list the files."""
+    """Export a run and list the files; return the exit code."""
     config = parse(ExportConfig, argv, "Export a run.", "export", "RUN")
-    require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to make")
+    require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to create")
     allocator.return_freed_memory()
     export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint)
     for path in sorted(Path(config.out_dir).iterdir()):
@@ -119,7 +119,11 @@ def export_command(name: str, argv: list[str]) -> int:
 
 
 def verify_command(name: str, argv: list[str]) -> int:
-    """Compare; exit code 65 and the first difference unless every gate holds."""
+    """Compare a run with a source and print the report; return the exit code.
+
+    Raises:
+        DataError: a comparison fails; the first one is named.
+    """
     config = parse(VerifyConfig, argv, "Verify a run.", "verify", "RUN")
     if config.self_test:
         name, checks = config.size, self_test(config)
@@ -137,14 +141,14 @@ def verify_command(name: str, argv: list[str]) -> int:
         show(checks, config.verbose)
     if first is not None:
         raise DataError(
-            f"{name} is not the model it is compared with: they part at {first.group} "
-            f"{first.name}, difference {first.difference:.2g}, allowed {first.allowed:.2g}"
+            f"{name} is not the model it is compared with: the first that differs is {first.group} "
+            f"{first.name}, by {first.difference:.2g}, where {first.allowed:.2g} is allowed"
         )
     return 0
 
 
 def self_test(config: VerifyConfig) -> list[Check]:
-    """Compare on random weights of the size that is asked for, written and read as any source."""
+    """Compare a model of this size with random weights, written and read as any source."""
     sizes = {name: preset.model for name, preset in PRESETS.items() if name != "finetune_gpt2"}
     sizes["tiny"] = dataclasses.replace(sizes["quickstart"], n_layer=2, vocab_size=256)
     sizes["distilgpt2"] = dataclasses.replace(sizes["gpt2"], n_layer=6)
@@ -160,7 +164,7 @@ def self_test(config: VerifyConfig) -> list[Check]:
 
 
 def to_json(checks: list[Check]) -> str:
-    """Return the report for programs, with every comparison."""
+    """Return the report as JSON text, with every comparison."""
     report = [{**check._asdict(), "ok": check.ok} for check in checks]
     for entry in report:  # JSON has no NaN
         for key in ("difference", "allowed"):
@@ -203,7 +207,7 @@ COMMANDS = {"import": import_command, "export": export_command, "verify": verify
 
 
 def main(argv: list[str]) -> int:
-    """Run a command; returns the exit code."""
+    """Run the command that the first word names; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(me=programs.command(PROG)))
         return 0 if argv else 2
@@ -212,11 +216,11 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     command, *rest = argv
     if command not in COMMANDS:
-        raise UsageError(f"unknown command {command}: there are {', '.join(COMMANDS)}")
+        raise UsageError(f"unknown command {command}: must be one of {', '.join(COMMANDS)}")
     name = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     name = str(expand(name)) if name.startswith("~") else name
     if not name and command != "verify" and "--help" not in rest:
-        raise UsageError(f"{command}: name what to {command}; --help shows how")
+        raise UsageError(f"{command}: name what to {command} before the flags; see --help")
     return COMMANDS[command](name, rest)
 
 

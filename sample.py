@@ -24,7 +24,7 @@ from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """What `sample.py` needs."""
+    """The settings of `sample.py`."""
 
     out_dir: str = once("out", "Run folder to sample from.", section="Model", path=True)
     init_from: str = once(
@@ -35,35 +35,37 @@ class SamplerConfig:
         path=True,
     )
     preset: str = once("quickstart", "Preset whose model --init_from=scratch makes.")
-    checkpoint: str = once("best", "best (by validation loss), latest, or the number of a step.")
+    checkpoint: str = once(
+        "best", "Step to load: best (by validation loss), latest, or its number."
+    )
     dtype: DType = once(
         "auto",
-        "Type that the model computes in. auto takes bfloat16 on a GPU or TPU, and float32 on a "
-        "CPU.",
+        "Data type of the computation. auto is bfloat16 on a GPU or TPU, and float32 on a CPU.",
     )
     start: tuple[str, ...] = once(
         (),
-        "Prompts, one or several. FILE:path reads one from a file, and an empty one starts from "
-        "nothing. When none is given it is a new line, or nothing where the vocabulary has none.",
+        "One or several prompts. FILE:path reads a prompt from a file. With an empty prompt the "
+        "model begins by itself. The default is a newline, or an empty prompt if the vocabulary "
+        "has no newline.",
         section="Text",
     )
-    num_samples: int = once(1, "Samples of each prompt.")
-    max_new_tokens: int = once(500, "Tokens of each sample.")
+    num_samples: int = once(1, "Number of samples for each prompt.")
+    max_new_tokens: int = once(500, "Number of tokens to generate for each sample.")
     seed: int = once(
         1337,
-        "Seed of the draws. A sample depends on prompt, seed and its number, not on the others.",
+        "Random seed. A sample depends only on its prompt, the seed and its number.",
     )
     stop: tuple[str, ...] = once((), "Strings that end a sample; they are not printed.")
-    ignore_eot: bool = once(False, "Go on after the end-of-text token instead of stopping there.")
+    ignore_eot: bool = once(False, "Continue after the end-of-text token.")
     allow_special: bool = once(False, "Read <|endoftext|> in a prompt as that token, not as text.")
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     interactive: bool = once(
         False,
-        "Ask for prompt after prompt. Ctrl-C stops the text that is being written; an empty line, "
-        "Ctrl-D or Ctrl-C at the prompt ends.",
+        "Ask for one prompt after another. Ctrl-C stops the sample that is being written; an empty "
+        "line, Ctrl-D or Ctrl-C at the prompt ends the program.",
         section="Terminal and machine",
     )
-    raw: bool = once(False, "Print control characters as they are, also on a terminal.")
+    raw: bool = once(False, "Print control characters unchanged, even to a terminal.")
     compile_cache: str = once("auto", COMPILE_CACHE, path=True)
     debug: bool = once(False, DEBUG)
 
@@ -92,7 +94,7 @@ def load_model(config: SamplerConfig) -> tuple[GPTConfig, model.Params, Tokenize
 def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[str, list[int]]:
     """Return a prompt and its ids; an empty one becomes the tokenizer's start token."""
     if start.startswith("FILE:"):
-        require(start != "FILE:", "start", start, "name the file behind the colon")
+        require(start != "FILE:", "start", start, "name the file after the colon")
         path = expand(start.removeprefix("FILE:"))
         try:
             start = path.read_bytes().decode()
@@ -115,9 +117,10 @@ def default_start(tokenizer: Tokenizer) -> str:
 
 
 class Stream:
-    """One sample on its way to the reader: decodes, and ends at a stop string or end of text."""
+    """One sample on its way to the reader, which ends at a stop string or the end of text."""
 
     def __init__(self, tokenizer: Tokenizer, config: SamplerConfig) -> None:
+        """Begin a sample with nothing shown."""
         self.decoder = StreamDecoder(tokenizer)
         self.eot = None if config.ignore_eot else tokenizer.eot
         self.stop = [stop for stop in config.stop if stop]
@@ -174,8 +177,8 @@ def write_samples(
         left = len(sampling.cut(ids, cfg.block_size))
         if left < len(ids):
             note(
-                f"note: a prompt has {len(ids)} tokens, the context {cfg.block_size}: only its "
-                f"last {left} {plural(left, 'token')} will be read"
+                f"note: a prompt has {len(ids)} tokens, but the context holds {cfg.block_size}: "
+                f"only its last {left} {plural(left, 'token')} will be used"
             )
     rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
     streams = [Stream(tokenizer, config) for _ in rows]
@@ -212,7 +215,7 @@ def write_samples(
 
 
 def converse(config: SamplerConfig, sample: Callable[[tuple[str, ...]], None]) -> int:
-    """Sample prompt after prompt until an empty one; returns the exit code."""
+    """Sample one prompt after another until an empty one; return the exit code."""
     while True:
         try:
             start = input("prompt> ")
@@ -230,7 +233,7 @@ def converse(config: SamplerConfig, sample: Callable[[tuple[str, ...]], None]) -
 
 
 def main(argv: list[str]) -> int:
-    """Sample; returns the exit code."""
+    """Sample text as the flags say; return the exit code."""
     about, prog = "Sample text from a trained GPT.", programs.command("sample.py")
     config = flags.parse(SamplerConfig, argv, SamplerConfig(), about, prog)
     cli.use_compile_cache(config.compile_cache)

@@ -105,13 +105,13 @@ def train(run: TrainingRun) -> int:
             log.push(first, values)
     if saver.last != step:
         raise DiskError(
-            f"step {step} is not saved, the last that is is {saver.last} ({run.run_dir})"
+            f"step {step} was not saved; the newest saved step is {saver.last} ({run.run_dir})"
         )
     return report_end(run, state, step, val_loss)
 
 
 def report_end(run: TrainingRun, state: TrainState, step: int, val_loss: float | None) -> int:
-    """Say how the run ended, after `step` steps that are saved; return the exit code."""
+    """Print how the run ended, after `step` steps that are saved; return the exit code."""
     config, note = run.config, run.console.note
     complete = step == config.max_iters and val_loss is not None
     if complete:
@@ -124,7 +124,7 @@ def report_end(run: TrainingRun, state: TrainState, step: int, val_loss: float |
         )
         return 0
     if step < config.max_iters and step == plan.last_step(config):
-        note(f"saved step {step}, as --stop_step={step} says; --init_from=resume goes on")
+        note(f"saved step {step}, as --stop_step={step} asks; --init_from=resume continues")
         return 0
     number = run.stop_signals[0] if run.stop_signals else signal.SIGTERM
     note(f"saved step {step} after {signal.Signals(number).name}")

@@ -17,7 +17,7 @@ USAGE = f"gptjax COMMAND --help; the commands are {', '.join(COMMANDS)}"
 
 
 def dispatch(argv: list[str]) -> int:
-    """Run the command that the first word names; returns its exit code."""
+    """Run the command that the first word names; return its exit code."""
     name, *rest = argv or [""]
     if name in ("-h", "--help"):
         print(f"usage: {USAGE}")
@@ -30,7 +30,7 @@ def dispatch(argv: list[str]) -> int:
 
 
 def main() -> int:
-    """Run on this process's arguments; returns the exit code."""
+    """Run on this process's arguments; return the exit code."""
     return cli.run(dispatch, sys.argv[1:])
 
 

@@ -18,55 +18,56 @@ from gptjax.settings import (
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu"]
+Attention = Literal["auto", "xla", "cudnn"]
 COMPILE_CACHE = (
-    "Folder that keeps compiled programs. auto takes xla in the cache folder, which is "
+    "Folder for compiled programs. auto is the folder xla in the cache folder, which is "
     "~/.cache/gptjax or what the variable GPTJAX_CACHE names; off compiles every time."
 )
 TOKENIZER_DIR = (
     "Folder with GPT-2's vocab.bpe and encoder.json, or merges.txt and vocab.json, so that gpt2 "
     "needs no network."
 )
-DEBUG = "Show a traceback where an error would be one line."
+DEBUG = "Show the traceback of an error instead of one line."
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """The model. The defaults are GPT-2 124M."""
 
-    n_layer: int = architecture(12, "Number of transformer blocks.", section="Model")
-    n_head: int = architecture(12, "Attention heads of each block; must divide n_embd.")
+    n_layer: int = architecture(12, "Number of transformer blocks (layers).", section="Model")
+    n_head: int = architecture(12, "Number of attention heads in each block; must divide n_embd.")
     n_embd: int = architecture(768, "Width of the residual stream.")
-    block_size: int = architecture(1024, "Length of the context in tokens.")
+    block_size: int = architecture(1024, "Context length in tokens.")
     vocab_size: int = architecture(
-        50257, "Tokens of the vocabulary. train.py takes the tokenizer's, and refuses any other."
+        50257, "Size of the vocabulary. train.py takes the tokenizer's and refuses any other."
     )
     vocab_multiple: int = architecture(
-        128, "The embedding gets rows up to a multiple of this, which hardware likes; 1 adds none."
+        128, "Pad the rows of the embedding to a multiple of this, for speed; 1 adds none."
     )
     bias: bool = architecture(True, "Whether linear layers and LayerNorms have biases.")
     activation: Activation = architecture(
         "gelu_tanh",
-        "Nonlinearity of the MLP: gelu_tanh is GPT-2's, gelu the exact one that nanoGPT has.",
+        "Activation function of the MLP: gelu_tanh is GPT-2's, gelu the exact form, nanoGPT's.",
         older="gelu_tanh",
     )
-    dropout: float = experiment(0.0, "Probability to drop an activation in training.")
+    dropout: float = experiment(0.0, "Probability of dropping an activation in training.")
     dtype: DType = experiment(
         "auto",
-        "Type that the model computes in, while parameters stay float32. auto takes bfloat16 on a "
-        "GPU or TPU, and float32 on a CPU.",
+        "Data type of the computation; parameters are float32 whatever it is. auto is bfloat16 on "
+        "a GPU or TPU, and float32 on a CPU.",
     )
-    attention: Literal["auto", "xla", "cudnn"] = run(
+    attention: Attention = run(
         "auto",
-        "Implementation of attention. auto takes cudnn on an NVIDIA GPU in half precision without "
+        "Implementation of attention. auto is cudnn on an NVIDIA GPU in half precision without "
         "dropout, and xla elsewhere.",
     )
     unroll: int = run(
-        0, "Layers unrolled in the layer scan. 0 = all, the fastest step; 1 compiles fastest."
+        0, "Layers to unroll in the layer scan; 0 = all, which runs fastest; 1 compiles fastest."
     )
     remat: bool = run(
         False,
-        "Compute each block again in the backward pass: less memory for about a third more work. "
-        "On CPU it saves memory with unroll=1 only.",
+        "Recompute each block in the backward pass: less memory, about a third more computation. "
+        "On a CPU it saves memory only with unroll=1.",
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class GPTConfig:
             self.attention != "cudnn" or self.dropout == 0,
             "attention",
             self.attention,
-            f"has no dropout, and --dropout={self.dropout}; take --attention=xla or --dropout=0",
+            f"does not support --dropout={self.dropout}; take --attention=xla or --dropout=0",
         )
 
     @property
@@ -102,36 +103,35 @@ class GPTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `train.py` needs; nanoGPT's names where nanoGPT has one."""
+    """The settings of `train.py`, under nanoGPT's names where it has one."""
 
     dataset: str = source(
         "auto",
-        "What to train on: tinyshakespeare, pydocs, a text (also packed by gzip, xz or bzip2), a "
-        "file of token ids, a folder or a glob of either, such as one with train.bin and val.bin "
-        "or llm.c's shards, or the name of a folder in data/. auto takes tinyshakespeare, or "
-        "pydocs where that cannot be downloaded.",
+        "What to train on: tinyshakespeare, pydocs, a text file (which may be compressed by gzip, "
+        "xz or bzip2), a file of token ids, a folder or a glob of either (such as nanoGPT's "
+        "train.bin and val.bin, or llm.c's shards), or the name of a folder in data/. auto is "
+        "tinyshakespeare, or pydocs if that cannot be downloaded.",
         section="Data",
         path=True,
     )
     val_dataset: str = source(
         "",
-        "Texts or token files of the validation split, named in the same way. Empty takes the "
-        "dataset's files with the word val in their name, or else the end of the dataset.",
+        "Text or token files of the validation split, named in the same way. If it is empty, the "
+        "split is the dataset's files with the word val in their name, or else the dataset's end.",
         path=True,
     )
     val_fraction: float = source(
-        0.1, "Part of such a dataset, from its end, that is held back for validation."
+        0.1, "Fraction of the dataset, from its end, to hold back if no file is for validation."
     )
     tokenizer: Literal["auto", "char", "byte", "gpt2"] = source(
-        "auto", "auto takes char for a text, the folder's tokenizer.json or gpt2 for token files."
+        "auto", "auto is char for texts; for token files, the tokenizer.json beside them or gpt2."
     )
     tokenizer_dir: str = source("", TOKENIZER_DIR, path=True)
     decode_errors: Literal["strict", "replace"] = run(
-        "strict",
-        "What to do with bytes of a text that are not UTF-8: refuse, or replace and count.",
+        "strict", "What to do with bytes that are not UTF-8: refuse the text, or replace them."
     )
     allow_special: bool = run(
-        False, "Read <|endoftext|> in a text as gpt2's token for it, not as the text that it is."
+        False, "Read <|endoftext|> in a text as gpt2's end-of-text token, not as ordinary text."
     )
 
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
@@ -139,25 +139,25 @@ class TrainConfig:
     max_iters: int = run(5000, "Number of optimizer steps.", section="Length and batch")
     batch_size: int = experiment(12, "Sequences in a forward pass, over all devices together.")
     gradient_accumulation_steps: int = experiment(1, "Forward passes in an optimizer step.")
-    seed: int = experiment(1337, "Seed of the parameters, of dropout and of the data's order.")
+    seed: int = experiment(1337, "Random seed of parameters, dropout and the order of the data.")
 
     optimizer: Literal["adamw", "muon"] = state(
         "adamw",
-        "muon orthogonalises the updates of the blocks' matrices, and takes adamw for the rest.",
+        "muon orthogonalises the updates of the blocks' matrices, and uses adamw for the rest.",
         section="Optimizer",
     )
     learning_rate: float = run(
-        6e-4, "Peak learning rate of adamw; under muon that of embeddings, biases and LayerNorms."
+        6e-4, "Peak learning rate of adamw; with muon, that of embeddings, biases and LayerNorms."
     )
-    muon_learning_rate: float = run(0.02, "Peak learning rate of the matrices under muon.")
+    muon_learning_rate: float = run(0.02, "Peak learning rate of the matrices with muon.")
     schedule: Literal["cosine", "wsd", "constant"] = run(
         "cosine",
-        "Learning rate after the warmup: cosine falls to min_lr; wsd is constant first, then falls "
-        "in a straight line; constant stays at the peak.",
+        "Learning rate after the warmup: cosine falls to min_lr along a cosine; wsd stays at the "
+        "peak and then falls to min_lr in a straight line; constant stays at the peak.",
     )
-    warmup_iters: int = run(100, "Steps of linear warmup.")
+    warmup_iters: int = run(100, "Number of steps of linear warmup.")
     lr_decay_iters: int = run(0, "Step at which the decay ends; 0 = max_iters.")
-    decay_fraction: float = run(0.2, "Part of lr_decay_iters over which wsd lets the rate fall.")
+    decay_fraction: float = run(0.2, "Fraction of lr_decay_iters over which wsd lowers the rate.")
     min_lr: float = run(6e-5, "Learning rate at the end of the decay.")
     beta1: float = run(0.9, "Decay of adamw's first moment.")
     beta2: float = run(0.95, "Decay of adamw's second moment.")
@@ -165,7 +165,7 @@ class TrainConfig:
     weight_decay: float = run(
         0.1, "Weight decay of matrices and embeddings; biases and LayerNorms have none."
     )
-    grad_clip: float = run(1.0, "Largest global norm of the gradient; 0 = no limit.")
+    grad_clip: float = run(1.0, "Clip the gradient to this global norm; 0 = no limit.")
 
     eval_interval: int = run(
         250,
@@ -173,45 +173,45 @@ class TrainConfig:
         section="Evaluation and logging",
     )
     eval_iters: int = run(
-        50, "Validation batches of an evaluation, the same windows each time; 0 = the whole split."
+        50, "Number of validation batches, always the same windows; 0 = the whole split."
     )
-    log_interval: int = run(10, "Steps between lines of metrics.")
-    loss_axis: Literal["linear", "log"] = run("linear", "Scale of the axis of losses in loss.png.")
-    sample_interval: int = run(500, "Steps between samples of text; 0 = only at the end.")
-    sample_tokens: int = run(200, "Tokens of such a sample; 0 = no samples.")
+    log_interval: int = run(10, "Steps between logged lines of metrics.")
+    loss_axis: Literal["linear", "log"] = run("linear", "Scale of the loss axis in loss.png.")
+    sample_interval: int = run(500, "Steps between generated samples; 0 = only at the end.")
+    sample_tokens: int = run(200, "Number of tokens in each sample; 0 = no samples.")
 
     out_dir: str = local(
         "out",
-        "Run folder: config, tokenizer, metrics, loss.png, samples and checkpoints.",
+        "Run folder, which holds config, tokenizer, metrics, loss.png, samples and checkpoints.",
         section="Checkpoints",
         path=True,
     )
     init_from: str = local(
         "scratch",
-        "scratch starts anew, resume goes on with the run in out_dir, auto does so where there is "
-        "one. Anything else names where to take the parameters from: a run folder, a model on the "
-        "Hugging Face Hub (gpt2, gpt2-medium, ...), or what convert_gpt2.py imports.",
+        "scratch starts a new run, resume continues the one in out_dir, and auto resumes if there "
+        "is one. Anything else names a model whose parameters a new run begins with: a run folder, "
+        "a model on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what convert_gpt2.py imports.",
         path=True,
     )
     checkpoint_interval: int = run(250, "Steps between checkpoints; 0 = only at the end.")
     wait_for_checkpoints: bool = local(
-        False, "Wait until a checkpoint is on disk, so that a kill costs one interval at most."
+        False, "Wait until each checkpoint is on disk, so that a kill loses at most one interval."
     )
     keep_checkpoints: int = run(
-        2, "Newest checkpoints to keep, besides the one with the best validation loss."
+        2, "Number of newest checkpoints to keep, besides the one with the lowest validation loss."
     )
-    force: bool = once(False, "Start although the disk looks too small for the checkpoints.")
+    force: bool = once(False, "Start even if the disk seems too small for the checkpoints.")
     resume_step: int = once(
-        -1, "Go back to this saved step, and set newer ones aside; -1 = the newest."
+        -1, "Resume from this saved step and set newer ones aside; -1 = the newest."
     )
     allow_change: str = once(
         "",
-        "What may differ from the run's on resume, with commas between: seed, batch_size, dtype, "
+        "What may differ from the run on resume, separated by commas: seed, batch_size, dtype, "
         "gradient_accumulation_steps, dropout, data, tokenizer.",
     )
-    stop_step: int = once(0, "Save and end after this step, whatever max_iters is; 0 = never.")
+    stop_step: int = once(0, "Save and stop after this step, whatever max_iters is; 0 = never.")
     resume_check: bool = once(
-        False, "Train in one go and in two, in processes of their own, and compare every array."
+        False, "Train once without and once with a stop and a resume, and compare every array."
     )
 
     skip_spikes: float = run(
@@ -220,29 +220,29 @@ class TrainConfig:
         "of the last 128 good ones; 0 = never. Steps that are not finite are always skipped.",
         section="Bad steps",
     )
-    max_skips: int = run(10, "Skipped steps in a row after which the run ends.")
+    max_skips: int = run(10, "Number of skipped steps in a row after which the run ends.")
     replay: str = once(
-        "", "Run a step of out_dir's run again: this file of its folder bad_steps.", path=True
+        "", "Run a skipped step again: a file of the folder bad_steps in out_dir.", path=True
     )
 
     strategy: Literal["data"] = run(
         "data",
-        "Layout over the devices: data splits the batch and copies the weights.",
+        "Layout of arrays over the devices: data splits the batch and copies the weights.",
         section="Devices and processes",
     )
     steps_per_dispatch: int = run(
-        0, "Optimizer steps in a call of JAX; 0 = 10 for small models on GPU and TPU, else 1."
+        0, "Optimizer steps in a call of JAX; 0 = 10 for small models on a GPU or TPU, else 1."
     )
     distributed: Literal["auto", "off"] = once(
         "auto",
-        "auto joins the other processes where flags, variables such as JAX_COORDINATOR_ADDRESS, "
-        "srun or mpirun tell of any; off runs alone.",
+        "auto joins the other processes if flags, variables such as JAX_COORDINATOR_ADDRESS, srun "
+        "or mpirun announce any; off runs alone.",
     )
-    coordinator_address: str = once("", "HOST:PORT of process 0, in a run of several processes.")
+    coordinator_address: str = once("", "HOST:PORT of process 0 in a run of several processes.")
     num_processes: int = once(0, "Number of processes; 0 = what the environment says.")
     process_id: int = once(-1, "Number of this process, from 0; -1 = what the environment says.")
     heartbeat_timeout: int = local(
-        100, "Seconds of silence after which a process counts as dead, and the others end."
+        100, "Seconds without a sign of life after which a process counts as dead."
     )
     compile_cache: str = local("auto", COMPILE_CACHE, path=True)
     debug: bool = once(False, DEBUG)
@@ -257,8 +257,8 @@ class TrainConfig:
         require_range(self, "resume_step process_id", -1)
         require_range(self, "beta1 beta2", 0, 1, below=True)
         require_range(self, "decay_fraction", 0, 1)
-        ok, rule = 0 < self.val_fraction < 1, "must be above 0 and below 1"
-        require(ok, "val_fraction", self.val_fraction, rule)
+        ok = 0 < self.val_fraction < 1
+        require(ok, "val_fraction", self.val_fraction, "must be above 0 and below 1")
         ok = self.warmup_iters <= self.max_iters
         rule = f"must be at most max_iters={self.max_iters}; lower it, or train longer"
         require(ok, "warmup_iters", self.warmup_iters, rule)
@@ -266,25 +266,29 @@ class TrainConfig:
         rule = f"must be at least warmup_iters={self.warmup_iters}, or 0 for max_iters"
         require(ok, "lr_decay_iters", self.lr_decay_iters, rule)
         for name in ("learning_rate", "muon_learning_rate", "eps"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, name, value, "must be above 0 and finite")
+            ok = math.isfinite(value := getattr(self, name)) and value > 0
+            require(ok, name, value, "must be above 0 and finite")
         require_range(self, "min_lr", 0, self.learning_rate)
-        ok, rule = self.model.dtype != "float16", "training in float16 needs loss scaling"
-        require(ok, "dtype", self.model.dtype, f"{rule}; take bfloat16 or float32")
+        rule = "training in float16 would need loss scaling; take bfloat16 or float32"
+        require(self.model.dtype != "float16", "dtype", self.model.dtype, rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How text is drawn from the model."""
+    """The settings of sampling: how the next token is drawn from the model's logits."""
 
     temperature: float = once(
-        0.8, "0 takes the likeliest token each time; above 1 is wilder.", section="Drawing"
+        0.8,
+        "Divide the logits by this; 0 takes the likeliest token each time.",
+        section="Sampling",
     )
-    top_k: int = once(0, "Keep this many of the likeliest tokens; 0 = all.")
-    top_p: float = once(1.0, "Keep the fewest tokens that hold this much probability; 1 = all.")
-    min_p: float = once(0.0, "Keep tokens this likely relative to the likeliest one; 0 = all.")
+    top_k: int = once(0, "Keep only this many of the likeliest tokens; 0 = all.")
+    top_p: float = once(1.0, "Keep the fewest tokens that together hold this probability; 1 = all.")
+    min_p: float = once(
+        0.0, "Keep tokens at least this likely, relative to the likeliest; 0 = all."
+    )
     repetition_penalty: float = once(
-        1.0, "Divide the logits of tokens seen by this, or multiply where negative; 1 = off."
+        1.0, "Divide positive logits of earlier tokens by this, multiply negative ones; 1 = off."
     )
 
     def __post_init__(self) -> None:

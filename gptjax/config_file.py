@@ -37,18 +37,21 @@ def load_config(path: Path) -> TrainConfig:
         raise UsageError(f"cannot read the settings ({path}): they are nested too deep") from error
 
 
-def complete(config: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run stored by today's names, with what it computed where it had no setting."""
+def complete(config: Any, stored: Mapping[str, object]) -> dict[str, object]:
+    """Return stored settings under today's names, older ones filled in where there were none.
+
+    A setting that is newer than the run gets the value by which the run was computed.
+    """
     older = {name: field.metadata["older"] for name, field in fields_of(config).items()}
     found = older | {RENAMED.get(name, name): value for name, value in stored.items()}
     return {name: value for name, value in found.items() if name}
 
 
-def check_types(config: Any, values: Mapping[str, Any]) -> None:
+def check_types(config: Any, values: Mapping[str, object]) -> None:
     """Raise UsageError unless these are settings of the config, and of their types."""
     fields = fields_of(config)
     for name, value in values.items():
-        require(name in fields, name, repr(value), "there is no such setting in this version")
+        require(name in fields, name, repr(value), "this version has no such setting")
         kind = fields[name].type
         if get_origin(kind) is Literal:
             ok, rule = value in get_args(kind), f"one of {', '.join(get_args(kind))}"

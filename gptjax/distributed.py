@@ -15,7 +15,7 @@ from gptjax.sharding import batch_sharding, replicated
 
 
 class Cluster(NamedTuple):
-    """What jax.distributed.initialize needs; None is for it to find out."""
+    """The arguments of jax.distributed.initialize; it finds out what is None."""
 
     coordinator_address: str | None
     num_processes: int | None
@@ -48,23 +48,24 @@ def find_cluster(config: TrainConfig, environment: Mapping[str, str]) -> Cluster
         if not (whole and int(index) < int(count)):
             raise UsageError(
                 f"--coordinator_address={address} --num_processes={count} --process_id={index}: "
-                "give all three, HOST:PORT of process 0, their count and this one's number from 0"
+                "give all three: HOST:PORT of process 0, the number of processes, and the number "
+                "of this one, from 0"
             )
         return Cluster(address, int(count), int(index))
     if environment.get("TORCHELASTIC_RUN_ID"):
         raise UsageError(
-            "started by torchrun: start `python train.py` once on each host instead, JAX takes all "
-            "GPUs of a host by itself"
+            "this process was started by torchrun: start `python train.py` once on each host "
+            "instead; JAX uses all GPUs of a host by itself"
         )
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("OMPI_COMM_WORLD_SIZE", "1")
     return Cluster(None, None, None) if tasks not in ("0", "1") else None
 
 
 def start(config: TrainConfig) -> None:
-    """Join the other processes, if there are any; must come before JAX looks for devices.
+    """Join the other processes, if there are any; call it before JAX looks for devices.
 
     Raises:
-        UsageError: what is said about them is incomplete.
+        UsageError: the flags or variables that describe them are incomplete.
         RuntimeError: they cannot be reached.
     """
     cluster = find_cluster(config, os.environ)
@@ -75,7 +76,7 @@ def start(config: TrainConfig) -> None:
 
 
 class StopVote:
-    """Tell whether to stop, so that all processes of a run do after the same step."""
+    """A vote of all processes of a run, so that a signal stops them after the same step."""
 
     def __init__(self, signals: list[int], mesh: Mesh, alone: bool | None = None) -> None:
         """Take the list that signals are added to, and the devices of all processes.
@@ -90,11 +91,11 @@ class StopVote:
         self.told = False  # by a signal to any process, and known to all of them
 
     def at_once(self) -> bool:
-        """Return whether to leave off what is under way: a run of several must finish it."""
+        """Return whether to stop even within an evaluation; several processes must finish it."""
         return self.alone and bool(self.signals)
 
     def cast(self) -> None:
-        """Send this process's vote to all, after a step; all must call this equally often."""
+        """Send this process's vote to all, once after each call of the step in every process."""
         if not self.alone:
             votes = np.full(self.n_local, bool(self.signals), np.int32)
             vote = self.largest(jax.make_array_from_process_local_data(self.sharding, votes))

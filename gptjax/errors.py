@@ -1,23 +1,23 @@
-"""The refusals that gptjax makes on purpose, each with its exit code, and words of messages."""
+"""The errors that gptjax raises on purpose, each with its exit code, and words of messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class Refusal(Exception):
-    """What a program says in a line before it ends with this exit code."""
+    """An error that ends a program with this exit code, and is shown to the user as one line."""
 
     exit_code: int
 
 
 class InputError(Refusal, ValueError):
-    """What the user gave cannot be used as it is, for a `reason`.
+    """An error about what the user gave, which cannot be used for a `reason`.
 
     Where a `flag` of convert_gpt2.py lets it pass, the message says so, with a `note` on the flag.
     """
 
     def __init__(self, reason: str, flag: str = "", note: str = "") -> None:
-        """Word the message."""
+        """Make the message from the reason and, if there is one, the flag."""
         super().__init__(f"{reason}; pass {flag} ({note})" if flag else reason)
         self.reason, self.flag, self.note = reason, flag, note
 
@@ -71,18 +71,25 @@ class NonFiniteError(Refusal, FloatingPointError):
 
 
 def plural(count: int, one: str, many: str = "") -> str:
-    """Return what stands behind a number: 1 token, 2 tokens; or `many`, where it is given."""
+    """Return the noun that follows a number: 1 token, 2 tokens; or `many`, if it is given."""
     return one if count == 1 else many or f"{one}s"
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, sign: str = "") -> str:
-    """Ask for the known word that is most like this one, behind its sign, or say `otherwise`."""
+    """Return a question for the known word that is most like this one, or else `otherwise`.
+
+    Args:
+        word: what was typed.
+        known: the words to choose from.
+        otherwise: the answer if none of them is like it.
+        sign: what precedes the known word, such as "--".
+    """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {sign}{near[0]}?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, for a message of one line; the name of its class if nothing."""
+    """Return the first line of an error's text, or the name of its class if it has none."""
     if "No space left on device" in str(error):
         return "no space left on device"
     line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]  # is 2 kB

@@ -34,7 +34,7 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(
-            f"{path}: there is no such home folder; write it out, or ./{path} for that very name"
+            f"{path}: there is no such home folder; write the full path, or ./{path} for this name"
         ) from error
 
 
@@ -50,12 +50,12 @@ def cache_dir() -> Path:
         path = platformdirs.user_cache_path("gptjax", appauthor=False)
         if path.is_absolute():  # older versions of platformdirs give the `~` back
             return path
-    raise OutputError(f"this user has no home folder to keep a cache in; {ELSEWHERE}")
+    raise OutputError(f"this user has no home folder for a cache; {ELSEWHERE}")
 
 
 @contextlib.contextmanager
 def writing_to_cache() -> Iterator[None]:
-    """Turn a failure to write into OutputError that says how to take another cache folder."""
+    """Turn a failed write into an OutputError that says how to take another cache folder."""
     try:
         yield
     except OutputError:
@@ -74,7 +74,7 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files below; one that disappears meanwhile does not count."""
+    """Return the bytes of all files in a folder and its subfolders; one that vanishes counts 0."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -84,7 +84,14 @@ def folder_bytes(folder: Path) -> int:
 
 
 def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
-    """Return names, of more than three the ends; whole paths where two `among` all share a name."""
+    """Return file names for a message; of more than three, the first and the last.
+
+    Paths are shown whole where two of all the files share a name.
+
+    Args:
+        paths: the files to show.
+        among: other files in the same message.
+    """
     every = {*paths, *among}
     unique = len({path.name for path in every}) == len(every)
     names = [path.name if unique else str(path) for path in paths]
@@ -95,7 +102,7 @@ def show_paths(paths: Sequence[Path], among: Sequence[Path] = ()) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file that takes the place of `path` when the block ends well.
+    """Yield a new file that replaces `path` when the block ends without an error.
 
     It lies beside `path` until then, with the modes that the user's umask says; those of `tempfile`
     are private.
@@ -110,7 +117,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a text as UTF-8 on lines of its own, wherever the last writer was cut short.
+    """Append a text in UTF-8 on a new line, even if the last writer was cut short within one.
 
     Raises:
         OSError: it cannot be written; then the file is as it was, if the disk allows.
@@ -167,7 +174,7 @@ def download(
     timeout: float = 30,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
-    """Put the file with this hash at `path`, from the network unless it is there already.
+    """Download a file to `path`, unless the file with this sha256 is there already.
 
     Raises:
         DataError: no connection, an HTTP error, silence for `timeout` seconds, or a body that was
@@ -206,20 +213,20 @@ def download(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that nobody vouches for.
+    """Return the JSON object in a file that is not trusted.
 
     Raises:
-        DataError: it is no JSON object, a key occurs twice, or it is larger than `JSON_LIMIT`.
+        DataError: it is not a JSON object, has a key twice, or is larger than `JSON_LIMIT`.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a key occurs twice")
         return found
 
     def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         if path.stat().st_size > JSON_LIMIT:
@@ -227,7 +234,7 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text, object_pairs_hook=once, parse_constant=refuse_constant)
         if not isinstance(found, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"cannot read {path.name} ({path}): {reason}") from error

@@ -48,7 +48,7 @@ gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _tanh_backward)
 
 @jax.custom_vjp
 def gelu_erf(x: Array) -> Array:
-    """Return x * P(X <= x) for a standard normal X, exactly, as nanoGPT does since June 2023.
+    """Return x * P(X <= x) for a standard normal X in its exact form, nanoGPT's since June 2023.
 
     It is computed in float32, and differs from the tanh form by 5e-4 at most. Source: as above.
 

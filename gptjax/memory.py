@@ -4,12 +4,12 @@ import math
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from gptjax.config import TrainConfig
 from gptjax.errors import DataError, OutOfMemoryError, first_line
+from gptjax.sharding import PyTree
 
 # What a container may have, as it reads it itself: of version 2 of Linux's control groups, of 1.
 CGROUP_LIMITS = (
@@ -24,16 +24,16 @@ def physical_memory() -> int:
 
 
 def require_memory(needed: int, what: str) -> None:
-    """Raise DataError, which begins with `what`, if the machine has not so many bytes of memory."""
+    """Raise DataError, whose text begins with `what`, if this machine has less memory in bytes."""
     present = physical_memory()
     if needed > present:
         raise DataError(
-            f"{what} takes {needed / 1e9:.1f} GB of memory; this machine has {present / 1e9:.1f}"
+            f"{what} takes {needed / 1e9:.1f} GB of memory; this machine has {present / 1e9:.1f} GB"
         )
 
 
 def allowed_memory() -> int:
-    """Return the bytes that this process may have: the machine's, its container's, `ulimit -v`."""
+    """Return the bytes that this process may use, within its machine, container and `ulimit -v`."""
     limits = [physical_memory()]
     for path in CGROUP_LIMITS:
         if path.is_file() and (text := path.read_text().strip()).isdecimal():  # or it says "max"
@@ -44,18 +44,18 @@ def allowed_memory() -> int:
     return min(limits)
 
 
-def tree_bytes(tree: Any) -> int:
-    """Return the bytes of the arrays of a tree, or of the arrays that its shapes stand for."""
+def tree_bytes(tree: PyTree) -> int:
+    """Return the bytes of all arrays in a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def megabytes(count: int) -> str:
-    """Return a number of bytes for people: 12.3 MB."""
+    """Return a number of bytes as text, such as 12.3 MB."""
     return f"{count / 1e6:,.1f} MB"
 
 
-def check_fits(state: Any) -> None:
-    """Refuse a state, or its shapes, that cannot fit into the host's memory.
+def check_fits(state: PyTree) -> None:
+    """Raise MemoryError if a training state cannot fit into the host's memory.
 
     Only where JAX computes on the CPU, whose client may wait for ever for arrays that its threads
     could not allocate; other devices say so themselves.
@@ -68,13 +68,13 @@ def check_fits(state: Any) -> None:
     needed, allowed = tree_bytes(state), allowed_memory()
     if needed > allowed:
         raise MemoryError(
-            f"parameters and optimizer state take {megabytes(needed)}, this process may have "
-            f"{megabytes(allowed)}"
+            f"parameters and optimizer state take {megabytes(needed)}, but this process may use "
+            f"only {megabytes(allowed)}"
         )
 
 
 def explain(error: BaseException, config: TrainConfig) -> OutOfMemoryError | None:
-    """Return what to do about an error of too little memory; None of any other error.
+    """Return an error that says what to do about too little memory; None for any other error.
 
     Args:
         error: what Python, JAX or XLA raised.
@@ -89,5 +89,5 @@ def explain(error: BaseException, config: TrainConfig) -> OutOfMemoryError | Non
         f"out of memory ({first_line(error)[:200]}) with batch_size={config.batch_size}, "
         f"block_size={cfg.block_size}, n_layer={cfg.n_layer}, n_embd={cfg.n_embd}; lower "
         "--batch_size and raise --gradient_accumulation_steps, lower --block_size, or take "
-        "--remat; what was saved is as it was"
+        "--remat; saved steps are unchanged"
     )

@@ -41,7 +41,7 @@ def resolve(cfg: GPTConfig) -> GPTConfig:
     """Return the config with every "auto" decided for this machine."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-    attention: Any = choose_attention(cfg.attention, dtype, cfg.dropout)
+    attention = choose_attention(cfg.attention, dtype, cfg.dropout)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 
 
@@ -80,7 +80,7 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention by which each token gathers values from the tokens before it and from itself."""
+    """Multi-head attention of each token to itself and to the tokens before it."""
 
     cfg: GPTConfig
     train: bool
@@ -109,7 +109,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The thinking of each token by itself: widen to 4D, GELU, narrow again."""
+    """A network of two layers for each token by itself: widen to 4D, activation, narrow to D."""
 
     cfg: GPTConfig
     train: bool
@@ -132,7 +132,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
     ) -> tuple[Array, KVCache | None]:
-        """Return (B, T, D) behind block number `layer`, and the cache with the tokens in there."""
+        """Return the output (B, T, D) of block number `layer`, and the cache with these tokens."""
         attn = CausalSelfAttention(self.cfg, self.train, name="attn")
         y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer)
         x_BTD = x_BTD + y_BTD
@@ -166,7 +166,7 @@ def init_params(cfg: GPTConfig, key: Array) -> Params:
 
 @functools.lru_cache(maxsize=32)
 def param_shapes(cfg: GPTConfig) -> Params:
-    """Return the tree of parameters as shapes and types, with nothing computed."""
+    """Return the tree of parameters as shapes and dtypes, without computing them."""
     return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
 
 
@@ -181,14 +181,14 @@ def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:
 
 
 def unstack_layers(params: Params, n_layer: int) -> Params:
-    """Return the tree with `h` a list of L blocks: a decoder would copy slices at every token."""
+    """Return the tree with `h` as a list of L blocks, which spares a decoder slices per token."""
     layers = [jax.tree.map(lambda stacked, i=i: stacked[i], params["h"]) for i in range(n_layer)]
     return {**params, "h": layers}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
-    """Return the layers unstacked, in the compute dtype, so that no token pays for either."""
+    """Return the parameters with unstacked layers in the compute dtype, converted once for all."""
     return jax.tree.map(lambda p: p.astype(cfg.dtype), unstack_layers(params, cfg.n_layer))
 
 
@@ -257,13 +257,13 @@ def hidden_states(
     return apply(LayerNorm(cfg), params["ln_f"], x_BTD), cache
 
 
-def apply(module: nn.Module, params: Params, *inputs: Any, key: Array | None = None) -> Any:
-    """Return a module's output on its parameters, with dropout of this key."""
+def apply(module: nn.Module, params: Params, *inputs: object, key: Array | None = None) -> Any:
+    """Return a module's output for these parameters and inputs; `key` is the key of dropout."""
     return module.apply({"params": params}, *inputs, rngs={} if key is None else {"dropout": key})
 
 
 def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float32) -> Array:
-    """Return logits (..., V) of hidden states (..., D), by the transposed token embedding.
+    """Return logits (..., V) of hidden states (..., D), using the transposed token embedding.
 
     The columns of padding rows are -inf, so that no loss and no sampler ever sees them.
     """

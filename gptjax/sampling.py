@@ -103,7 +103,7 @@ def sample_token(
 
 
 class DecoderState(NamedTuple):
-    """What the decoder's scan carries from token to token."""
+    """The state that the decoder's scan carries from token to token."""
 
     cache: KVCache
     token_B: Array  # the newest token, not in the cache yet

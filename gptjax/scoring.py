@@ -1,4 +1,4 @@
-"""How likely a model finds the tokens of texts, each predicted from those before it.
+"""Log-probabilities of the tokens of texts, each predicted from those before it.
 
 B batch, T time, D width, V vocabulary (padded).
 """
@@ -29,7 +29,7 @@ class Text(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What the model made of a text's scored tokens."""
+    """The model's predictions of a text's scored tokens."""
 
     logprobs: np.ndarray  # (scored,) float64, in nats
     hits: np.ndarray  # (scored,) bool: the token was the likeliest one
@@ -118,15 +118,15 @@ def score_texts(
 
 
 def batch_width(length: int, context: int) -> int:
-    """Return the least power of two that holds so many tokens, within SHORTEST and the context."""
+    """Return the least power of two >= `length`, but within SHORTEST and the context."""
     return min(context, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 
 def is_too_long(text: Text, context: int) -> bool:
-    """Return whether its last token would be predicted from more than `context` tokens."""
+    """Return whether a text's last token would be predicted from more than `context` tokens."""
     return len(text.ids) > context + 1
 
 
 def cut_left(text: Text, context: int) -> Text:
-    """Return what of a text its last token may see, `context` tokens, and that token."""
+    """Return the last `context` + 1 tokens of a text: its last token, and what that may see."""
     return Text(text.ids[-(context + 1) :], min(text.scored, context))

@@ -1,4 +1,4 @@
-"""What a field of a config says of itself: its role, its help, its section of --help.
+"""Declarations of settings: the role of each, its help text, its section in --help.
 
 A config is a frozen dataclass, and `n_layer: int = architecture(12, "Number of blocks.")` is one of
 its fields. Whatever treats settings in different ways asks for their roles, and keeps no list.
@@ -58,7 +58,7 @@ once = Role()
 
 
 def fields_of(config: Any) -> dict[str, Any]:
-    """Return the fields of a config, or of its class, by name; those of configs inside included."""
+    """Return the fields of a config or its class by name, including those of nested configs."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         inside = dataclasses.is_dataclass(field.type)
@@ -73,7 +73,7 @@ def names(config: Any, *roles: Role) -> list[str]:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Return the settings by name, those of the configs inside included."""
+    """Return the values of all settings by name, including those of nested configs."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -81,8 +81,8 @@ def flatten(config: Any) -> dict[str, Any]:
     return found
 
 
-def change(config: T, values: Mapping[str, Any]) -> T:
-    """Return the config with these settings, those of the configs inside included."""
+def change(config: T, values: Mapping[str, object]) -> T:
+    """Return the config with these values changed, including those of nested configs."""
     inside = {
         name: change(value, values)
         for name, value in vars(config).items()
@@ -93,7 +93,7 @@ def change(config: T, values: Mapping[str, Any]) -> T:
 
 
 def require(ok: bool, setting: str, value: object, rule: str) -> None:
-    """Raise UsageError naming the flag, its value and the remedy unless `ok`."""
+    """Raise UsageError with the flag, its value and the rule, unless `ok`."""
     if not ok:
         raise UsageError(f"--{setting}={value}: {rule}")
 
@@ -101,7 +101,7 @@ def require(ok: bool, setting: str, value: object, rule: str) -> None:
 def require_range(
     config: Any, settings: str, low: float, high: float = math.inf, *, below: bool = False
 ) -> None:
-    """Require low <= value <= high (value < high if `below`); NaN and infinity never pass."""
+    """Raise UsageError unless low <= value <= high (< high if `below`) and finite, for each."""
     for setting in settings.split():
         value = getattr(config, setting)
         ok = abs(value) < math.inf and low <= value and (value < high if below else value <= high)

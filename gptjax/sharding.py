@@ -1,13 +1,17 @@
-"""Where arrays live: the mesh of devices, with a table from parameter paths to layouts."""
+"""The layout of arrays: a mesh of devices, and a table from parameter paths to shardings."""
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+T = TypeVar("T")  # a tree of arrays, or of their shapes
+PyTree = Any  # nested dicts, tuples and lists of anything
 
 # strategy -> (regex on the parameter's path, layout of that parameter), the first match counts.
 # An optimizer moment's path ends in its parameter's, so it lies where its parameter lies.
@@ -16,7 +20,7 @@ STRATEGIES: dict[str, tuple[tuple[str, P], ...]] = {
 }
 
 
-def make_mesh(devices: list[Any] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh with the one axis `data` over the given devices, or over all of them."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -37,10 +41,10 @@ def place(batch: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
     return jax.make_array_from_process_local_data(batch_sharding(mesh, axis), batch)
 
 
-def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh, strategy: str, tree: PyTree) -> PyTree:
     """Return a NamedSharding for every leaf of a tree of arrays or shapes, by its path."""
 
-    def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
+    def leaf_sharding(path: jax.tree_util.KeyPath, _: object) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for regex, spec in STRATEGIES[strategy] if re.search(regex, name))
         return NamedSharding(mesh, spec)
@@ -48,8 +52,8 @@ def tree_shardings(mesh: Mesh, strategy: str, tree: Any) -> Any:
     return jax.tree.map_with_path(leaf_sharding, tree)
 
 
-def abstract_tree(shapes: Any, shardings: Any) -> Any:
-    """Return shapes with the places that their arrays shall have: the target of a restore."""
+def abstract_tree(shapes: T, shardings: PyTree) -> T:
+    """Return the shapes with their shardings: the target of a restore."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -57,20 +61,20 @@ def abstract_tree(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def shardings_of(abstract: Any) -> Any:
+def shardings_of(abstract: PyTree) -> PyTree:
     """Return the tree of the shardings of an abstract tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def mesh_of(abstract: Any) -> Mesh:
+def mesh_of(abstract: PyTree) -> Mesh:
     """Return the mesh that the arrays of an abstract tree shall lie on."""
     sharding = jax.tree.leaves(abstract)[0].sharding
     assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     return sharding.mesh
 
 
-def on_one_device(tree: Any) -> Any:
-    """Return replicated arrays as those of the first device of this process, without a copy."""
+def on_one_device(tree: T) -> T:
+    """Return replicated arrays as arrays of this process's first device, without a copy."""
 
     def first(array: jax.Array) -> jax.Array:
         assert array.is_fully_replicated, "a part of an array is not the array"
@@ -80,7 +84,7 @@ def on_one_device(tree: Any) -> Any:
 
 
 def all_agree(mine: bool) -> bool:
-    """Return whether this is true in every process; all of them must ask."""
+    """Return whether `mine` is true in every process; all of them must call this."""
     if jax.process_count() == 1:
         return mine
     return bool(np.all(multihost_utils.process_allgather(np.array(mine))))

@@ -25,7 +25,7 @@ TOO_MUCH_SPACE = re.compile(r"(?<!\s)\s{900000}")
 
 
 class Tokenizer(Protocol):
-    """What all tokenizers can do; unknown characters and ids raise DataError."""
+    """The methods of every tokenizer; unknown characters and ids raise DataError."""
 
     kind: str
     n_vocab: int
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 of the tokens; a part of a character may stand at either end."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return everything that `load_tokenizer` needs."""
 
 
@@ -78,7 +78,9 @@ class CharTokenizer:
     def __init__(self, chars: str) -> None:
         """Take the characters, in any order; DataError if there are none, or one occurs twice."""
         if not chars or len(set(chars)) != len(chars):
-            raise DataError("a vocabulary of characters must not be empty nor hold one twice")
+            raise DataError(
+                "a character vocabulary must not be empty, and no character may occur twice"
+            )
         to_utf8(chars)
         self.chars = "".join(sorted(chars))
         self.n_vocab = len(self.chars)
@@ -104,13 +106,13 @@ class CharTokenizer:
         """Return the UTF-8 of the tokens."""
         return b"".join(self.utf8[i] for i in check_ids(ids, self.n_vocab))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "chars": self.chars}
 
 
 def code_points(text: str) -> np.ndarray:
-    """Return (N,) uint32; surrogates pass, so that the vocabulary can refuse them by name."""
+    """Return the code point of each character, (N,) uint32; lone surrogates pass too."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
@@ -130,7 +132,7 @@ class ByteTokenizer:
         """Return the UTF-8 of the tokens."""
         return bytes(check_ids(ids, self.n_vocab))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind}
 
@@ -176,13 +178,13 @@ class GPT2Tokenizer:
         """Return the UTF-8 of the tokens."""
         return self.encoding.decode_bytes(check_ids(ids, self.n_vocab))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
 
 
 class StreamDecoder:
-    """Decoder of ids as they come, which gives a character once all its bytes are there."""
+    """A decoder of ids as they come, which returns a character once all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Begin a text."""
@@ -218,7 +220,7 @@ def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
         raise DataError(f"cannot read the tokenizer ({path}): {reason}") from error
 
 
-READERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
+READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the file
     "char": lambda fields: CharTokenizer(fields["chars"]),
     "byte": lambda fields: ByteTokenizer(),
     "gpt2": lambda fields: GPT2Tokenizer(
@@ -228,5 +230,5 @@ READERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of all that makes the tokenizer what it is."""
+    """Return the sha256 of everything that `save_tokenizer` writes."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()

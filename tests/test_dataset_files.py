@@ -1,6 +1,7 @@
 """Which files a name, a folder or a glob stands for, and which of them are for validation."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from .test_data import write_bins, write_shard
 IDS = list(range(40))
 
 
-def load(dataset: object, notes: list[str] | None = None, **options: object) -> Dataset:
-    notify = [].append if notes is None else notes.append
-    options = {"tokenizer": "byte", "block_size": 4, "notify": notify} | options
-    return load_dataset(str(dataset), **options)  # type: ignore[arg-type]
+def load(dataset: object, notes: list[str] | None = None, **options: Any) -> Dataset:
+    told = [] if notes is None else notes
+    defaults: dict[str, Any] = {"tokenizer": "byte", "block_size": 4, "notify": told.append}
+    return load_dataset(str(dataset), **(defaults | options))
 
 
 def write_shards(folder: Path, *names: str) -> Path:
@@ -175,7 +176,7 @@ def test_a_token_file_without_neighbour(tmp_path: Path) -> None:
         ([], r"has no train.bin and no val.bin.* it has no files"),
         (["a.parquet", "b.parquet", "c.md"], r"it holds 2 \.parquet, 1 \.md"),
         (["prepare.py", "readme.md"], r"run its prepare\.py first"),
-        (["sub/a.txt"], r"for what is in its folders pass '.*/\*\*/\*\.txt'"),
+        (["sub/a.txt"], r"for the files in its folders pass '.*/\*\*/\*\.txt'"),
         (["a.txt", "a.bin"], r"holds token files \(a\.bin\) and texts \(a\.txt\)"),
     ],
 )

@@ -180,9 +180,9 @@ def test_other_numbers_of_devices(
 @slow
 def test_where_a_run_may_not_go(environment: Environment, out: Path) -> None:
     refused = resume(environment, out, "--max_iters=25", expect=2)
-    assert "--max_iters=25: the run is at step 40 already" in refused.stderr
+    assert "--max_iters=25: the run has already reached step 40" in refused.stderr
     refused = resume(environment, out, "--stop_step=10", expect=2)
-    assert "--stop_step=10: the run is at step 40 already" in refused.stderr
+    assert "--stop_step=10: the run has already reached step 40" in refused.stderr
 
 
 def test_resume_check_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,4 +204,4 @@ def test_resume_check(environment: Environment, start: tuple[str, ...]) -> None:
     as_users = {**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     done = run(as_users, "train.py", *start, "--resume_check")
     assert "40 steps, and 20 + resume + 20: all " in done.stdout
-    assert "arrays are equal to the bit" in done.stdout
+    assert "arrays are equal" in done.stdout

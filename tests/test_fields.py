@@ -15,7 +15,7 @@ from .helpers import tiny
 CFG = tiny(vocab_size=100, vocab_multiple=128)
 GPT2 = huggingface.format_config(CFG, None)
 
-HARMLESS_ONES = {
+HARMLESS_ONES: dict[str, dict[str, object]] = {
     "what newer transformers write": {
         "_attn_implementation_autoset": True,
         "_commit_hash": "abc",

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ TEXT = "the cat sat on the mat, and the dog ran to the cat\n" * 60
 RUSSIAN = "Привет, мир. Как дела?\n" * 60
 
 
-def load(path: Path, **options: str) -> Dataset:
+def load(path: Path, **options: Any) -> Dataset:
     return load_dataset(str(path), block_size=4, tokenizer="byte", **options)
 
 

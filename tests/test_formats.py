@@ -19,7 +19,7 @@ from gptjax.conversion.tensors import HEAD, LIMITS, Source, named_tensors, read_
 from gptjax.errors import DataError, UsageError
 from gptjax.functions import ACTIVATIONS
 
-from .helpers import ROOT, need, scaled_params, tiny
+from .helpers import ROOT, need, same_structure, scaled_params, tiny
 
 CFG = tiny(vocab_size=100, vocab_multiple=128)
 TF_GPT2 = ROOT / "tests" / "fixtures" / "tf_gpt2"
@@ -43,7 +43,7 @@ def assert_same(source: Source, params: model.Params, cfg: Any = CFG) -> None:
     """The source holds exactly this model."""
     assert source.cfg == dataclasses.replace(cfg, dtype="auto", attention="auto")
     found = read_params(source)
-    assert jax.tree.structure(found) == jax.tree.structure(params)
+    assert same_structure(found, params)
     jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
@@ -154,7 +154,7 @@ def test_the_index_must_say_the_truth(folder: Path) -> None:
         huggingface.open_folder(folder)
 
 
-CONFIGS = {
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "clipped GELU": ({"activation_function": "gelu_10"}, "activation_function='gelu_10'"),
     "no activation": ({"activation_function": None}, "activation_function=None"),
     "another epsilon": ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
@@ -247,7 +247,8 @@ def test_json_that_nobody_vouches_for(folder: Path, case: str) -> None:
         huggingface.open_folder(folder)
 
 
-PUBLISHED = {  # the fields of real files beyond those that every test here has
+# The fields of real files beyond those that every test here has.
+PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 1024, "task_specific_params": {"text-generation": {"do_sample": True}}},
     "gpt2-medium": {"n_special": 0, "predict_special_tokens": True, "n_ctx": 1024},
     "gpt2-xl": {"output_past": True, "summary_first_dropout": 0.1},
@@ -624,8 +625,8 @@ def test_gguf(tmp_path: Path) -> None:
 
 def test_nothing_else_unpickles() -> None:
     """The grep gate: one guarded torch.load, and no other way to run what a file says."""
-    hostile = ("exec(", " eval(", "(eval(", "yaml.load(", "trust_remote_code", "shell=True")
-    hostile += tuple(f"import {name}" for name in ("pickle", "marshal", "shelve", "dill"))
+    hostile = ["exec(", " eval(", "(eval(", "yaml.load(", "trust_remote_code", "shell=True"]
+    hostile += [f"import {name}" for name in ("pickle", "marshal", "shelve", "dill")]
     files = [*(ROOT / "gptjax").rglob("*.py"), *ROOT.glob("*.py")]
     for file in files:
         text = file.read_text()

@@ -13,7 +13,7 @@ from gptjax import model
 from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params, slots
 from gptjax.errors import DataError
 
-from .helpers import scaled_params, tiny
+from .helpers import same_structure, scaled_params, tiny
 
 CFG = tiny(vocab_multiple=16)  # 61 tokens in 64 rows
 
@@ -38,7 +38,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def assert_equal(a: model.Params, b: model.Params) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert same_structure(a, b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == np.float32
         assert np.array_equal(x, y)

@@ -130,7 +130,7 @@ def test_a_revision(server: Server, params: model.Params) -> None:
 
 
 def test_no_such_model(server: Server) -> None:
-    with pytest.raises(DataError, match="nor such a model on the Hub"):
+    with pytest.raises(DataError, match="no such model on the Hub"):
         load_model("someone/gpt3", BYTE)
     with pytest.raises(UsageError, match=r"no file or folder \.\./gpt2"):
         load_model("../gpt2", BYTE)

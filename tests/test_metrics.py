@@ -122,8 +122,8 @@ def test_picture_shows_both_losses(tmp_path: Path, scale: str) -> None:
     from matplotlib.image import imread
 
     path = tmp_path / "loss.png"
-    train = [{"step": i, "loss": 4 / (i + 1)} for i in range(50)]
-    val = [{"step": i, "val_loss": 4.5 / (i + 1)} for i in (0, 25, 49)]
+    train: list[metrics.Record] = [{"step": i, "loss": 4 / (i + 1)} for i in range(50)]
+    val: list[metrics.Record] = [{"step": i, "val_loss": 4.5 / (i + 1)} for i in (0, 25, 49)]
     blank = []
     for records in ([], train, train + val):
         metrics.draw_losses(records, path, scale)

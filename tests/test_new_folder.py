@@ -38,7 +38,7 @@ def test_all_of_it_or_nothing(tmp_path: Path) -> None:
     make(path)
     assert [file.name for file in path.iterdir()] == ["file"]
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         make(path)
 
 

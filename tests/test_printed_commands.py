@@ -16,6 +16,7 @@ import train
 from gptjax import programs
 from gptjax.checkpoints.restore import require_extra
 from gptjax.checkpoints.run_folder import Run
+from gptjax.checkpoints.steps import FORMAT
 from gptjax.commands import run_checks
 from gptjax.config import TrainConfig
 from gptjax.conversion.sources import SourceConfig
@@ -166,6 +167,6 @@ def test_doctors_remedies(tmp_path: Path) -> None:
 def test_a_start_from_a_run_without_optimizer_state(tmp_path: Path) -> None:
     run_dir = tmp_path / ODD
     with pytest.raises(CheckpointError) as refused:
-        require_extra(run_dir, {"step": 0, "leaves": {}})
+        require_extra(run_dir, {"format": FORMAT, "step": 0, "leaves": {}})
     flags = re.findall(r"from it with (.*) and another", str(refused.value))
     assert [shlex.split(flag) for flag in flags] == [[f"--init_from={run_dir}"]]

@@ -167,11 +167,13 @@ def read_file(name: str) -> str:
     return path.read_bytes().decode()
 
 
-def evaluate(run: Run, task: str, text: str, context: int = 1024) -> protocols.Result:
+def evaluate(run: Run, task: str, text: str, context: int = 1024) -> dict[str, float]:
     cfg = model.resolve(run.config.model)
     score = functools.partial(scoring.score_texts, cfg, run.params, context=context, batch_size=8)
     settings = protocols.Settings(context, context, 0)
-    return getattr(protocols, task)(score, run.tokenizer, text, settings)
+    found = getattr(protocols, task)(score, run.tokenizer, text, settings)
+    assert None not in found.values(), found
+    return found
 
 
 def test_wikitext2(run: Run) -> None:

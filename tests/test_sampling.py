@@ -13,7 +13,7 @@ from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError, UsageError
 from gptjax.kv_cache import KVCache
 
-from .helpers import scaled_params, tiny
+from .helpers import count_programs, scaled_params, tiny
 
 CFG = tiny()
 PARAMS = scaled_params(CFG, jax.random.key(0), scale=4.0)
@@ -104,10 +104,10 @@ def test_compiles_once_for_a_bucket_of_prompts() -> None:
     params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(1)))
     how = SampleConfig(temperature=0.77)  # so that no other test has compiled it
     text([[1] * 3], how, n=20, cfg=cfg, params=params, cache_size=128)
-    before = sampling.prefill._cache_size(), sampling.decode._cache_size()
+    before = count_programs(sampling.prefill), count_programs(sampling.decode)
     for length in (1, 7, 30, 64):
         text([[2] * length], how, n=20, cfg=cfg, params=params, cache_size=128)
-    assert (sampling.prefill._cache_size(), sampling.decode._cache_size()) == before
+    assert (count_programs(sampling.prefill), count_programs(sampling.decode)) == before
 
 
 def check_cache_stays_in_place() -> None:
@@ -128,7 +128,9 @@ def check_cache_stays_in_place() -> None:
             )
         )
         compiled = sampling.decode.lower(cfg, GREEDY, 4, decoder, state, keys).compile()
-        copied = re.findall(r"= f32(\[[\d,]*1024,2,16\])\S* copy\(", compiled.as_text())
+        program = compiled.as_text()
+        assert program is not None
+        copied = re.findall(r"= f32(\[[\d,]*1024,2,16\])\S* copy\(", program)
         assert copied == []
 
 
@@ -246,7 +248,7 @@ def test_the_hottest_is_uniform_and_penalties_keep_their_order(penalty: float) -
     drawn = np.bincount(np.asarray(sampling.sample_token(logits, keys, None, hot)), minlength=5)
     assert drawn[4] == 0 and drawn[:4].min() > 900
     for filters, only in (({"top_k": 1}, 2), ({"min_p": 1.0}, 2), ({"top_p": 1e-45}, 2)):
-        how = dataclasses.replace(hot, **filters)  # type: ignore[arg-type]
+        how = dataclasses.replace(hot, **filters)
         assert set(sampling.sample_token(logits[:99], keys[:99], None, how).tolist()) == {only}
     assert support(sampling.keep_min_p(SPREAD * 9, 1e-300)) == [{1, 2, 3}, {0, 1, 2, 3}]
     seen = jnp.array([[True, True, False, False, True]])

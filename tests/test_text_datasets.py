@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_any_validation_set_goes_with_any_dataset(tmp_path: Path) -> None:
         ("bins/val.bin", "bins/train.bin"): ([8], [7]),
     }
     for (train, val), expected in cases.items():
-        options = {"val_dataset": f"{tmp_path}/{val}"}
+        options: dict[str, Any] = {"val_dataset": f"{tmp_path}/{val}"}
         if expected is None:
             with pytest.raises(DataError, match="no file is left to train on"):
                 load(tmp_path / train, **options)
@@ -138,7 +139,7 @@ def test_the_vocabulary_covers_both_texts(tmp_path: Path) -> None:
 def test_validation_tokens_of_another_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 20)
     bins = write_bins(tmp_path / "bins", [1] * 20, [1] * 20)
-    options = {"tokenizer": "char", "val_dataset": str(bins)}
+    options: dict[str, Any] = {"tokenizer": "char", "val_dataset": str(bins)}
     with pytest.raises(UsageError, match=r"no tokenizer\.json says what made the tokens"):
         load(tmp_path / "a.txt", **options)
     save_tokenizer(CharTokenizer("abcd"), bins)
@@ -150,7 +151,8 @@ def test_validation_tokens_of_another_tokenizer(tmp_path: Path) -> None:
 
 def test_a_part_where_whole_files_are_the_split(tmp_path: Path) -> None:
     write_bins(tmp_path, [1] * 20, [2] * 20)
-    for options in ({}, {"val_dataset": f"{tmp_path}/val.bin"}):
+    cases: list[dict[str, Any]] = [{}, {"val_dataset": f"{tmp_path}/val.bin"}]
+    for options in cases:
         with pytest.raises(
             UsageError,
             match=r"--val_fraction=0.2: .*val.bin",

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ TYPES = ["<u2", ">u2", "<u4", ">i4", "<i8", ">i8"]
 def load(
     folder: Path, tokenizer: Tokenizer, notes: list[str] | None = None, block_size: int = 4
 ) -> Dataset:
-    notify = [].append if notes is None else notes.append
-    return load_dataset(str(folder), block_size=block_size, tokenizer=tokenizer, notify=notify)
+    told = [] if notes is None else notes
+    return load_dataset(str(folder), block_size=block_size, tokenizer=tokenizer, notify=told.append)
 
 
 def write(folder: Path, ids: np.ndarray, dtype: str, val: np.ndarray | None = None) -> Path:
@@ -40,11 +41,12 @@ def write(folder: Path, ids: np.ndarray, dtype: str, val: np.ndarray | None = No
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["byte", "char", "gpt2"])
 def test_other_integers_are_the_same_tokens(tmp_path: Path, dtype: str, kind: str) -> None:
-    tokenizer, ids = {
+    cases: dict[str, Callable[[], tuple[Tokenizer, np.ndarray]]] = {
         "byte": lambda: (ByteTokenizer(), BYTES),
         "char": lambda: (LETTERS, RNG.integers(0, 12, 3000)),
         "gpt2": lambda: (gpt2_tokenizer(), RNG.integers(0, 50257, 3000)),
-    }[kind]()
+    }
+    tokenizer, ids = cases[kind]()
     notes: list[str] = []
     loaded = load(write(tmp_path, ids, dtype, val=ids[:20]), tokenizer, notes)
     assert np.array_equal(loaded.train[0], ids)
@@ -202,7 +204,7 @@ def test_numpys_files_of_other_things(tmp_path: Path, array: np.ndarray) -> None
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(BYTES.tobytes()), r"train.bin is packed: unpack it \(gzip -d\)"),
+        (gzip.compress(BYTES.tobytes()), r"train.bin is compressed: unpack it \(gzip -d\)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"PK\x03\x04" + bytes(100), "a zip archive"),
     ],

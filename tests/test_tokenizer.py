@@ -95,9 +95,13 @@ def test_unknown_character_is_named() -> None:
 
 @pytest.mark.parametrize("kind", ["byte", "char", "gpt2"])
 def test_lone_surrogate_is_refused(gpt2: tok.GPT2Tokenizer, kind: str) -> None:
-    tokenizer = {"byte": tok.ByteTokenizer(), "char": tok.CharTokenizer("ab"), "gpt2": gpt2}[kind]
+    tokenizers: dict[str, tok.Tokenizer] = {
+        "byte": tok.ByteTokenizer(),
+        "char": tok.CharTokenizer("ab"),
+        "gpt2": gpt2,
+    }
     with pytest.raises(DataError, match=r"U\+D800"):
-        tokenizer.encode("a\ud800")
+        tokenizers[kind].encode("a\ud800")
 
 
 @pytest.mark.parametrize("allow_special", [False, True])
@@ -141,10 +145,13 @@ def test_sources_in_order(
         raise ConnectionError
 
     read = gpt2_files.read_gpt2_files
+
+    def note_and_read(path: Path) -> tok.GPT2Tokenizer:
+        asked.append(str(path))
+        return read(path)
+
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    monkeypatch.setattr(
-        gpt2_files, "read_gpt2_files", lambda path: (asked.append(str(path)), read(path))[1]
-    )
+    monkeypatch.setattr(gpt2_files, "read_gpt2_files", note_and_read)
     (tmp_path / "vocab.json").write_bytes((gpt2_folder / "encoder.json").read_bytes())
     assert gpt2_files.load_gpt2_tokenizer(str(tmp_path)).n_vocab == 50257
     assert gpt2_files.load_gpt2_tokenizer().n_vocab == 50257

@@ -16,6 +16,7 @@ import pytest
 from gptjax import distributed, sharding
 from gptjax.checkpoints.record import make_record
 from gptjax.checkpoints.save import Saver
+from gptjax.checkpoints.steps import About
 from gptjax.config import TrainConfig
 from gptjax.data.batches import sample_batch
 from gptjax.data.datasets import Dataset
@@ -24,6 +25,7 @@ from gptjax.terminal.console import TrainConsole
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import faults, plan
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
+from gptjax.training.metrics import Record
 from gptjax.training.run_log import RunLog
 from gptjax.training.start import (
     Progress,
@@ -243,9 +245,9 @@ def take_steps(run: TrainingRun, count: int) -> tuple[TrainState, list[dict[str,
 
 
 def save(run: TrainingRun, state: TrainState, step: int) -> None:
-    meta = {"val_loss": 2.5, "best_val_loss": 2.25, "record": run.record}
+    about: About = {"val_loss": 2.5, "best_val_loss": 2.25, "record": run.record}
     with Saver(run.run_dir, 3) as saver:
-        saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, meta)
+        saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, about)
 
 
 def test_what_is_restored_goes_on_as_if_nothing_had_been(opened: TrainingRun) -> None:
@@ -311,7 +313,7 @@ def records(run: TrainingRun) -> list[dict[str, Any]]:
 def test_the_log_is_one_call_behind(tmp_path: Path) -> None:
     run = make_run(tmp_path, log_interval=2)
     _, values = take_steps(run, 4)
-    seen: list[dict[str, Any]] = []
+    seen: list[Record] = []
     with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
         log.sinks.append(seen.append)  # all that a tracker takes
         for i in range(3):
@@ -358,7 +360,7 @@ def test_a_disk_that_is_full_costs_lines_but_not_the_run(
     run = make_run(tmp_path, log_interval=1)
     _, values = take_steps(run, 1)
 
-    def full(record: dict[str, Any]) -> None:
+    def full(record: Record) -> None:
         raise OSError(28, "No space left on device")
 
     with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:

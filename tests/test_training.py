@@ -132,8 +132,9 @@ def test_step_counts_and_norm_is_before_the_clip() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_overfits_one_batch(name: str) -> None:
     batch = np.broadcast_to(PLAIN[0], (300, *PLAIN[0].shape))
-    learning = {"optimizer": name, "learning_rate": 5e-3, "muon_learning_rate": 0.02}
-    _, losses = train(batch, max_iters=300, weight_decay=0.0, **learning)
+    rates = {"learning_rate": 5e-3, "muon_learning_rate": 0.02}
+    settings: dict[str, Any] = {"max_iters": 300, "weight_decay": 0.0, "optimizer": name, **rates}
+    _, losses = train(batch, **settings)
     assert losses[0] > 3.5
     assert losses[-1] <= 0.05
 
@@ -145,7 +146,7 @@ def test_evaluation_is_the_mean_loss_without_dropout() -> None:
     abstract = abstract_state(TrainConfig(model=cfg), mesh).params
     found = make_eval_step(cfg, abstract)(params, sharding.place(WINDOWS[0], mesh, axis=0))
     plain = dataclasses.replace(cfg, dropout=0.0)
-    logits = model.forward(plain, params, WINDOWS[0, :, :-1])[0]
+    logits = model.forward(plain, params, jnp.asarray(WINDOWS[0, :, :-1]))[0]
     picked = np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), WINDOWS[0, :, 1:, None], axis=-1
     )

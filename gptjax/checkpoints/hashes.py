@@ -1,12 +1,13 @@
-"""What arrays are, to the bit: shape, dtype and sha256 of every leaf of a tree."""
+"""The identity of arrays, bit for bit: shape, dtype and sha256 of every leaf of a tree."""
 
 import concurrent.futures
 import hashlib
 import json
-from typing import Any
 
 import jax
 import numpy as np
+
+from gptjax.sharding import PyTree
 
 Leaf = dict[str, list[int] | str]  # "shape", "dtype" and "sha256"
 Leaves = dict[str, Leaf]  # by path
@@ -17,16 +18,16 @@ def json_sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def leaf_paths(tree: Any) -> list[str]:
+def leaf_paths(tree: PyTree) -> list[str]:
     """Return the path of every leaf, such as `params/h/attn/c_attn/kernel`, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
-def leaf_digests(tree: Any) -> Leaves:
+def leaf_digests(tree: PyTree) -> Leaves:
     """Fetch the arrays of a tree; return shape, dtype and sha256 of every leaf by its path."""
 
-    def describe(leaf: Any) -> Leaf:
+    def describe(leaf: np.ndarray) -> Leaf:
         array = np.asarray(leaf)
         sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256.hexdigest()}
@@ -37,17 +38,17 @@ def leaf_digests(tree: Any) -> Leaves:
 
 
 def first_difference(found: Leaves, wanted: Leaves) -> str | None:
-    """Return the first leaf in which two trees differ, and in what; None if they are equal.
+    """Return a text that names the first leaf in which two trees differ; None if they are equal.
 
     What `wanted` does not say of a leaf may be anything, as its sha256 before there are numbers.
     """
     # Parameters first: an optimizer's paths, which end in theirs, say less.
     for path in sorted(found | wanted, key=lambda path: not path.startswith("params/")):
         if path not in wanted:
-            return f"it holds {path}, which is not wanted"
+            return f"it holds {path}, which is not expected"
         if path not in found:
             return f"it does not hold {path}"
         for what, value in wanted[path].items():
             if found[path][what] != value:
-                return f"{path} has {what} {found[path][what]!s:.20}, wanted is {value!s:.20}"
+                return f"{path} has {what} {found[path][what]!s:.20}, expected {value!s:.20}"
     return None

@@ -1,4 +1,4 @@
-"""What a run records of itself at each checkpoint, and under which settings it may go on."""
+"""The record of a run in each checkpoint, and the settings under which it may be resumed."""
 
 import dataclasses
 import hashlib
@@ -29,9 +29,10 @@ BLOCK = 2**20  # bytes
 
 
 def token_fingerprint(tokens: np.ndarray) -> str:
-    """Of a token array: type, length and up to 256 blocks of 1 MiB, evenly spread.
+    """Return the sha256 of an array's type and length and of up to 256 of its blocks of 1 MiB.
 
-    So everything of a file below 256 MiB counts, and a larger one is no burden to start with.
+    The blocks are evenly spread. So a file below 256 MiB counts as a whole, and a larger one does
+    not delay the start.
     """
     data = tokens.reshape(-1).view(np.uint8)
     sha256 = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
@@ -43,7 +44,7 @@ def token_fingerprint(tokens: np.ndarray) -> str:
 
 
 def available_cpus() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -54,7 +55,7 @@ def make_record(
     tokenizer: Tokenizer,
     n_train: int | None = None,
 ) -> Record:
-    """What belongs to every checkpoint of this run, as JSON.
+    """Return the record of a run, as JSON, that is saved with each of its checkpoints.
 
     Args:
         config: the settings as given.
@@ -82,10 +83,11 @@ def make_record(
 def check_record(
     old: Record, new: Record, allow_change: Sequence[str], notify: Callable[[str], None]
 ) -> None:
-    """Refuse to go on under `new` with a run saved under `old`, or tell what changes.
+    """Refuse to resume a run with the record `old` as one with `new`, or report what changes.
 
     Raises:
-        UsageError: the model or the state would be another, or the experiment without leave.
+        UsageError: the model or the saved state would change, or the experiment would although
+            `allow_change` does not name it.
     """
     split = old.get("n_train") is not None  # older runs did not record it
     before, now = (
@@ -103,29 +105,29 @@ def check_record(
 
     def show(name: str) -> str:
         if name in ("data", "tokenizer"):
-            return f"another {name}"
+            return f"other {name}"
         return f"{name}={before[name]}, you asked for {now[name]}"
 
     fixed = [show(name) for name in changed if name in FIXED]
     if fixed:
         raise UsageError(
-            f"the checkpoint has {'; '.join(fixed)}; leave it as it was, or take another --out_dir"
+            f"the checkpoint has {'; '.join(fixed)}; keep the old value, or take another --out_dir"
         )
     guarded = [name for name in changed if name in GUARDED and name not in allow_change]
     if guarded:
         raise UsageError(
-            f"the checkpoint has {'; '.join(map(show, guarded))}; leave it as it was, or take "
+            f"the checkpoint has {'; '.join(map(show, guarded))}; keep what it had, or take "
             f"--allow_change={','.join(guarded)}"
         )
     for name in changed:
         if name in ("data", "tokenizer"):
-            notify(f"resuming with {show(name)}")
+            notify(f"resuming with other {name} than the checkpoint has")
         else:
             notify(f"resuming with {name}={now[name]}, it was {before[name]}")
     for kind in ("versions", "machine"):
         for name, value in new[kind].items():
             if old[kind].get(name) != value:
                 notify(
-                    f"resuming with {name} {value}, it was {old[kind].get(name)}: the same tokens "
-                    "in the same order, but sums may round differently from now on"
+                    f"resuming with {name} {value}, it was {old[kind].get(name)}: tokens and their "
+                    "order are the same, but sums may round differently from now on"
                 )

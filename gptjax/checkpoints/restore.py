@@ -1,4 +1,4 @@
-"""Restoring a saved step: parameters, optimizer state and meta, orbax's items of one atomic step.
+"""Restoring a saved step: its parameters, its optimizer state and its meta.
 
 Orbax restores damaged arrays without a word, so every step's meta holds a digest of each array, and
 one of itself; what does not match is never used.
@@ -7,7 +7,7 @@ one of itself; what does not match is never used.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,9 +27,9 @@ from gptjax.checkpoints.steps import (
     step_folder,
 )
 from gptjax.errors import CheckpointError, OutputError, first_line
-from gptjax.sharding import all_agree
+from gptjax.model import Params
+from gptjax.sharding import PyTree, all_agree
 
-Tree = Any  # nested dicts and tuples of arrays, or of their shapes
 Notify = Callable[[str], None]
 
 
@@ -37,12 +37,12 @@ class Restored(NamedTuple):
     """A step as it was saved, every array checked."""
 
     step: int
-    params: Tree
-    extra: Tree
+    params: Params
+    extra: PyTree
     meta: Meta
 
 
-def restore_params(run_dir: Path, step: int, target: Tree) -> Tree:
+def restore_params(run_dir: Path, step: int, target: Params) -> Params:
     """Return the parameters alone, shaped, typed and placed like the abstract target.
 
     Raises:
@@ -54,13 +54,13 @@ def restore_params(run_dir: Path, step: int, target: Tree) -> Tree:
 
 def restore_newest(
     run_dir: Path,
-    target: tuple[Tree, Tree],
+    target: tuple[Params, PyTree],
     accept: Callable[[Meta], None] = lambda meta: None,
     *,
     notify: Notify = print,
     only: Sequence[int] | None = None,
 ) -> Restored:
-    """Return the newest step that is whole; damaged ones are set aside as quarantine-STEP.
+    """Return the newest intact step; set damaged ones aside as quarantine-STEP.
 
     Args:
         run_dir: the run folder.
@@ -71,7 +71,7 @@ def restore_newest(
         only: consider these steps only.
 
     Raises:
-        CheckpointError: none is whole; lists the reason of each.
+        CheckpointError: none is intact; the reason of each is listed.
     """
     wanted, reasons = {"params": target[0], "extra": target[1]}, []
     for step in reversed(require_steps(run_dir) if only is None else only):
@@ -94,9 +94,9 @@ def restore_newest(
         notify(f"warning: {reason}; moved to {name}")
         reasons.append(reason)
     left = saved_steps(run_dir)
-    others = f", or take --resume_step of {left}" if left else ""
+    others = f", or take --resume_step, one of {left}" if left else ""
     raise CheckpointError(
-        f"no step is whole: {'; '.join(reasons)}; start anew with another --out_dir{others}"
+        f"no step is intact: {'; '.join(reasons)}; start a new run with another --out_dir{others}"
     )
 
 
@@ -111,8 +111,8 @@ def require_extra(run_dir: Path, meta: Meta) -> None:
 
 
 def restore_items(
-    run_dir: Path, step: int, meta: Meta, targets: dict[str, Tree]
-) -> dict[str, Tree]:
+    run_dir: Path, step: int, meta: Meta, targets: dict[str, PyTree]
+) -> dict[str, PyTree]:
     """Restore the items of a step that the targets name, each array checked against meta.
 
     Raises:
@@ -127,7 +127,7 @@ def restore_items(
     if unmerged_items(step_folder(run_dir, step)):
         raise CheckpointError(
             f"{found}: its arrays were never merged, as gptjax 0.1 left them in a folder with *?[ "
-            f"in its name; merge them: gptjax doctor {quote(str(run_dir))} --mend"
+            f"in its name; merge them by gptjax doctor {quote(str(run_dir))} --mend"
         )
     wanted: Leaves = {
         path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -135,7 +135,7 @@ def restore_items(
     }
     if difference := first_difference(expected, wanted):
         raise CheckpointError(
-            f"{found}: {difference}; the settings are not those it was saved with"
+            f"{found}: {difference}; the settings are not those with which it was saved"
         )
     try:
         path = plain_path(checkpoint_folder(run_dir))
@@ -150,8 +150,8 @@ def restore_items(
             raise
         kind = CheckpointError if is_of_the_machine(error) else DamagedStep
         raise kind(
-            f"{found}: {first_line(error)} (its numbers could not be compared: the cause may also "
-            "be the disk, its mount, or the installed packages)"
+            f"{found}: {first_line(error)} (its values could not be checked; the cause may also be "
+            "the disk, its mount, or the installed packages)"
         ) from error
     if difference := first_difference(leaf_digests(items), expected):
         raise DamagedStep(f"{found}: {difference}")

@@ -1,4 +1,4 @@
-"""A run folder: everything that a model needs to be used, and nothing else does."""
+"""A run folder: its settings, its tokenizer and the parameters of one of its steps."""
 
 import functools
 import re
@@ -34,7 +34,7 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
         CheckpointError, DataError: what it holds cannot be read.
     """
     if not (run_dir / "config.json").is_file():
-        raise UsageError(f"no run folder ({run_dir}): it has no config.json; train.py makes one")
+        raise UsageError(f"{run_dir} is not a run folder: it has no config.json")
     config = load_config(run_dir / "config.json")
     saved = require_steps(run_dir)
     if which == "best":

@@ -1,4 +1,4 @@
-"""Steps written in the background, whole or not at all; the newest and the best are kept."""
+"""Saving steps in the background, each whole or not at all; the newest and the best are kept."""
 
 import collections
 import contextlib
@@ -6,15 +6,15 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo as Saved
 
 from gptjax.checkpoints.hashes import json_sha256, leaf_digests
-from gptjax.checkpoints.restore import Notify, Tree
+from gptjax.checkpoints.restore import Notify
 from gptjax.checkpoints.step_files import plain_path, stored_arrays
 from gptjax.checkpoints.steps import (
     FORMAT,
@@ -33,13 +33,14 @@ from gptjax.checkpoints.steps import (
 from gptjax.errors import CheckpointError, DiskError, NonFiniteError, first_line
 from gptjax.files import folder_bytes
 from gptjax.memory import megabytes, tree_bytes
-from gptjax.sharding import all_agree
+from gptjax.model import Params
+from gptjax.sharding import PyTree, all_agree
 
 STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
 
 
 class NewestAndBest:
-    """A policy for orbax: preserve the newest few steps, and the one with the least val_loss.
+    """A preservation policy of orbax: the newest few steps, and the one with the least val_loss.
 
     Orbax's own `BestN` knows losses only by files of its own in each step. Steps that were saved
     without these would lose the best one as soon as a run is resumed.
@@ -49,7 +50,7 @@ class NewestAndBest:
         """Take how many of the newest to keep, and the losses, to which others may be added."""
         self.keep, self.val_losses = keep, val_losses
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Saved], *, context: object) -> list[bool]:
         """Return an answer for each checkpoint, as orbax asks for them."""
         saved = sorted(checkpoint.step for checkpoint in checkpoints)
         wanted = {*saved[-self.keep :], best_of(saved, self.val_losses)}
@@ -57,7 +58,7 @@ class NewestAndBest:
 
 
 class Saver:
-    """Save steps in the background; `close()` waits for the last one, leaving without loses it.
+    """A writer of steps in the background; without `close()` the last one is lost.
 
     A save that fails leaves nothing behind and is tried again at the next; `strikes` failures in a
     row end the run, and so does the first of a run of several processes, which would wait for each
@@ -119,7 +120,7 @@ class Saver:
         """Close it."""
         self.close()
 
-    def save(self, step: int, params: Tree, extra: Tree, about: About) -> None:
+    def save(self, step: int, params: Params, extra: PyTree, about: About) -> None:
         """Begin to save a step; return once the arrays are copied.
 
         Args:
@@ -137,7 +138,7 @@ class Saver:
         params_, extra_ = jax.device_get((params, extra))
         for leaf in jax.tree.leaves(params_):
             if not np.isfinite(leaf).all():
-                raise NonFiniteError(f"a parameter is not finite after step {step}: not saved")
+                raise NonFiniteError(f"step {step} is not saved: a parameter is NaN or infinite")
         self.size = tree_bytes((params, extra))
         leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
         meta: Meta = {"format": FORMAT, "step": step, **about, "leaves": leaves}
@@ -159,12 +160,12 @@ class Saver:
         if not begun:
             self.pending = None
             raise CheckpointError(
-                f"step {step} was not saved ({self.manager.directory}): this or a newer step is "
-                "there already; take another --out_dir, or --init_from=resume"
+                f"step {step} was not saved ({self.manager.directory}): it exists already, or a "
+                "newer one does; take another --out_dir, or --init_from=resume"
             )
 
     def _has_room(self) -> bool:
-        """Return whether all processes see room for a step, uncompressed; one alone may try."""
+        """Return whether all processes see room for an uncompressed step; True for a single one."""
         if jax.process_count() == 1:
             return True
         # Where one of them fails to write, the others wait for it in orbax, for minutes.
@@ -175,7 +176,7 @@ class Saver:
         return all_agree(free >= self.size)
 
     def settle(self) -> None:
-        """Wait until the save under way is on disk; DiskError as of `save`."""
+        """Wait until the save under way is on disk; raise DiskError as `save` does."""
         if self.pending is None:
             return
         step, val_loss = self.pending
@@ -189,7 +190,7 @@ class Saver:
         self.val_losses[step] = val_loss
 
     def _fail(self, error: Exception) -> None:
-        """Clean up after a save that failed, and say so; DiskError if it was one too many."""
+        """Clean up after a failed save and report it; raise DiskError if it was one too many."""
         assert self.pending is not None
         step, self.pending = self.pending[0], None
         self.failures += 1
@@ -205,8 +206,8 @@ class Saver:
             set_aside(step_folder(self.run_dir, step), "quarantine")
         free = shutil.disk_usage(self.run_dir).free
         text = (
-            f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)}, "
-            f"{megabytes(free)} are free ({self.run_dir}), the steps saved before are as they were"
+            f"step {step} was not saved: {first_line(error)}; it needs {megabytes(self.size)} and "
+            f"{megabytes(free)} are free ({self.run_dir}); the steps saved before are unchanged"
         )
         if self.failures >= self.strikes or not alone:
             raise DiskError(text) from error
@@ -214,7 +215,7 @@ class Saver:
         self.notify(f"warning: {text}")
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the folder; DiskError as of `save`."""
+        """Wait for the save under way and close the folder; raise DiskError as `save` does."""
         try:
             self.settle()
         finally:
@@ -224,29 +225,29 @@ class Saver:
 
 
 def require_whole(run_dir: Path, step: int) -> None:
-    """See that a step which was written can be restored: all that is not an array's numbers.
+    """Check all of a saved step that a restore needs, except the values of its arrays.
 
     Raises:
-        CheckpointError: it is not there, its meta is damaged, or an array is missing.
+        CheckpointError: it does not exist, its meta is damaged, or an array is missing.
         ValueError, OSError: a manifest is missing or damaged.
     """
     if step not in saved_steps(run_dir):
-        raise CheckpointError("it is not there")
+        raise CheckpointError("it does not exist")
     leaves = read_meta(run_dir, step)["leaves"]
     counts = collections.Counter(path.partition("/")[0] for path in leaves)
     for item, count in counts.items():
         stored = stored_arrays(step_folder(run_dir, step) / item)
         if stored != count:
-            raise CheckpointError(f"{stored} of its {count} arrays ({item}) can be found")
+            raise CheckpointError(f"only {stored} of its {count} arrays ({item}) can be found")
 
 
-def check_space(run_dir: Path, tree: Tree, copies: int = 1, remedy: str = "make room") -> None:
-    """Raise DiskError unless so many checkpoints of a tree, less those there are, fit the disk."""
+def check_space(run_dir: Path, tree: PyTree, copies: int = 1, remedy: str = "make room") -> None:
+    """Raise DiskError unless the disk has room for so many checkpoints, less those it has."""
     size = tree_bytes(tree)
     there = sum(map(folder_bytes, named_like_steps(run_dir)))
     needed, free = copies * size - there, shutil.disk_usage(run_dir).free
     if needed > free:
         raise DiskError(
-            f"--out_dir={run_dir}: {copies} x {megabytes(size)} of weights and state "
-            f"need {megabytes(needed)} more, {megabytes(free)} are free; {remedy}"
+            f"--out_dir={run_dir}: {copies} x {megabytes(size)} of checkpoints need "
+            f"{megabytes(needed)} more, but only {megabytes(free)} are free; {remedy}"
         )

@@ -10,7 +10,6 @@ import glob
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import orbax.checkpoint as ocp
 import tensorstore
@@ -36,7 +35,7 @@ def is_plain(path: str) -> bool:
 
 
 def plain_path(folder: Path) -> Path:
-    """Return a path of this folder that orbax and tensorstore read as it stands.
+    """Return a path to this folder that orbax and tensorstore read as it stands.
 
     That is a link in the temporary folder where its own path is not; it goes with the process.
 
@@ -50,17 +49,17 @@ def plain_path(folder: Path) -> Path:
         return folder
     if folder in LINKS and LINKS[folder].exists():  # what tidies /tmp may have removed it
         return LINKS[folder]
-    remedy = (
-        f"checkpoints cannot lie in {folder}, for a sign such as *?[\\ in its path: take another"
-    )
+    remedy = f"checkpoints cannot be in {folder}, whose path has a sign such as *?[\\: take another"
     temporary = tempfile.gettempdir()
     if not is_plain(temporary):
-        raise OutputError(f"{remedy}, or a TMPDIR without such a sign (it is {temporary})")
+        raise OutputError(
+            f"{remedy}, or set TMPDIR to a path without such a sign (it is {temporary})"
+        )
     try:
         link = Path(tempfile.mkdtemp(prefix="gptjax-")) / "checkpoints"
         link.symlink_to(folder, target_is_directory=True)
     except OSError as error:
-        raise OutputError(f"{remedy}; no link to it can be made: {error}") from error
+        raise OutputError(f"{remedy}; a link to it cannot be created: {error}") from error
     atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
     LINKS[folder] = link
     return link
@@ -97,6 +96,6 @@ def stored_arrays(item: Path) -> int:
         ValueError, OSError: the manifest is missing or damaged.
     """
     path = plain_path(item.parent.parent) / item.parent.name / item.name
-    base: Any = {"driver": "file", "path": f"{path}/"}
+    base = {"driver": "file", "path": f"{path}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     return sum(key.endswith(b"/.zarray") for key in store.list().result())

@@ -1,4 +1,4 @@
-"""Which steps a run has saved, and what was written down with each of them.
+"""The saved steps of a run, and the meta that was saved with each of them.
 
 The scripts make paths absolute, as orbax wants them.
 """
@@ -23,7 +23,7 @@ FORMAT = 2
 
 
 class About(TypedDict, total=False):
-    """What whoever saves a step says of it."""
+    """The part of a step's meta that the one who saves it gives."""
 
     val_loss: float | None  # nats per token; None if it was not evaluated
     best_val_loss: float | None  # of the run up to this step
@@ -41,29 +41,29 @@ class Meta(About):
 
 
 def checkpoint_folder(run_dir: Path) -> Path:
-    """Return where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints, as an absolute path."""
     return run_dir.absolute() / "checkpoints"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
-    """Return where a step is, or would be."""
+    """Return the folder of a step, whether it exists or not."""
     return checkpoint_folder(run_dir) / str(step)
 
 
 def named_like_steps(run_dir: Path) -> list[Path]:
-    """Return what is named like a step; 050 is a stranger's."""
+    """Return the paths that are named like steps, such as 50 but not 050."""
     paths = checkpoint_folder(run_dir).glob("*")
     return [path for path in paths if path.name.isdecimal() and path.name == str(int(path.name))]
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Return the saved steps of a run, oldest first; none is an empty list."""
+    """Return the saved steps of a run, oldest first."""
     paths = named_like_steps(run_dir)
     return sorted(int(path.name) for path in paths if path.is_dir() and any(path.iterdir()))
 
 
 def empty_folders(run_dir: Path) -> list[Path]:
-    """Return the folders that are named like steps and hold nothing: strangers' doing."""
+    """Return the empty folders that are named like steps, which gptjax never makes."""
     found = [p for p in named_like_steps(run_dir) if p.is_dir() and not any(p.iterdir())]
     all_agree(True)  # before one process renames them, all have looked
     return found
@@ -74,7 +74,7 @@ def require_steps(run_dir: Path) -> list[int]:
     saved = saved_steps(run_dir)
     if not saved:
         where = checkpoint_folder(run_dir)
-        raise CheckpointError(f"no checkpoint ({where}); train.py --out_dir makes one")
+        raise CheckpointError(f"no checkpoint ({where}); train.py saves one")
     return saved
 
 
@@ -89,7 +89,7 @@ def set_aside(path: Path, word: str) -> str:
 
 
 def quarantined(run_dir: Path) -> list[str]:
-    """Return the names of what was set aside as damaged."""
+    """Return the names of the folders that were set aside as damaged."""
     return sorted(path.name for path in checkpoint_folder(run_dir).glob("quarantine-*"))
 
 
@@ -126,12 +126,12 @@ def read_meta(run_dir: Path, step: int) -> Meta:
         raise kind(f"{found}: {first_line(error)}") from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(
-            f"{found}: format {meta.get('format')}, this version of gptjax reads {FORMAT}"
+            f"{found}: its format is {meta.get('format')}, but this version reads {FORMAT}"
         )
     if meta.pop("sha256", None) != json_sha256(meta):
         raise DamagedStep(f"{found}: sha256 mismatch in meta")
     if meta["step"] != step:
-        raise DamagedStep(f"{found}: it is step {meta['step']}")
+        raise DamagedStep(f"{found}: it holds step {meta['step']}")
     return cast(Meta, meta)
 
 

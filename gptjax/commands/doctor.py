@@ -1,4 +1,4 @@
-"""Look over this machine: `gptjax doctor [RUN]`; the exit code is 1 if a check FAILs, else 0."""
+"""Check this machine: `gptjax doctor [RUN]`; the exit code is 1 if a check FAILs, else 0."""
 
 import dataclasses
 import json
@@ -18,20 +18,20 @@ from gptjax.terminal import flags
 from gptjax.terminal.console import printable
 
 ABOUT = (
-    "Look over this machine, and a run folder if the first word names one. "
+    "Check this machine, and a run folder if the first word names one. "
     "The exit code is 1 if a check FAILs, else 0."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class DoctorConfig:
-    """What `gptjax doctor` needs."""
+    """The settings of `gptjax doctor`."""
 
     json: bool = once(False, "Print the findings as JSON.", section="Findings")
     mend: bool = once(
-        False, "Merge the steps of RUN that were saved but never merged, before looking."
+        False, "Before the checks, merge the steps of RUN that were saved but never merged."
     )
-    debug: bool = once(False, "Stop at a check that raises, with its traceback.")
+    debug: bool = once(False, "Stop at a check that raises an exception, and show its traceback.")
 
 
 def attempt(check: Callable[..., Finding], *args: Path, debug: bool) -> tuple[str, Finding]:
@@ -76,7 +76,7 @@ def show(name: str, finding: Finding) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Look and print; return the exit code, 1 if a check FAILs."""
+    """Check and print the findings; return the exit code, 1 if a check FAILs."""
     run_dir = None
     if argv and not argv[0].startswith("-"):
         require(bool(argv[0]), "RUN", "", "is empty; name the run folder, or leave it out")

@@ -33,27 +33,26 @@ ABOUT = "Evaluate a model by a published protocol. The first word is its run fol
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What `gptjax evaluate` needs."""
+    """The settings of `gptjax evaluate`."""
 
-    task: str = once("", "wikitext2, lambada or hellaswag.", section="Task")
+    task: str = once("", "Evaluation: wikitext2, lambada or hellaswag.", section="Task")
     data: str = once(
-        "", "File of the task: a raw text for wikitext2, JSON lines for the others.", path=True
+        "", "File of the task: raw text for wikitext2, JSON lines for the others.", path=True
     )
-    context: int = once(0, "Tokens that a prediction sees at most; 0 = the model's block_size.")
+    context: int = once(0, "Most tokens that a prediction sees; 0 = the model's block_size.")
     stride: int = once(
         0, "Tokens between windows of wikitext2; 0 = context, so that they do not overlap."
     )
-    limit: int = once(0, "Take only so many rows (of wikitext2 tokens), the first; 0 = all.")
+    limit: int = once(0, "Number of first rows to use (tokens for wikitext2); 0 = all.")
     checkpoint: str = once(
         "best",
-        "best (by validation loss), latest, or the number of a step.",
+        "Step to load: best (by validation loss), latest, or its number.",
         section="Model and machine",
     )
-    batch_size: int = once(8, "Texts in a forward pass.")
+    batch_size: int = once(8, "Number of texts in a forward pass.")
     dtype: Literal["auto", "float32", "bfloat16"] = once(
         "auto",
-        "Type that the model computes in. auto takes bfloat16 on a GPU or TPU, and float32 on a "
-        "CPU.",
+        "Data type of the computation. auto is bfloat16 on a GPU or TPU, and float32 on a CPU.",
     )
     compile_cache: str = once("auto", COMPILE_CACHE, path=True)
     debug: bool = once(False, DEBUG)

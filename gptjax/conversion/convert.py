@@ -27,7 +27,7 @@ def import_run(
     config: SourceConfig,
     notify: Callable[[str], None] = lambda said: None,
 ) -> tuple[Run, dict[str, str]]:
-    """Make a run folder of a model of any format: all of it, or nothing.
+    """Create a run folder from a model in any format, whole or not at all.
 
     Args:
         name: as of `open_source`.
@@ -74,7 +74,7 @@ def import_run(
 
 
 def write_hf(folder: Path, run: Run) -> None:
-    """Write a folder for transformers, with GPT-2's tokenizer files or our own of another one."""
+    """Write a folder for transformers, with GPT-2's tokenizer files or gptjax's of another one."""
     huggingface.write_folder(folder, run.config.model, run.params, run.tokenizer.eot)
     if isinstance(run.tokenizer, GPT2Tokenizer):
         write_gpt2_files(run.tokenizer, folder)
@@ -97,7 +97,7 @@ EXPORTS = {
 
 
 def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> None:
-    """Write a run's model in another format: all of it, or nothing.
+    """Write a run's model in another format, whole or not at all.
 
     Args:
         run_dir: the run folder.

@@ -1,4 +1,4 @@
-"""Which fields a published configuration may have beside those that describe GPT-2.
+"""The fields that a published configuration may have besides those that describe GPT-2.
 
 A field that gptjax does not know may change what the model computes, so it is refused, unless it
 says nothing, is known to change nothing, or the user vouches for it by name.
@@ -130,7 +130,7 @@ DEFAULTS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}  # wh
 
 
 def says_nothing(value: object) -> bool:
-    """Return whether a field is as good as absent: null, false or empty; 0 is a number."""
+    """Return whether a field's value is null, false or empty, which is as if it were absent."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -146,13 +146,13 @@ def words_of(name: str, value: object) -> set[str]:
 
 
 def why_not(name: str, fields: Mapping[str, Any]) -> str | None:
-    """Return why a field makes a model other than GPT-2: "" if not at all, None if unknown."""
+    """Return why a field makes a model other than GPT-2: "" if it does not, None if unknown."""
     value = fields[name]
     if name in HARMLESS:
         return ""
     if name in MUST_BE_TRUE:
         ok = value is None or value is True
-        return "" if ok else "changes what is computed: GPT-2 has it true"
+        return "" if ok else "changes what is computed: it is true for GPT-2"
     if says_nothing(value):
         return ""
     if name in SAME_AS:
@@ -177,7 +177,7 @@ def why_not(name: str, fields: Mapping[str, Any]) -> str | None:
 
 
 def check_fields(
-    fields: Mapping[str, Any],
+    fields: Mapping[str, object],
     known: Collection[str],
     where: object,
     problems: Sequence[str] = (),
@@ -208,7 +208,7 @@ def check_fields(
         listed[20:] = [f"and {len(listed) - 20} more"]
     if listed:
         text = f"cannot use this model ({where}): {'; '.join(listed)}"
-        raise DataError(text, flag, "if you know that this changes nothing that is computed")
+        raise DataError(text, flag, "if you know that it does not change what is computed")
 
 
 def shown(name: str, value: object) -> str:

@@ -26,7 +26,7 @@ NAMES = {  # ours, behind h.#. where there is one -> GGUF's for the architecture
 
 
 def gguf_name(name: str) -> str:
-    """Turn `h.0.attn.c_attn.weight` into `blk.0.attn_qkv.weight`."""
+    """Return GGUF's name of a tensor: `blk.0.attn_qkv.weight` for `h.0.attn.c_attn.weight`."""
     stem, _, leaf = name.rpartition(".")
     if not stem.startswith("h."):
         return f"{NAMES[stem]}.{leaf}"
@@ -43,9 +43,13 @@ def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer)
         UsageError: the gguf library is missing, or the tokenizer or activation is not GPT-2's.
     """
     ok = cfg.activation == "gelu_tanh"
-    require(ok, "to", "gguf", "llama.cpp computes GELU by tanh, this model by erf; take --to=hf")
+    require(
+        ok, "to", "gguf", "llama.cpp computes GELU by tanh, but this model by erf; take --to=hf"
+    )
     if not isinstance(tokenizer, GPT2Tokenizer):
-        raise UsageError(f"--to=gguf: has no tokenizer like this model's ({tokenizer.kind})")
+        raise UsageError(
+            f"--to=gguf: this format has no tokenizer like this model's ({tokenizer.kind})"
+        )
     try:
         import gguf
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub, by name."""
+"""Downloads of models from the Hugging Face Hub, by name."""
 
 import logging
 import re
@@ -72,8 +72,8 @@ def download_model(name: str, weights: Sequence[str], revision: str | None = Non
             if cached:
                 break
         raise DataError(
-            f"{file} of {name} has sha256 {found}, the cache says {blob.name}; it is deleted, "
-            "import again with a network"
+            f"{file} of {name} has sha256 {found}, but the cache says {blob.name}; it was deleted: "
+            "import again with network access"
         )
 
     def optional(get: Callable[[str], Path], file: str) -> Path | None:
@@ -105,19 +105,19 @@ def download_model(name: str, weights: Sequence[str], revision: str | None = Non
                 break
         else:
             flag = "" if len(weights) > 1 else "--allow_pickle"
-            text = f"{name} has no {' or '.join(weights)} that could be had"
+            text = f"{name} has no {' or '.join(weights)} that can be downloaded"
             raise DataError(text, flag, "which also takes pytorch_model.bin")
         for file in BESIDE:
             optional(get, file)
     except HFValidationError as error:
-        raise UsageError(f"{name!r} is neither a file or folder nor a name on the Hub") from error
+        raise UsageError(f"{name!r} is not a file, a folder or a name on the Hub") from error
     except RevisionNotFoundError as error:
         raise DataError(f"{name} has no revision {revision} on the Hub") from error
     except RepositoryNotFoundError as error:
-        raise DataError(f"no file or folder {name}, nor such a model on the Hub") from error
+        raise DataError(f"no file or folder {name}, and no such model on the Hub") from error
     except LocalEntryNotFoundError as error:
         raise DataError(
-            f"cannot reach the Hub for {name}, nor is it in the cache; get the folder by other "
+            f"cannot reach the Hub for {name}, which is not in the cache; copy the folder by other "
             "means and give its path"
         ) from error
     except EntryNotFoundError as error:

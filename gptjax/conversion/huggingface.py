@@ -102,7 +102,7 @@ def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = (
 
 
 def must_be(name: str, value: object) -> str:
-    """Return what is wrong with a field that has another value than GPT-2's."""
+    """Return the message for a field whose value is not GPT-2's."""
     if name == "quantization_config":
         return f"{shown(name, value)}: take the model from before it was quantised"
     return f"{shown(name, value)}, gptjax computes {' or '.join(map(repr, MUST_BE[name]))}"
@@ -212,7 +212,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [inside(folder, name)], None
     mapped = read_json(folder / name).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
-        raise DataError(f"has no weight_map ({folder / name})")
+        raise DataError(f"{folder / name} has no weight_map")
     paths = [inside(folder, file) for file in sorted({str(v) for v in mapped.values()})]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -234,7 +234,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the file of this name in the folder; DataError if it would lie anywhere else."""
+    """Return the file of this name in the folder; raise DataError if it is anywhere else."""
     root = folder.resolve()
     if root.parent.name == "snapshots":  # the Hub's cache links its snapshots to its blobs
         root = root.parent.parent
@@ -276,7 +276,11 @@ def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np
 def drop_zero_biases(
     cfg: GPTConfig, table: Table, readers: dict[str, Callable[[], np.ndarray]], folder: Path
 ) -> None:
-    """Drop what `write_folder` stores for biases that a model has not; DataError if it is not 0."""
+    """Remove the zeros that `write_folder` stores for biases of a model that has none.
+
+    Raises:
+        DataError: such a bias is not zero.
+    """
     with_biases = {slot.name: slot.shape for slot in slots(dataclasses.replace(cfg, bias=True))}
     for name, (shape, dtype) in list(table.items()):
         if name.endswith(".bias") and with_biases.get(name) == shape and dtype in FLOATS:

@@ -25,7 +25,7 @@ DTYPES = {3: np.dtype(np.float32), 5: np.dtype(ml_dtypes.bfloat16)}  # by versio
 
 
 class Part(NamedTuple):
-    """Where a tensor lies in the file; the offset is in bytes."""
+    """The place of a tensor in the file; the offset is in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ def write_file(path: Path, cfg: GPTConfig, params: Params) -> None:
         UsageError: its activation is not llm.c's.
     """
     ok = cfg.activation == "gelu_tanh"
-    require(ok, "to", "llmc", "llm.c computes GELU by tanh, this model by erf; take --to=hf")
+    require(ok, "to", "llmc", "llm.c computes GELU by tanh, but this model by erf; take --to=hf")
     cfg = dataclasses.replace(cfg, vocab_multiple=128)
     version, dtype = 3, DTYPES[3]
     header = np.zeros(256, np.int32)

@@ -1,7 +1,7 @@
 """nanoGPT's ckpt.pt."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ ARGS = {*LIMITS, "bias", "dropout"}
 PADDED, GPT2_VOCAB = 50304, 50257  # nanoGPT's default vocabulary, and the tokens in it
 
 
-def choose_activation(args: dict[str, Any]) -> tuple[str, str]:
+def choose_activation(args: Container[object]) -> tuple[str, str]:
     """Return which GELU to take, since the file does not say it, and a sentence about it.
 
     nanoGPT computes the exact form since June 2023, whatever the weights it started from, and

@@ -17,14 +17,14 @@ LOCK = ".lock"  # of a temporary folder while it is written
 def refuse_existing(path: Path) -> None:
     """Raise OutputError if there is anything at `path` but an empty folder."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputError(f"--out_dir={path}: is there already; take another, or remove it")
+        raise OutputError(f"--out_dir={path}: exists already; take another, or remove it")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yield a temporary folder that becomes `path` if the block ends without an error.
 
-    It holds a lock, by which the next one knows it for what a killed process left.
+    Else it is removed. It holds a lock, which shows later whether its process was killed.
 
     Raises:
         OutputError: `path` holds something already, or cannot be written.
@@ -62,7 +62,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def is_left(folder: Path, process: int) -> bool:
-    """Return whether nobody writes into a temporary folder; another host's lock says nothing."""
+    """Return whether no process writes into a temporary folder; False if it is another host's."""
     lock = folder / LOCK
     try:
         holder = lock.read_text(errors="replace") if lock.exists() else ""

@@ -17,7 +17,7 @@ LEAVES = {"w": "weight", "g": "weight", "b": "bias"}
 
 
 def published_name(name: str) -> str:
-    """Turn `model/h0/attn/c_attn/w` into `h.0.attn.c_attn.weight`; leave what does not fit."""
+    """Return the published name of a tensor: `h.0.ln_1.bias` for `model/h0/ln_1/b`."""
     parts = name.removeprefix("model/").split("/")
     if parts in (["wte"], ["wpe"]):
         return f"{parts[0]}.weight"
@@ -48,7 +48,7 @@ def open_folder(folder: Path, accept: Collection[str] = ()) -> Source:
     entries = {published_name(name): entry for name, entry in index.items()}
 
     def shape(stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Drop the leading 1 of what OpenAI wrote as a convolution of width 1."""
+        """Remove the leading 1 of what OpenAI wrote as a convolution of width 1."""
         return stored[1:] if len(stored) == 3 and stored[0] == 1 else stored
 
     def read(name: str) -> np.ndarray:

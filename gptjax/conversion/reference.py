@@ -1,7 +1,8 @@
-"""The model that ours is compared with: transformers' GPT-2, on PyTorch."""
+"""The reference that gptjax's model is compared with: transformers' GPT-2, on PyTorch."""
 
 import dataclasses
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,8 @@ def load_reference(source: Source) -> Reference:
     return reference.eval()
 
 
-def import_reference() -> tuple[Any, Any]:
-    """Return torch and transformers, made silent; UsageError if one is missing."""
+def import_reference() -> tuple[ModuleType, ModuleType]:
+    """Return torch and transformers, made silent; raise UsageError if one is missing."""
     try:
         import torch
         import transformers
@@ -57,7 +58,7 @@ def import_reference() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def reference_config(cfg: GPTConfig) -> Any:  # a GPT2Config of transformers
+def reference_config(cfg: GPTConfig) -> object:  # a GPT2Config of transformers
     """Return transformers' configuration of the same model."""
     _, transformers = import_reference()
     fields = {**format_config(cfg, None), "gptjax": None}
@@ -67,7 +68,7 @@ def reference_config(cfg: GPTConfig) -> Any:  # a GPT2Config of transformers
 def reference_activations(
     reference: Reference, tokens: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return what every part of the model puts out, by name, and the logits."""
+    """Return the output of every part of the model by name, and the logits."""
     import torch
 
     gpt2 = reference.transformer
@@ -127,7 +128,7 @@ def reference_greedy(reference: Reference, tokens: np.ndarray, count: int) -> li
 
 
 def write_random_model(cfg: GPTConfig, folder: Path, seed: int = 0) -> None:
-    """Write a random model by transformers itself, in which small mistakes show.
+    """Write a random model with transformers, scaled so that small mistakes show.
 
     At GPT-2's initialisation an erf-GELU moves the logits by 2.5e-6, so weights are scaled up and
     biases and LayerNorms are noisy.

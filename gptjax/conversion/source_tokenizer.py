@@ -20,7 +20,7 @@ def find_tokenizer(source: Source, wanted: str, vocab_dir: str) -> Tokenizer:
         vocab_dir: as of `load_gpt2_tokenizer`.
 
     Raises:
-        UsageError: none is known, so the user must name one.
+        UsageError: no tokenizer is known, so the user must name one.
         DataError: it has another number of tokens than the model, or cannot be read.
     """
     folder, size = source.files[0].parent, source.cfg.vocab_size

@@ -1,4 +1,4 @@
-"""From the name of a model in any format to its `Source`, and to a `Run` that can be used."""
+"""Models in any format, opened by name as a `Source` or loaded as a `Run`."""
 
 import dataclasses
 import math
@@ -29,33 +29,34 @@ PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """How a source is opened."""
+    """The settings of opening a source."""
 
     revision: str = once(
         "", "Branch, tag or commit of a model on the Hub; empty = main.", section="Source"
     )
     allow_pickle: bool = once(
-        False, "Read pickles (.bin, .pt): their tensors only, with PyTorch 2.10 or newer."
+        False, "Read pickle files (.bin, .pt): only their tensors, with PyTorch 2.10 or newer."
     )
     tokenizer: str = once(
         "auto",
-        "gpt2, byte, or a run folder to take it from. auto takes the source's own, or gpt2 for a "
-        "vocabulary of its size.",
+        "gpt2, byte, or a run folder whose tokenizer is taken. auto is the source's own, or gpt2 "
+        "if the vocabulary has its size.",
         path=True,
     )
     tokenizer_dir: str = once("", TOKENIZER_DIR, path=True)
     activation: Literal["auto", Activation] = once(
         "auto",
-        "Nonlinearity of the MLP, where the file does not say it: nanoGPT computes gelu, the exact "
-        "one, since June 2023, and gelu_tanh before. auto takes gelu for nanoGPT, else gelu_tanh.",
+        "Activation function of the MLP, if the file does not say it: nanoGPT computes gelu, the "
+        "exact form, since June 2023, and computed gelu_tanh before. auto is gelu for nanoGPT's "
+        "files that have a bias setting, else gelu_tanh.",
     )
     sha256: str = once(
-        "", "sha256 that the weight file must have, since a flipped bit is a valid number."
+        "", "Expected sha256 of the weight file; without it a flipped bit goes unnoticed."
     )
     accept_fields: str = once(
         "",
-        "Fields of its config.json that gptjax does not know and that you know to change nothing, "
-        "with commas between.",
+        "Fields of config.json, separated by commas, that gptjax does not know and that you know "
+        "not to change the computation.",
     )
 
     def accepted(self) -> list[str]:
@@ -65,11 +66,11 @@ class SourceConfig:
 
 
 def load_model(name: str, config: SourceConfig | None = None, which: str = "best") -> Run:
-    """Load a model to use: of a run folder, or of any other format that `open_source` knows.
+    """Return a model for use, from a run folder or any format that `open_source` reads.
 
     Args:
         name: the path of a folder or file, or a name on the Hub.
-        config: how to open what is no run folder.
+        config: how to open a model that is not a run folder.
         which: the step of a run folder, as `load_run` takes it.
 
     Raises:
@@ -91,7 +92,7 @@ def load_model(name: str, config: SourceConfig | None = None, which: str = "best
 
 
 def read_model(source: Source, name: str, config: SourceConfig) -> Run:
-    """Read the parameters of an opened source, beside a tokenizer that fits.
+    """Return the parameters of an opened source with a tokenizer that fits.
 
     Raises:
         UsageError, DataError: there is no such tokenizer, or the tensors are not as `read_params`
@@ -106,7 +107,7 @@ def read_model(source: Source, name: str, config: SourceConfig) -> Run:
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
-    """Open a model that is not yet a run folder, by what it is; no tensor is read.
+    """Open a model that is not a run folder, in the format that it has; no tensor is read.
 
     Args:
         name: a folder or file in one of the formats, or a name on the Hub.
@@ -201,7 +202,7 @@ def with_activation(source: Source, activation: Literal["auto", Activation]) -> 
 
 
 def check_sha256(files: Sequence[Path], expected: str) -> None:
-    """Compare the hash of a weight file with the expected one, unless that is empty.
+    """Check that a weight file has the expected sha256, unless that is empty.
 
     Raises:
         UsageError: there are several files.

@@ -83,7 +83,7 @@ class Source(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where one published tensor belongs: the whole of a parameter, or one layer of it."""
+    """The place of a published tensor: a whole parameter, or one layer of it."""
 
     path: str
     layer: int | None
@@ -92,7 +92,7 @@ class Slot(NamedTuple):
 
 
 def size_problems(sizes: dict[str, Any]) -> list[str]:
-    """Return what is wrong with sizes that a file gives: no integers, or beyond belief."""
+    """Return what is wrong with the sizes in a file: not integers, or out of the limits."""
     problems = [
         f"{name}={sizes.get(name)!r}, expected 1 to {limit:,}"
         for name, limit in LIMITS.items()
@@ -104,7 +104,7 @@ def size_problems(sizes: dict[str, Any]) -> list[str]:
 
 
 def make_config(sizes: dict[str, Any], where: object, **settings: Any) -> GPTConfig:
-    """Return the model of these sizes, and further settings; DataError if they make no sense."""
+    """Return the model of these sizes and settings; raise DataError if the sizes are wrong."""
     problems = size_problems(sizes)
     if problems:
         raise DataError(f"cannot use this model ({where}): {'; '.join(problems)}")
@@ -112,9 +112,9 @@ def make_config(sizes: dict[str, Any], where: object, **settings: Any) -> GPTCon
 
 
 def published_names(stored: Iterable[str], where: object) -> dict[str, str]:
-    """Map each stored name to the published one, without what stands before all of them.
+    """Return the published name of each stored one, which may have a prefix.
 
-    That may be `transformer.`, which the head has not, what PyTorch's wrappers add (`module.`,
+    That may be `transformer.`, which the head lacks, what PyTorch's wrappers add (`module.`,
     `_orig_mod.`), `base_model.model.` or any other, several of them, or nothing.
 
     Raises:
@@ -207,7 +207,7 @@ def refuse(source: Source, problems: list[tuple[str, str]]) -> None:
 
 
 def some_of_each(problems: list[tuple[str, str]]) -> str:
-    """Return tensors' names and what is wrong with them as one line: a few of each kind."""
+    """Return the names of tensors and their problems as one line, a few of each kind."""
     kinds: dict[str, list[str]] = {}
     for name, problem in problems:
         kind = " ".join(problem.split()[:2])  # is missing, is not, has shape, is int64, ...

@@ -23,7 +23,7 @@ LOG_WIDTH = 14  # words checksummed at once: the fastest of 2**10 to 2**18
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor lies."""
+    """The place, type and checksum of a tensor."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class TensorEntry(NamedTuple):
 
 
 class Unreadable(Exception):
-    """What is wrong with a file, before its name is known."""
+    """An error about a file whose name is not known yet."""
 
 
 def read_index(prefix: Path) -> dict[str, TensorEntry]:
@@ -73,7 +73,7 @@ def read_index(prefix: Path) -> dict[str, TensorEntry]:
 
 
 def read_tensor(entry: TensorEntry) -> np.ndarray:
-    """Read a tensor, which is in memory once.
+    """Return a tensor, without a second copy in memory.
 
     Raises:
         DataError: the shard cannot be read, or its bytes do not match their checksum.
@@ -160,7 +160,7 @@ def read_block(table: bytes, start: int, size: int) -> list[tuple[bytes, bytes]]
 
 
 def read_entry(message: bytes, prefix: Path, n_shards: int) -> TensorEntry:
-    """Return what a BundleEntryProto says, checked by itself."""
+    """Return the content of a BundleEntryProto, after checks that need no other entry."""
     numbers, messages = read_fields(message)
     data_type, shard, offset, size, checksum = (numbers.get(i, 0) for i in (1, 3, 4, 5, 6))
     _, dims = read_fields(b"".join(messages.get(2, [])))

@@ -1,4 +1,4 @@
-"""Files that PyTorch pickled: never opened unless asked for, and then without running code."""
+"""Pickle files of PyTorch: opened only if a flag allows it, and then without running code."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MINIMUM = (2, 10)  # older ones have known holes in weights_only
 
 
 def load_torch(path: Path, allow_pickle: bool) -> Any:
-    """Return what torch.save wrote, on CPU, limited to tensors and plain Python values.
+    """Return what torch.save wrote, on the CPU, limited to tensors and plain Python values.
 
     Args:
         path: the file.
@@ -65,7 +65,7 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
 
 
 def check_size(paths: Sequence[Path]) -> None:
-    """Raise DataError if pickles that are held at the same time are larger than memory."""
+    """Raise DataError if pickles that are read at the same time are larger than memory."""
     if paths:
         what = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         size = sum(path.stat().st_size for path in paths)
@@ -73,7 +73,7 @@ def check_size(paths: Sequence[Path]) -> None:
 
 
 def tensor_table(state: object, path: Path) -> Table:
-    """Return shape and dtype of each tensor in a state dict; DataError if it has anything else."""
+    """Return shape and dtype of each tensor in a state dict; raise DataError if it has others."""
     import torch
 
     if not isinstance(state, dict) or not all(

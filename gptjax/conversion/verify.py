@@ -1,4 +1,4 @@
-"""Our model against transformers', tensor by tensor and layer by layer.
+"""The comparison of our model with transformers', tensor by tensor and layer by layer.
 
 N tokens of the probe in all, D width, V vocabulary.
 """
@@ -6,7 +6,7 @@ N tokens of the probe in all, D width, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +76,11 @@ def compare(
 # ---- Our side ------------------------------------------------------------------------------------
 
 
-def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dict[str, Any]:
-    """Return what every part of our model puts out, by the names of `reference_activations`."""
+def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the output of every part of our model, by the names of `reference_activations`."""
 
     @jax.jit
-    def run_block(layer: model.Params, x_BTD: jax.Array) -> Any:
+    def run_block(layer: model.Params, x_BTD: jax.Array) -> tuple[jax.Array, model.Params]:
         variables = {"params": layer}
         (y_BTD, _), kept = model.Block(cfg).apply(
             variables, x_BTD, capture_intermediates=True, mutable="intermediates"
@@ -130,10 +130,10 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Reference) -> list[C
 
 
 def check_sizes(cfg: GPTConfig, source: Source) -> None:
-    """Raise DataError if our model is not the source's: there is nothing to compare then."""
+    """Raise DataError if our model has another architecture than the source's."""
     compared = [name for name in names(GPTConfig, architecture) if name not in UNSAID]
     differing = [
-        f"{name} {getattr(cfg, name)} is {getattr(source.cfg, name)} there"
+        f"{name} is {getattr(cfg, name)}, there {getattr(source.cfg, name)}"
         for name in compared
         if getattr(cfg, name) != getattr(source.cfg, name)
     ]
@@ -154,7 +154,7 @@ def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Reference) 
 
 
 def our_paths(cfg: GPTConfig) -> dict[str, str]:
-    """Return where we keep each published tensor: h.0.ln_1.weight in h/ln_1/scale[0]."""
+    """Return our path of each published tensor: h/ln_1/scale[0] for h.0.ln_1.weight."""
     return {
         slot.name: slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
         for slot in slots(cfg)
@@ -170,7 +170,7 @@ def forward(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> np.ndar
 def compare_outputs(
     cfg: GPTConfig, params: model.Params, reference: Reference, tokens: np.ndarray
 ) -> Iterator[Check]:
-    """Compare what each part puts out, then the logits: values, KL divergence, likeliest token."""
+    """Compare the output of each part, then the logits: values, KL divergence, likeliest token."""
     outputs, theirs = reference_activations(reference, tokens)
     for name, value in activations(cfg, params, tokens).items():
         yield compare("activation", name, value, outputs[name], TOLERANCE)

@@ -1,4 +1,4 @@
-"""What a file that should hold weights is, by its first bytes."""
+"""The kind of a file that should hold weights, by its first bytes."""
 
 import zipfile
 from pathlib import Path
@@ -53,7 +53,7 @@ def why_no_weights(path: Path) -> str:
     if kind in REMEDIES:
         return f"{kind}; {REMEDIES[kind]}"
     if kind in PACKED:
-        return f"packed by {kind}; unpack it"
+        return f"compressed by {kind}; unpack it"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
         return f"a web page, such as a server sends instead of a file; {AGAIN}"
     if head.startswith(b"PK"):

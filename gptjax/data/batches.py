@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): no iterator, hence no state to save.
+"""Batches as a pure function of (seed, step), so that there is no iterator's state to save.
 
 A split is a list of token arrays (shards). Each epoch cuts it into windows of T+1 tokens, at a new
 offset, and visits them all once in a new order.
@@ -63,7 +63,7 @@ def batch_starts(
 
 
 def sample_batch(shards: Shards, *, block_size: int, n_vocab: int, **of: int) -> np.ndarray:
-    """Return the windows (batch_size / n_processes, block_size + 1), int32, at `batch_starts`.
+    """Return the windows (batch_size / n_processes, block_size + 1) at `batch_starts`, in int32.
 
     Raises:
         UsageError: batch_size is not divisible by n_processes.
@@ -101,7 +101,7 @@ def eval_windows(shards: Shards, block_size: int, n_windows: int = 0) -> list[tu
 def read_windows(
     shards: Shards, starts: Sequence[tuple[int, int]], block_size: int, n_vocab: int
 ) -> np.ndarray:
-    """Return windows (N, block_size + 1), int32; DataError for an id that is not below n_vocab."""
+    """Return windows (N, block_size + 1), int32; raise DataError for an id not below n_vocab."""
     windows = np.stack([shards[i][start : start + block_size + 1] for i, start in starts])
     if windows.min() < 0 or windows.max() >= n_vocab:
         row, column = np.argwhere((windows < 0) | (windows >= n_vocab))[0]

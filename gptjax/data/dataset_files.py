@@ -1,4 +1,4 @@
-"""Which files a dataset is, and which of them are its validation split."""
+"""The files of a dataset, and those of them that are its validation split."""
 
 import collections
 import functools
@@ -24,7 +24,7 @@ def find_files(dataset: str, flag: str, both: bool, notify: Callable[[str], None
         dataset: what the flag says.
         flag: its name, for messages.
         both: whether nanoGPT's folder needs train.bin and val.bin.
-        notify: told where other files are taken than one would think.
+        notify: is told if other files are used than one may expect.
 
     Returns:
         Files, none where there are no such ones.
@@ -41,7 +41,7 @@ def find_files(dataset: str, flag: str, both: bool, notify: Callable[[str], None
         found = [] if is_dir or is_file or is_other else match(path)
     except (OSError, ValueError, RuntimeError) as error:  # too long; nobody's home
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--{flag}={dataset}: no path or glob: {reason}") from error
+        raise UsageError(f"--{flag}={dataset}: is not a path or glob: {reason}") from error
     if is_other:
         raise UsageError(f"--{flag}={dataset}: is a pipe or device; write it to a file first")
     if is_dir:
@@ -79,8 +79,8 @@ def folder_files(folder: Path, flag: str, both: bool, notify: Callable[[str], No
     bins = [files[name] for name in ("train.bin", "val.bin") if name in files]
     if bins and "meta.pkl" in files and "input.txt" in files and "tokenizer.json" not in files:
         notify(
-            f"{folder}: taking input.txt, not the .bin files that were made of it, since their "
-            "vocabulary is in meta.pkl, a pickle, which is never read"
+            f"{folder}: using input.txt instead of the .bin files made from it, because their "
+            "vocabulary is in meta.pkl, a pickle, which gptjax never reads"
         )
         return [files["input.txt"]]
     if len(bins) == 1 and both:
@@ -100,11 +100,11 @@ def folder_files(folder: Path, flag: str, both: bool, notify: Callable[[str], No
         return bins or tokens or texts
     counts = collections.Counter(path.suffix or path.name for path in files.values())
     holds = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(4))
-    hint = f"it holds {holds}; a glob takes other names" if counts else "it has no files"
+    hint = f"it holds {holds}; pass a glob for other names" if counts else "it has no files"
     if "prepare.py" in files:
         hint = "run its prepare.py first"
     elif not counts and any(path.is_dir() for path in inside):
-        hint = f"for what is in its folders pass '{folder}/**/*.txt', or .bin"
+        hint = f"for the files in its folders pass '{folder}/**/*.txt', or .bin"
     raise UsageError(
         f"--{flag}={folder}: has no train.bin and no val.bin, no texts (.txt) and no shards "
         f"(.bin, .npy): {hint}"
@@ -112,7 +112,7 @@ def folder_files(folder: Path, flag: str, both: bool, notify: Callable[[str], No
 
 
 def with_partner(path: Path) -> list[Path]:
-    """Return a token file, and where its name says train or val, the file that says the other."""
+    """Return a token file, and if its name has the word train or val, the file with the other."""
     if are_tokens(path):
         pairs = [("train", word) for word in sorted(VAL_WORDS)]
         for old, new in [*pairs, *((val, train) for train, val in pairs)]:
@@ -124,7 +124,7 @@ def with_partner(path: Path) -> list[Path]:
 
 
 def split_by_name(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return those to train on, and those with the word val, valid or validation in their name.
+    """Return the files to train on, and those with the word val, valid or validation in the name.
 
     Words end at whatever is no letter; folders count below the one that holds all the files.
     """
@@ -151,7 +151,7 @@ def hold_tokens(files: Sequence[Path]) -> bool:
     if len(set(kinds.values())) > 1:
         tokens = next(path for path in files if kinds[path])
         text = next(path for path in files if not kinds[path])
-        raise DataError(f"{tokens} holds token ids, and {text} does not: name one kind by a glob")
+        raise DataError(f"{tokens} holds token ids and {text} does not: pass one kind by a glob")
     return kinds[files[0]]
 
 
@@ -185,7 +185,9 @@ def choose_splits(
     elif not val and len(train) > 1 and hold_tokens(train):
         train, val = train[:-1], train[-1:]  # as llm.c's data without a shard for validation
     if not train:
-        raise DataError(f"no file is left to train on ({name}): {len(found)} found, all validation")
+        raise DataError(
+            f"no file is left to train on ({name}): all {len(found)} are for validation"
+        )
     show = functools.partial(show_paths, among=[*found, *given])
     if val and val_fraction != TrainConfig.val_fraction:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Where tokens come from: named texts, files, nanoGPT's .bin folders, llm.c's shards.
+"""Datasets: named texts, files of text, nanoGPT's .bin folders, llm.c's shards.
 
 A text is tokenised once, streaming, into uint16 files in the cache; token files are memmapped where
-they lie. `notify(line)` receives what a person should know, `progress(what, done, total)` the
-bytes of a download or tokenisation.
+they are. `notify(line)` takes lines for the user, `progress(what, done, total)` the bytes of a
+download or tokenisation.
 """
 
 import dataclasses
@@ -76,8 +76,8 @@ def load_dataset(
     """Open a dataset by name, path or glob; TrainConfig says what may be given.
 
     Raises:
-        UsageError: there is no such dataset, or the tokenizer does not go with it.
-        DataError: what is there is damaged, too short, or cannot be had.
+        UsageError: there is no such dataset, or the tokenizer does not fit it.
+        DataError: the dataset is damaged, too short, or cannot be downloaded.
     """
     name, found = find(dataset, "dataset", not val_dataset, notify, progress)
     given = find(val_dataset, "val_dataset", False, notify, progress)[1] if val_dataset else []
@@ -127,7 +127,7 @@ def load_dataset(
 def find(
     dataset: str, flag: str, both: bool, notify: Notify, progress: Progress
 ) -> tuple[str, list[Path]]:
-    """Return the name and the files of what a flag says; `both` as for `find_files`."""
+    """Return the name and the files of the dataset that a flag names; `both` as in `find_files`."""
     if dataset == "auto" or dataset in DATASETS:
         name, path = fetch(dataset, notify, progress)
         return name, [path]
@@ -148,7 +148,7 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
         try:
             return fetch("tinyshakespeare", notify, progress)
         except DataError as error:
-            notify(f"{error}; taking pydocs, Python's own documentation, instead")
+            notify(f"{error}; using pydocs, Python's own documentation, instead")
             return fetch("pydocs", notify, progress)
     url, sha256 = DATASETS[name]
     path = cache_dir() / f"{name}.txt"
@@ -204,14 +204,14 @@ def tokenizer_beside(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) ->
         return load_tokenizer(folder)
     if kind == "auto" and (folder / "meta.pkl").is_file():
         raise DataError(
-            f"{folder / 'meta.pkl'} is a pickle, which may run any code, so it is never read; pass "
-            "the text itself as --dataset, or --tokenizer=gpt2 if that made the tokens"
+            f"{folder / 'meta.pkl'} is a pickle, which may run any code, so gptjax never reads it; "
+            "pass the text itself as --dataset, or --tokenizer=gpt2 if that made the tokens"
         )
     return make_tokenizer(kind, tokenizer_dir, auto="gpt2")
 
 
 def require_same(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the validation tokens in a folder if another tokenizer has made them."""
+    """Raise an error if another tokenizer made the validation tokens in a folder."""
     beside = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if beside is None and tokenizer.kind == "char":
         raise UsageError(
@@ -233,7 +233,7 @@ def check_split(loaded: Dataset, split: str, block_size: int) -> None:
         tokens = plural(longest, "token")
         raise DataError(
             f"{longest} {tokens} in the {split} split ({loaded.name}): --block_size={block_size} "
-            f"needs {block_size + 1}; the longest usable is {max(0, longest - 1)}"
+            f"needs {block_size + 1}; the largest that fits is {max(0, longest - 1)}"
         )
     n_vocab, scanned = loaded.tokenizer.n_vocab, 0
     for shard in shards:

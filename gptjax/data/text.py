@@ -1,4 +1,4 @@
-"""A text into token files: read as a stream, checked to be UTF-8, encoded piece by piece."""
+"""The tokenisation of texts: read as a stream, checked to be UTF-8, encoded piece by piece."""
 
 import codecs
 import functools
@@ -36,7 +36,7 @@ def tokenise(
     notify: Callable[[str], None],
     progress: Progress,
 ) -> tuple[Tokenizer, dict[str, list[np.ndarray]]]:
-    """Tokenise the texts of each split into the cache, or find them there.
+    """Tokenise the texts of each split into the cache, unless they are there.
 
     Args:
         name: of the dataset, for the progress.
@@ -45,8 +45,8 @@ def tokenise(
         make: gives the tokenizer, from `chars` where its vocabulary is the characters.
         decode_errors: "strict" or "replace".
         allow_special: whether <|endoftext|> is the token.
-        notify: told what a person should know.
-        progress: told what is done, and how many bytes of how many.
+        notify: takes lines for the user.
+        progress: takes what is being done, the bytes done, and all bytes.
 
     Returns:
         The tokenizer, and the memmapped tokens of each split.
@@ -70,7 +70,7 @@ def tokenise(
             )
             notify(f"{text.path}: {text.replaced} {were} replaced by U+FFFD")
         if MARKED.search(text.path.name):
-            notify(f"{text.path.name} is read as the plain text that it is, with all its marks")
+            notify(f"{text.path.name} is read as plain text, with all its markup")
     spans = {split: (texts[split], 0, sum(t.length for t in texts[split])) for split in texts}
     if hold_back:
         those, _, length = spans["train"]
@@ -102,7 +102,7 @@ def tokenise(
 
 
 class TextFile:
-    """A text, packed or not, read in pieces with every character kept, also CRLF, NUL and BOM."""
+    """A text file, compressed or not, read in pieces; CRLF, NUL and BOM are kept."""
 
     def __init__(self, path: Path, errors: str) -> None:
         """Take a file and what to do with bytes that are not UTF-8, "strict" or "replace"."""
@@ -114,14 +114,14 @@ class TextFile:
         self.done = 0  # bytes read in this pass
 
     def survey(self, chars: set[str], progress: Callable[[], None]) -> None:
-        """Read it once for its length and its characters; DataError if it is not UTF-8."""
+        """Read the text once for its length and characters; raise DataError if it is not UTF-8."""
         for piece in self:
             self.length += len(piece)
             chars.update(piece)
             progress()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the text in pieces; DataError if it cannot be read."""
+        """Yield the text in pieces; raise DataError if it cannot be read."""
         self.replaced = self.done = 0
         position, kept = 0, b""
         try:
@@ -157,20 +157,22 @@ class TextFile:
 
 
 def require_uint16(n_vocab: int) -> None:
-    """Raise DataError where an id would not fit; numpy would wrap 70000 to 4464."""
+    """Raise DataError if an id does not fit uint16; numpy would wrap 70000 to 4464."""
     if n_vocab > 2**16:
         raise DataError(
-            f"{n_vocab} tokens do not fit the 65,536 ids of uint16; take another tokenizer"
+            f"a vocabulary of {n_vocab} does not fit the 65,536 ids of uint16; take another "
+            "tokenizer"
         )
 
 
 def encode_stream(
     encode: Callable[[str], np.ndarray], pieces: Iterable[str], chunk: int = CHUNK
 ) -> Iterator[np.ndarray]:
-    """Encode piecewise what would be encoded at once, about `chunk` characters at a time.
+    """Yield the ids of a text in pieces, the same as those of the whole text at once.
 
-    A chunk ends behind the last character that is no white space and has a space or newline after
-    it. There GPT-2's pattern always ends a word, and neither side depends on the other. Each piece
+    About `chunk` characters are encoded at a time. Such a chunk ends after the last character that
+    is not white space and has a space or newline after it. There GPT-2's pattern always ends a
+    word, and neither side depends on the other. Each piece
     is searched once and copied twice, however long the text goes on without such a place.
     """
     ready: list[str] = []  # up to the last place where the text may be cut
@@ -204,7 +206,7 @@ def take(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
 
 
 def cut_texts(texts: Sequence[TextFile], start: int, end: int) -> list[Iterator[str]]:
-    """Cut what lies between two characters of texts laid end to end; leave out empty parts."""
+    """Return the parts of texts, laid end to end, between two characters; omit empty parts."""
     parts, position = [], 0
     for text in texts:
         first, last = max(0, start - position), min(text.length, end - position)
@@ -217,7 +219,7 @@ def cut_texts(texts: Sequence[TextFile], start: int, end: int) -> list[Iterator[
 def encode_texts(
     tokenizer: Tokenizer, texts: Iterable[Iterable[str]], allow_special: bool
 ) -> Iterator[np.ndarray]:
-    """Encode texts in pieces, the tokenizer's end of text between them where it has one."""
+    """Yield the ids of texts in pieces, the end-of-text token between texts if there is one."""
     encode = functools.partial(tokenizer.encode, allow_special=allow_special)
     for i, pieces in enumerate(texts):
         if i and tokenizer.eot is not None:

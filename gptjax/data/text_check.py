@@ -1,4 +1,4 @@
-"""What can be read as a text, and what to do with a file that cannot."""
+"""Checks that a file can be read as a text, and what to do with one that cannot."""
 
 import bz2
 import codecs
@@ -50,16 +50,16 @@ WIDE_TEXTS = {"UTF-32LE": (2, 3), "UTF-32BE": (0, 1), "UTF-16LE": (1, 3), "UTF-1
 
 
 def refuse_kind(path: Path, kind: str) -> None:
-    """Raise DataError, with what to do, for a file that is neither a text nor token ids."""
+    """Raise DataError, with a remedy, for a file that is neither a text nor token ids."""
     if kind in OTHERS:
         remedy = REMEDIES.get(kind, "pass a text").format(shlex.quote(str(path)))
         raise DataError(f"{path} is {kind}: {remedy}")
     if kind in PACKED:
-        raise DataError(f"{path} is packed: unpack it ({kind} -d), and pass what is in it")
+        raise DataError(f"{path} is compressed: unpack it ({kind} -d), and pass what is in it")
 
 
 def check_text(path: Path, head: bytes, packed: str) -> None:
-    """Raise DataError, with what to do, unless a file begins as a text does.
+    """Raise DataError, with a remedy, unless a file begins like a text.
 
     Args:
         path: the file.
@@ -81,7 +81,7 @@ def check_text(path: Path, head: bytes, packed: str) -> None:
         remedy = f"iconv -f {wide} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
         raise DataError(f"{path} is text in {wide} without a byte order mark: {remedy}")
     if head.count(0) > len(head) / 5:
-        raise DataError(f"{path} is no text, a fifth of it is NUL bytes; {NO_TEXT}")
+        raise DataError(f"{path} is not a text: over a fifth of it is NUL bytes; {NO_TEXT}")
 
 
 def wide_text(head: bytes) -> str:
@@ -117,7 +117,7 @@ def advise(path: Path, piece: bytes) -> str:
     """Return what to do with a file in which these bytes are not UTF-8."""
     replaced = codecs.utf_8_decode(piece, "replace", False)[0].count("\ufffd")
     if len(re.findall(rb"[\0-\x08\x0e-\x1a]", piece)) > len(piece) / 50:
-        return f"it is no text; {NO_TEXT}"
+        return f"it is not a text; {NO_TEXT}"
     if replaced > len(piece) / 100:
         foreign = sum(byte >= 0x80 for byte in piece) > len(piece) / 3  # not a western alphabet
         encoding = "ENCODING" if foreign else "WINDOWS-1252"

@@ -25,7 +25,7 @@ LARGE = 2**20  # more than any vocabulary has
 def open_tokens(
     paths: Sequence[Path], tokenizer: Tokenizer, notify: Callable[[str], None]
 ) -> list[np.ndarray]:
-    """Memmap token files of one kind.
+    """Return memory maps of token files, which must be of one kind.
 
     Args:
         paths: the files.
@@ -39,14 +39,14 @@ def open_tokens(
     for path, kind in kinds.items():
         refuse_kind(path, kind)
         if kind != "llm.c" and "llm.c" in kinds.values():
-            raise DataError(f"{path}: not a shard of llm.c, as others of its dataset are")
+            raise DataError(f"{path}: is not a shard of llm.c, but other files of its dataset are")
     types = choose_types([path for path in paths if kinds[path] == ""], tokenizer)
     for dtype in dict.fromkeys(types.values()):
         those = [path for path in types if types[path] == dtype and promised_tokens(path) is None]
         if dtype != NORM and those:
             notify(
-                f"{show_paths(those)}: read as {describe(dtype)} by the look of the bytes; if that "
-                f"is wrong, write its number of tokens to a meta.json beside: {promise(those[0])}"
+                f"{show_paths(those)}: read as {describe(dtype)}, judging by the bytes; if that is "
+                f"wrong, write the number of tokens to a meta.json beside: {promise(those[0])}"
             )
     readers: dict[str, Callable[[Path], np.ndarray]] = {
         "llm.c": lambda path: open_shard(path, tokenizer.n_vocab),
@@ -57,7 +57,7 @@ def open_tokens(
 
 
 def token_kind(path: Path, n_vocab: int) -> str:
-    """Return as `kind_of` does, except that ids which only begin with a short mark are ids."""
+    """Return what `kind_of` does, but "" for ids that only happen to begin with a short mark."""
     head = read_head(path)
     kind = kind_of(head)
     whole = head[: len(head) // 4 * 4]
@@ -66,17 +66,17 @@ def token_kind(path: Path, n_vocab: int) -> str:
 
 
 def describe(dtype: str) -> str:
-    """Return `int32` for "<i4", `big-endian int32` for ">i4"."""
+    """Return a dtype in words: `int32` for "<i4", `big-endian int32` for ">i4"."""
     return f"{'big-endian ' if dtype[0] == '>' else ''}{np.dtype(dtype).name}"
 
 
 def promise(path: Path) -> str:
-    """Return what a meta.json would say of this file."""
+    """Return the text of a meta.json that tells the number of tokens in this file."""
     return f'{{"tokens": {{"{path.stem}": NUMBER}}}}'
 
 
 def map_tokens(path: Path, dtype: str = NORM, offset: int = 0) -> np.ndarray:
-    """Memmap what follows `offset` bytes; DataError if there is a part of a token."""
+    """Return a memory map of a file's tokens; raise DataError if it ends within a token."""
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if (size - offset) % width:
         name = np.dtype(dtype).name
@@ -90,7 +90,7 @@ def map_tokens(path: Path, dtype: str = NORM, offset: int = 0) -> np.ndarray:
 
 
 def open_shard(path: Path, n_vocab: int) -> np.ndarray:
-    """Memmap the tokens behind a shard's header, in its byte order and width."""
+    """Return a memory map of a shard's tokens, in the byte order and width of its header."""
     header = read_head(path)[: 4 * HEADER].ljust(4 * HEADER, b"\0")
     size = path.stat().st_size - 4 * HEADER
     for order in "<>":
@@ -111,13 +111,13 @@ def open_shard(path: Path, n_vocab: int) -> np.ndarray:
     magic, version = np.frombuffer(header, "<i4")[:2]
     known = " or ".join(f"{magic} and {version}" for magic, version in SHARDS)
     raise DataError(
-        f"{path}: not a shard of llm.c, whose magic number and version are {known}; found {magic} "
-        f"and {version}"
+        f"{path}: is not a shard of llm.c, whose magic number and version are {known}; found "
+        f"{magic} and {version}"
     )
 
 
 def open_npy(path: Path) -> np.ndarray:
-    """Memmap an array that numpy saved: whole numbers in one dimension."""
+    """Return a memory map of an array that numpy saved: whole numbers in one dimension."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -136,7 +136,7 @@ def open_npy(path: Path) -> np.ndarray:
 
 
 def choose_types(paths: Sequence[Path], tokenizer: Tokenizer) -> dict[Path, str]:
-    """Return numpy's name of the type in each file; one too small to tell is like the others."""
+    """Return the dtype of each file; one that is too small to tell gets that of the others."""
     samples = {path: read_sample(path) for path in paths}
     promised = {path: promised_tokens(path) for path in paths}
     types = {
@@ -166,7 +166,7 @@ def read_sample(path: Path) -> np.ndarray:
 
 
 def promised_tokens(path: Path) -> int | None:
-    """Return how many tokens the file has by the meta.json beside it, None if that is not said."""
+    """Return the number of tokens that a meta.json beside the file states, None without one."""
     meta = path.parent / "meta.json"
     if not meta.is_file():
         return None
@@ -177,7 +177,7 @@ def promised_tokens(path: Path) -> int | None:
 
 
 def promised_type(path: Path, sample: np.ndarray, n_vocab: int, count: int) -> str:
-    """Return the type in which a file has so many tokens; DataError if there is none."""
+    """Return the dtype in which a file has so many tokens; raise DataError if there is none."""
     size = path.stat().st_size
     types = [t for t in (NORM, ">u2", *INTEGERS) if np.dtype(t).itemsize * count == size]
     fitting = [t for t in types if in_range(sample.view(t), n_vocab).all()]
@@ -195,13 +195,13 @@ def in_range(values: np.ndarray, n_vocab: int) -> np.ndarray:
 
 
 def enough(values: np.ndarray, kinds: int) -> bool:
-    """Return whether there are 32 values but 0, so many different ones that it is no chance."""
+    """Return whether there are 32 nonzero values, `kinds` of them different, or more."""
     values = values[values != 0]
     return len(values) >= LEAST and len(np.unique(values)) >= kinds
 
 
 def guess_type(path: Path, sample: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Return numpy's name of the type of the ids in a file without a header.
+    """Return the dtype of the ids in a file without a header.
 
     Uint16, unless all wider numbers are ids of the vocabulary (as uint16, every second id at least
     would be 0), or unless uint16 gives ids outside of it and its other byte order gives none.

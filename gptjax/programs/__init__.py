@@ -1,4 +1,4 @@
-"""The programs train.py, sample.py and convert_gpt2.py: where they are, and how one is typed.
+"""The programs train.py, sample.py and convert_gpt2.py: their folder, and the commands to type.
 
 In a checkout they are the scripts at its top, which people read and edit. A wheel holds the same
 three files in this folder (see pyproject.toml). Either way they are modules of this package.
@@ -16,7 +16,7 @@ NAMES = {"train.py": "train", "sample.py": "sample", "convert_gpt2.py": "convert
 
 
 def command(script: str, *words: str) -> str:
-    """Return the line that runs a program from the current directory, quoted for a shell.
+    """Return the shell command that runs a program from the current directory.
 
     Args:
         script: a key of NAMES.

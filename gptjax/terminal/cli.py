@@ -1,4 +1,4 @@
-"""What the programs share: a refusal is a line and an exit code, signals stop a run, caches."""
+"""The common ground of the programs: errors as a line and an exit code, signals, caches."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a program's main; a refusal becomes `error: ...` on stderr and its exit code."""
+    """Run a program's main; turn an error into `error: ...` on stderr and its exit code."""
     allocator.keep_freed_memory()
     debug = any(token in argv for token in ("--debug", "--debug=True"))
     output.prepare_streams()
@@ -66,7 +66,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 
 def backend_problem() -> str | None:
-    """Return why JAX has no device to compute on and what to do about it, None if it has one."""
+    """Return why JAX has no device to compute on and what to do, None if it has one."""
     try:
         jax.devices()
         return None
@@ -90,13 +90,13 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals that ask a run to end, those left out that are ignored (as by nohup)."""
+    """Return the signals that ask a run to end, without those that are ignored (as by nohup)."""
     known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
     return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def catch_stop_signals() -> list[int]:
-    """Let signals that ask to stop only add their number to the list that this returns.
+    """Make signals that ask to stop only add their number to the list that this returns.
 
     A second SIGINT ends the process at once, with exit code 130, whatever it is doing: Python's own
     handlers would wait until XLA has compiled, so a thread watches for it.
@@ -125,7 +125,7 @@ def catch_stop_signals() -> list[int]:
 
 @contextlib.contextmanager
 def delay_interrupt() -> Iterator[list[int]]:
-    """Let the first SIGINT only add its number to a list, and the second interrupt, meanwhile.
+    """Make the first SIGINT in this block only add its number to a list; the second interrupts.
 
     Python may crash at its end if it interrupted JAX before, with a computation under way.
     """
@@ -173,10 +173,10 @@ def use_compile_cache(folder: str) -> None:
 
 
 def make_run_dir(path: Path) -> None:
-    """Create an output folder and see that it can be written to.
+    """Create an output folder and check that it can be written to.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: it cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar on a terminal, plain lines anywhere else."""
+"""The output for people: a progress bar on a terminal, plain lines anywhere else."""
 
 import contextlib
 import sys
@@ -30,7 +30,7 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def show_progress(console: Console | None = None, unit: str = "") -> Iterator[ReportProgress]:
-    """Give a function (what, done, total) that shows how far something has come.
+    """Yield a function (what, done, total) that shows the progress of something.
 
     Args:
         console: where; by default standard error.
@@ -67,14 +67,14 @@ def print_table(header: list[str], rows: list[list[str]], failed: list[bool]) ->
 
 
 class TrainConsole:
-    """Show a run: `update` after each step, `note` for everything else."""
+    """The display of a run: `update` after each step, `note` for everything else."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
-        """Show nothing yet.
+        """Prepare the bar, which is not shown yet.
 
         Args:
             total: the steps of the run.
-            quiet: show nothing ever, as all but one of several processes do.
+            quiet: never show anything, as all but one of several processes do.
         """
         self.quiet, self.total = quiet, total
         self.console = Console(highlight=False, quiet=quiet)

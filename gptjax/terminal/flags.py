@@ -1,7 +1,7 @@
-"""The command line: flags into the fields of a config, and back into a line to type."""
+"""The flags of the command line, read into the fields of a config and printed as --help."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 from gptjax.config_file import RENAMED
@@ -16,7 +16,7 @@ T = TypeVar("T")
 def parse(
     config_class: type[T], argv: list[str], default: T, description: str, prog: str | None = None
 ) -> T:
-    """Return the default, changed by flags; arguments and errors as of `read` and `apply`."""
+    """Return the default config, changed by flags; see `read` for the arguments and errors."""
     return apply(default, read(config_class, argv, default, description, prog))
 
 
@@ -71,11 +71,13 @@ def read(
     return given
 
 
-def unknown(token: str, name: str, fields: Mapping[str, Any]) -> str:
-    """Return what to say of a flag that there is not."""
+def unknown(token: str, name: str, fields: Iterable[str]) -> str:
+    """Return the message for an unknown flag."""
     if name in RENAMED:
         today = RENAMED[name]
-        return f"{token}: " + (f"is called --{today} now" if today else "is gone; leave it out")
+        return f"{token}: " + (
+            f"is called --{today} now" if today else "no longer exists; leave it out"
+        )
     if name in nanogpt_flags.FLAGS:
         return f"{token}: {nanogpt_flags.FLAGS[name]}"
     hint = did_you_mean(name, fields, "--help lists the flags", sign="--")
@@ -83,7 +85,7 @@ def unknown(token: str, name: str, fields: Mapping[str, Any]) -> str:
 
 
 def read_value(name: str, kind: Any, text: str) -> Any:
-    """Return the value of this type that a text stands for, or raise UsageError."""
+    """Return the value of this type that a text stands for; raise UsageError if there is none."""
     choices = {"True": True, "False": False} if kind is bool else {c: c for c in get_args(kind)}
     shown = text if len(text) <= 60 else f"{text[:60]}..."
     if choices:
@@ -97,8 +99,8 @@ def read_value(name: str, kind: Any, text: str) -> Any:
         raise UsageError(f"--{name}={shown}: must be {rule}") from None
 
 
-def apply(default: T, given: Mapping[str, Any]) -> T:
-    """Return the default with what was given, and the home folder for `~` in its paths.
+def apply(default: T, given: Mapping[str, object]) -> T:
+    """Return the default config with the given values, and the home folder for `~` in paths.
 
     Raises:
         UsageError: a value is out of range, or a path is empty where there must be one.
@@ -116,7 +118,7 @@ def apply(default: T, given: Mapping[str, Any]) -> T:
 
 
 def print_help(default: Any, description: str, prog: str | None = None) -> None:
-    """Print each flag with what it says of itself and its default, as wide as the terminal is."""
+    """Print each flag with its help and its default, as wide as the terminal is."""
     parser = argparse.ArgumentParser(
         prog, usage="%(prog)s [--flags]", description=description, add_help=False
     )
@@ -136,7 +138,7 @@ def print_help(default: Any, description: str, prog: str | None = None) -> None:
     parser.print_help()
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """Return a value as --help shows it, with control characters as their escapes."""
     if isinstance(value, tuple):
         return " ".join(map(repr, value)) or "none"

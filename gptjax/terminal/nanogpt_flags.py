@@ -1,4 +1,4 @@
-"""What people type who come from nanoGPT, and what to use here instead, a sentence each."""
+"""nanoGPT's flags and config files that gptjax does not have, and what to use instead."""
 
 from pathlib import PurePath
 
@@ -6,7 +6,7 @@ from gptjax import programs
 
 FLAGS = {
     "device": "JAX takes the GPU or TPU that it finds; set JAX_PLATFORMS=cpu to compute on the CPU",
-    "compile": "everything is compiled here; leave the flag out",
+    "compile": "gptjax always compiles; leave the flag out",
     "eval_only": (
         "take train.py --init_from=RUN --out_dir=NEW --max_iters=0, which evaluates that model on "
         "the validation split and ends"
@@ -30,7 +30,7 @@ CONFIGS = {  # nanoGPT's file in config/ -> what does the same here
 
 
 def config_file_problem(word: str) -> str | None:
-    """Return what to say of a word that names a Python file of settings, None of any other."""
+    """Return the message for a word that names a Python file of settings, None for any other."""
     if not word.endswith(".py"):
         return None
     instead = CONFIGS.get(PurePath(word).stem)

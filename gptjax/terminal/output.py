@@ -1,4 +1,4 @@
-"""Standard output and error as they may be: closed, full, without a reader, or not UTF-8."""
+"""Standard output and error when they are closed, full, without a reader, or not UTF-8."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOTCONN)  # nobody will ever
 
 
 def prepare_streams() -> None:
-    """Let what a stream cannot encode be escaped, and give a closed stream a place to go.
+    """Make streams escape what they cannot encode, and replace closed ones by /dev/null.
 
     Text that is no UTF-8 on standard input becomes lone surrogates, which tokenizers refuse.
     """
@@ -38,19 +38,19 @@ def prepare_streams() -> None:
 
 
 def note(text: str) -> None:
-    """Print what a person may want to know on standard error, unless nobody takes it."""
+    """Print a line on standard error, and ignore that it may be closed."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def let_go(stream: TextIO) -> None:
-    """Send what a stream still holds, and all to come, to nowhere."""
+    """Send what a stream still holds, and all to come, to /dev/null."""
     with contextlib.suppress(OSError, ValueError):  # a ValueError: it has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def flush_or_let_go(stream: TextIO) -> None:
-    """Hand over what a stream holds, or let it go where that fails."""
+    """Flush a stream, or let it go if that fails."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -58,10 +58,10 @@ def flush_or_let_go(stream: TextIO) -> None:
 
 
 class ForgivingStream:
-    """Write to a stream, and what it does not take to a file: never raise."""
+    """A stream that never raises: what the one below it does not take goes to a file."""
 
     def __init__(self, stream: TextIO, path: Path) -> None:
-        """Take the stream, and the file for what it does not take."""
+        """Take the stream below, and the file for what it does not take."""
         self.stream, self.path = stream, path
         self.waiting = ""  # until the end of a line, or a flush
         self.gone = False  # for ever
@@ -75,7 +75,7 @@ class ForgivingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hand over what was written."""
+        """Pass on what was written."""
         text, self.waiting = self.waiting, ""
         if self.gone:
             self._keep(text)
@@ -98,13 +98,13 @@ class ForgivingStream:
                 append_line(self.path, text.strip("\n"))
 
     def __getattr__(self, name: str) -> Any:
-        """Be the stream in all else."""
+        """Return what the stream below has under this name."""
         return getattr(self.stream, name)
 
 
 @contextlib.contextmanager
 def forgiving_output(path: Path) -> Iterator[None]:
-    """Keep what nobody takes in this file, while the block runs; printing never raises."""
+    """Make printing in this block never raise; what cannot be printed goes to this file."""
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = ForgivingStream(stdout, path), ForgivingStream(stderr, path)
     try:
@@ -119,7 +119,7 @@ def forgiving_output(path: Path) -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """Return a text, which may quote a file, as one line in which nothing commands a terminal."""
+    """Return a text as one line, its control characters escaped."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
@@ -129,10 +129,10 @@ EXPECTED = re.compile(r"CheckpointManagerOptions\.read_only=True|Given directory
 
 
 class BriefWarnings(logging.Handler):
-    """Print what libraries warn of, the first line of each warning once."""
+    """A handler that prints the first line of each warning of a library, once."""
 
     def __init__(self) -> None:
-        """Begin with nothing said."""
+        """Begin with no warning printed."""
         super().__init__(logging.WARNING)
         self.said: set[str] = set()
 
@@ -150,7 +150,7 @@ class BriefWarnings(logging.Handler):
 
 
 def show_warnings_briefly() -> None:
-    """Show a line of what the checkpoint library warns of, instead of pages and tracebacks."""
+    """Show one line of each warning of the checkpoint library, instead of pages and tracebacks."""
     handler = BriefWarnings()
     for name in ("absl", "orbax", "asyncio"):
         logger = logging.getLogger(name)

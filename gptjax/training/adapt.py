@@ -1,4 +1,4 @@
-"""Values that nobody gave, made to fit the values that somebody did."""
+"""Settings without a flag, changed to fit those with one."""
 
 import dataclasses
 from collections.abc import Container, Mapping
@@ -45,7 +45,7 @@ def adapt_preset(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainCo
 def fit_batch(
     config: TrainConfig, n_devices: int, fixed: Container[str], how: str = ""
 ) -> tuple[TrainConfig, str | None]:
-    """Make the batch divisible by the devices, with the same tokens per step where that goes.
+    """Make the batch divisible by the devices, with the same tokens per step if possible.
 
     Args:
         config: the settings.
@@ -76,5 +76,5 @@ def fit_batch(
     config = dataclasses.replace(config, batch_size=new, gradient_accumulation_steps=new_passes)
     return config, (
         f"batch_size is {new} and gradient_accumulation_steps {new_passes}, not {batch} and "
-        f"{passes}: each of {n_devices} devices takes an equal part"
+        f"{passes}, so that each of {n_devices} devices takes an equal part"
     )

@@ -1,10 +1,10 @@
-"""A step whose update was skipped, written down so that it can be run again."""
+"""Records of steps whose update was skipped, by which they can be run again."""
 
 import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import SupportsFloat, TypedDict, cast
 
 import jax
 import numpy as np
@@ -12,12 +12,13 @@ import numpy as np
 from gptjax.checkpoints.hashes import leaf_paths
 from gptjax.errors import DataError
 from gptjax.files import read_json, replacing
+from gptjax.model import Params
 
 Norms = dict[str, list[float | str]]  # by the parameter's path, of each layer
 
 
 class BadStep(TypedDict):
-    """What there is to know of a skipped step."""
+    """The record of a skipped step."""
 
     step: int
     loss: float | str  # in nats per token
@@ -28,7 +29,7 @@ class BadStep(TypedDict):
     gradient_norms: Norms
 
 
-def number(value: Any) -> float | str:
+def number(value: SupportsFloat) -> float | str:
     """Return a number for JSON, which knows no NaN: that becomes a text."""
     value = float(value)
     return value if math.isfinite(value) else repr(value)
@@ -39,7 +40,7 @@ def windows_sha256(windows: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()
 
 
-def norm_table(norms: Any) -> Norms:
+def norm_table(norms: Params) -> Norms:
     """Return the tree of `step.norms_by_layer` as {parameter: norm of each layer}."""
     values = (np.atleast_1d(leaf) for leaf in jax.tree.leaves(norms))
     return {
@@ -55,7 +56,7 @@ def write_bad_step(
     seed: int,
     loss: float,
     grad_norm: float,
-    gradient_norms: Any,
+    gradient_norms: Params,
     rows: list[tuple[int, int]],
     windows: np.ndarray,
 ) -> Path:
@@ -88,9 +89,9 @@ def write_bad_step(
 
 
 def read_bad_step(path: Path) -> BadStep:
-    """Read what `write_bad_step` wrote; DataError if it is something else."""
+    """Read what `write_bad_step` wrote; raise DataError if it is something else."""
     record = read_json(path)
     norms = record.setdefault("gradient_norms", record.get("layer_norms"))  # version 0.1's name
     if type(record.get("step")) is not int or not isinstance(norms, dict) or "loss" not in record:
-        raise DataError(f"{path} is not of a run's bad_steps folder")
+        raise DataError(f"{path} is not a record of a skipped step, such as bad_steps/7.json")
     return cast(BadStep, record)

@@ -1,4 +1,4 @@
-"""Failures of the machine, in words that say what to do."""
+"""Failures of the machine, as errors that say what to do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from gptjax.errors import PeerError, Refusal, first_line
 
 @contextlib.contextmanager
 def explain_failures(config: TrainConfig) -> Iterator[None]:
-    """Turn what JAX says of too little memory, or of a lost process, into what to do about it.
+    """Turn JAX's errors about too little memory or a lost process into errors that say what to do.
 
     Raises:
         OutOfMemoryError: the device or the host has too little memory.
@@ -28,7 +28,7 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
         if jax.process_count() > 1 and lost:
             raise PeerError(
-                f"another process of this run is gone ({first_line(error)[:200]}); start them all "
-                "again with --init_from=auto, in whatever number"
+                f"another process of this run is gone ({first_line(error)[:200]}); start all of "
+                "them again with --init_from=auto, as many as you like"
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""Faults on demand, to see them survived: GPTJAX_FAULT=KIND@STEP or KIND@FIRST-LAST.
+"""Faults on demand, for tests of recovery: GPTJAX_FAULT=KIND@STEP or KIND@FIRST-LAST.
 
 nan_grad makes the gradient NaN, spike makes loss and gradient 1000 times as large, raise fails as
 damaged data would, kill ends the process by SIGKILL, each in these steps. Without the variable
@@ -9,16 +9,17 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gptjax.errors import DataError, UsageError
+from gptjax.model import Params
 
 FACTORS = {"nan_grad": jnp.nan, "spike": 1000.0}
-Corrupt = Callable[[Array, Array, Any], tuple[Array, Any]]  # step, loss, grads -> loss, grads
+Corrupt = Callable[[Array, Array, Params], tuple[Array, Params]]  # step, loss, grads -> the last 2
 
 
 class Fault(NamedTuple):
@@ -30,7 +31,7 @@ class Fault(NamedTuple):
 
 
 def planned_fault() -> Fault | None:
-    """Return the fault that the environment asks for; UsageError if it makes no sense."""
+    """Return the fault that the environment asks for; raise UsageError if it is misspelt."""
     text = os.environ.get("GPTJAX_FAULT")
     if not text:
         return None
@@ -42,12 +43,12 @@ def planned_fault() -> Fault | None:
 
 
 def make_corrupt(fault: Fault | None) -> Corrupt | None:
-    """Return what the training step does to its loss and gradient, None if nothing."""
+    """Return a function that spoils loss and gradient of the fault's steps, None if it does not."""
     if fault is None or fault.kind not in FACTORS:
         return None
     factor = FACTORS[fault.kind]
 
-    def corrupt(step: Array, loss: Array, grads: Any) -> tuple[Array, Any]:
+    def corrupt(step: Array, loss: Array, grads: Params) -> tuple[Array, Params]:
         strikes = (step >= fault.first) & (step <= fault.last)
         return jax.tree.map(lambda x: jnp.where(strikes, x * factor, x), (loss, grads))
 
@@ -55,10 +56,10 @@ def make_corrupt(fault: Fault | None) -> Corrupt | None:
 
 
 def maybe_fail(fault: Fault | None, step: int) -> None:
-    """Fail before a step that the fault names, by DataError or SIGKILL."""
+    """Raise DataError or end by SIGKILL before a step for which the fault asks for that."""
     if fault is None or not fault.first <= step <= fault.last:
         return
     if fault.kind == "raise":
-        raise DataError(f"GPTJAX_FAULT: the data of step {step}")
+        raise DataError(f"GPTJAX_FAULT: the data of step {step} fails")
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

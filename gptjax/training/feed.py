@@ -1,4 +1,4 @@
-"""The windows of a call into JAX, read as a function of (seed, step) and moved to the devices.
+"""The windows of a call of JAX, read as a function of (seed, step) and moved to the devices.
 
 K steps per call, A passes per step, B rows of this process or of all, T time.
 """
@@ -25,7 +25,7 @@ def step_starts(
         config: the settings.
         shards: the token arrays that the windows are cut from.
         step: the number of the step.
-        whole: those of all processes, else those of this one.
+        whole: return the windows of all processes, else those of this one.
     """
     passes = config.gradient_accumulation_steps
     return [
@@ -59,7 +59,7 @@ def step_windows(
 
 
 class BatchFeed:
-    """Read the windows of the next call and send them on their way while the last call computes."""
+    """A reader of the windows of calls, which moves them to the devices while the last one runs."""
 
     def __init__(
         self,

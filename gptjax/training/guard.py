@@ -1,4 +1,4 @@
-"""Which steps count: an update from a gradient that is not finite, or from a spike, is skipped."""
+"""Which updates count: one from a gradient that is not finite, or from a spike, does not."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ WINDOW = 128  # steps, as in llm.c
 
 
 class Guard(NamedTuple):
-    """What the judgement of the next step depends on; part of the training state."""
+    """The past that the judgement of the next step depends on; part of the training state."""
 
     recent: Array  # (WINDOW, 2) loss and gradient norm of the last good steps, NaN until there are
     skipped: Array  # int32, steps skipped so far
@@ -23,9 +23,9 @@ def init_guard() -> Guard:
 
 
 def judge(guard: Guard, loss: Array, grad_norm: Array, skip_spikes: float) -> tuple[Array, Guard]:
-    """Return whether a step's update shall count, and the guard after it.
+    """Return whether a step's update counts, and the guard after it.
 
-    It shall not if loss or gradient norm is not finite or, with `skip_spikes` > 0 and after WINDOW
+    It does not if loss or gradient norm is not finite or, with `skip_spikes` > 0 and after WINDOW
     good steps, lies more than `skip_spikes` standard deviations above the mean of the last WINDOW
     good ones. Skipped steps never enter the window, so that one NaN cannot blind it.
     """

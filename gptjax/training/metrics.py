@@ -1,15 +1,16 @@
-"""What a run measures: utilisation of the device, metrics.jsonl, the picture of the losses."""
+"""The measurements of a run: utilisation of the device, metrics.jsonl, the plot of the losses."""
 
 import json
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict, cast
 
 import numpy as np
 
 from gptjax.config import GPTConfig
+from gptjax.errors import plural
 from gptjax.files import append_line, replacing
 from gptjax.model import count_params
 
@@ -84,8 +85,22 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return PEAK_FLOPS.get(" ".join(word for word in words if word not in NO_MATTER))
 
 
+class Record(TypedDict, total=False):
+    """A line of metrics.jsonl, of training or of an evaluation; None stands for the unknown."""
+
+    step: Required[int]
+    loss: float | None  # nats per token
+    grad_norm: float | None
+    skipped: int
+    learning_rate: float
+    tokens_per_second: int | None
+    seconds: float  # since the run began
+    mfu: float | None
+    val_loss: float
+
+
 class Recorder:
-    """Gathers the losses of single steps into the records of metrics.jsonl."""
+    """A collector of single steps' losses, of which it makes the records of metrics.jsonl."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None) -> None:
         """Take the work of a step, and the peak FLOP/s of all devices together, None if unknown."""
@@ -98,12 +113,12 @@ class Recorder:
         self.timed, self.elapsed = 0, 0.0  # steps of known duration since the last record
 
     def pause(self, seconds: float) -> None:
-        """Do not count these seconds as training."""
+        """Leave these seconds out of the time of training."""
         if self.since is not None:
             self.since += seconds
 
     def arrive(self, steps: int) -> None:
-        """Take note that a call of so many steps is done, which `add` takes one by one.
+        """Record that a call of so many steps is done; `add` then takes the steps one by one.
 
         They arrive together: each took its share of the time since the last call was done.
         """
@@ -112,20 +127,18 @@ class Recorder:
         self.since = now
 
     def add(self, loss: float) -> None:
-        """Take note of one more step."""
+        """Add the loss of one more step."""
         self.losses.append(loss)
         if self.step_seconds is not None:
             self.timed += 1
             self.elapsed += self.step_seconds
 
-    def record(
-        self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0
-    ) -> dict[str, Any]:
+    def record(self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0) -> Record:
         """Return the record of the steps since the last one, which end with `step`."""
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         mean_loss = float(np.mean(finite)) if finite else None  # JSON knows no NaN
         pace = self.timed * self.tokens_per_step / self.elapsed if self.timed else None
-        record = {
+        record: Record = {
             "step": step,
             "loss": mean_loss,
             "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
@@ -140,13 +153,13 @@ class Recorder:
         return record
 
 
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
+def append_metrics(path: Path, record: Record) -> None:
     """Append a line of JSON; None stands for what is not known."""
     append_line(path, json.dumps(record))
 
 
-def describe(record: dict[str, Any]) -> dict[str, str]:
-    """Return a record for people, the important things first."""
+def describe(record: Record) -> dict[str, str]:
+    """Return a record's numbers as text by name, the important ones first."""
     pace, mfu = record["tokens_per_second"], record.get("mfu")
     shown = {
         "loss": "-" if record["loss"] is None else f"{record['loss']:.4f}",
@@ -156,10 +169,8 @@ def describe(record: dict[str, Any]) -> dict[str, str]:
     return shown | ({"mfu": "-" if mfu is None else f"{mfu:.1%}"} if "mfu" in record else {})
 
 
-def read_metrics(
-    path: Path, notify: Callable[[str], None] = lambda line: None
-) -> list[dict[str, Any]]:
-    """Return all records; `notify` is told how many lines had to be skipped, if any.
+def read_metrics(path: Path, notify: Callable[[str], None] = lambda line: None) -> list[Record]:
+    """Return all records of metrics.jsonl; `notify` is told how many lines were skipped, if any.
 
     A full disk or a crash may leave a blank line, NUL bytes or a part of a record anywhere. The
     last line, which a kill may have cut short, is not counted.
@@ -170,13 +181,13 @@ def read_metrics(
     records = [parse_record(line) for line in lines]
     skipped = sum(record is None for record in records[:-1])
     if skipped:
-        lines_are = "lines are" if skipped > 1 else "line is"
-        notify(f"warning: {skipped} {lines_are} no record and skipped ({path})")
+        what = plural(skipped, "line that is no record", "lines that are no records")
+        notify(f"warning: skipped {skipped} {what} ({path})")
     return [record for record in records if record is not None]
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line, with a step and numbers for losses; None if it is none."""
+def parse_record(line: bytes) -> Record | None:
+    """Return the record in a line, None if it has no step or a loss that is not a number."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -184,13 +195,14 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
     losses = (record.get(name) for name in ("loss", "val_loss"))
-    return record if all(x is None or type(x) in (int, float) for x in losses) else None
+    numbers = all(x is None or type(x) in (int, float) for x in losses)
+    return cast(Record, record) if numbers else None
 
 
 def drop_metrics_from(
     path: Path, step: int, notify: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Forget what was recorded from `step` on, because a resumed run takes these steps again."""
+    """Remove the records from `step` on, because a resumed run takes these steps again."""
     kept = [
         record
         for record in read_metrics(path, notify)
@@ -200,8 +212,8 @@ def drop_metrics_from(
         file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def draw_losses(records: list[dict[str, Any]], path: Path, scale: str) -> None:
-    """Draw train and validation loss over the steps; the file is replaced whole."""
+def draw_losses(records: list[Record], path: Path, scale: str) -> None:
+    """Draw train and validation loss over the steps into a PNG file, which is replaced whole."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s that --help need not pay
     from matplotlib.figure import Figure
 

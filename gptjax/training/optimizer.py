@@ -1,7 +1,6 @@
 """The optax chain: clip by global norm -> AdamW or Muon, under a learning-rate schedule."""
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +8,23 @@ import optax
 from optax import contrib
 
 from gptjax.config import TrainConfig
+from gptjax.sharding import PyTree
 
 DECAYED = r"(kernel|embedding)$"  # by path: under the layer axis even a bias has two dimensions
 MATRICES = r"^h/.*kernel$"
 
 
-def match_paths(regex: str, tree: Any, match: Any = True, other: Any = False) -> Any:
+def match_paths(regex: str, tree: PyTree, match: object = True, other: object = False) -> PyTree:
     """Return a tree with `match` where the leaf's path matches the regex and `other` elsewhere."""
 
-    def at_leaf(path: Any, _: Any) -> Any:
+    def at_leaf(path: jax.tree_util.KeyPath, _: object) -> object:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return match if re.search(regex, name) else other
 
     return jax.tree.map_with_path(at_leaf, tree)
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: PyTree) -> PyTree:
     """Return a tree that is True for matrices and embeddings, False for biases and LayerNorms."""
     return match_paths(DECAYED, params)
 
@@ -61,7 +61,7 @@ def decay_end(config: TrainConfig) -> int:
 
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-    """Return linear warmup, then config.schedule, as a function of the step.
+    """Return the learning rate as a function of the step: linear warmup, then config.schedule.
 
     Step 0 trains: it gets peak / (warmup_iters + 1).
     """
@@ -76,7 +76,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
 
 
 def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """Return Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    """Return AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
     return optax.adamw(
         make_schedule(config),
         b1=config.beta1,

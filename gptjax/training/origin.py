@@ -1,4 +1,4 @@
-"""What a run begins with: a step of its own, another model's parameters, or nothing."""
+"""The origin of a run's first state: a step of its own, another model's parameters, or neither."""
 
 import dataclasses
 from collections.abc import Container
@@ -28,7 +28,7 @@ def find_start(
     """Return the steps to go on from, oldest first, or the model to take parameters from.
 
     Raises:
-        UsageError: the folder holds a run that shall not go on, or not the step that was named.
+        UsageError: the folder holds a run that no flag resumes, or lacks the step that was named.
         CheckpointError: there is no step to go on from, or only damaged ones.
     """
     saved = saved_steps(run_dir)
@@ -45,26 +45,26 @@ def find_start(
     if saved:
         raise UsageError(
             f"--out_dir={run_dir}: holds a run up to step {saved[-1]}; take --init_from=resume to "
-            "go on with it, or another --out_dir"
+            "continue it, or another --out_dir"
         )
     damaged = quarantined(run_dir)
     if damaged:
         raise CheckpointError(
-            f"{checkpoint_folder(run_dir)} holds damaged steps only ({', '.join(damaged)}); take "
-            "another --out_dir to start anew"
+            f"{checkpoint_folder(run_dir)} holds only damaged steps ({', '.join(damaged)}); take "
+            "another --out_dir to start a new run"
         )
     return [], find_source(config)
 
 
 def find_source(config: TrainConfig) -> Run | None:
-    """Return the model that a run begins with, None if with a fresh one."""
+    """Return the model whose parameters a run begins with, None if it begins with random ones."""
     if config.init_from in ("scratch", "auto"):
         return None
     return load_model(config.init_from, SourceConfig(tokenizer_dir=config.tokenizer_dir))
 
 
 def with_architecture_of(cfg: GPTConfig, theirs: GPTConfig) -> GPTConfig:
-    """Return the model that their parameters belong to, for the rest as `cfg`."""
+    """Return `cfg` with the architecture of `theirs`, so that it fits their parameters."""
     taken = {name: getattr(theirs, name) for name in names(GPTConfig, architecture)}
     return dataclasses.replace(cfg, **taken)
 
@@ -89,7 +89,7 @@ def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> 
     kind = source.tokenizer.kind
     if "tokenizer" in given and config.tokenizer not in ("auto", kind):
         raise UsageError(
-            f"--tokenizer={config.tokenizer}: {where} has its own ({kind}); leave the flag out"
+            f"--tokenizer={config.tokenizer}: {where} has a tokenizer ({kind}); leave the flag out"
         )
     block_size = min(config.model.block_size, cfg.block_size)
     return dataclasses.replace(cfg, block_size=block_size)

@@ -1,4 +1,4 @@
-"""When something is due: pure functions of the settings and the number of steps done."""
+"""The times at which something is due: functions of the settings and the number of steps done."""
 
 import jax
 
@@ -14,7 +14,7 @@ def last_step(config: TrainConfig) -> int:
 
 
 def is_due(config: TrainConfig, step: int, interval: int) -> bool:
-    """Return whether what is done every `interval` steps is due after `step` of them.
+    """Return whether an action of every `interval` steps is due after `step` steps.
 
     The end of the run is always one of the times, and the only one if the interval is 0.
     """
@@ -37,19 +37,19 @@ def is_checkpoint_due(config: TrainConfig, step: int) -> bool:
 
 
 def is_anything_due(config: TrainConfig, step: int) -> bool:
-    """Return whether something is to be done between this step and the next."""
+    """Return whether to evaluate, sample or save after `step` steps."""
     checks = (is_evaluation_due, is_sample_due, is_checkpoint_due)
     return any(check(config, step) for check in checks)
 
 
 def steps_per_call(config: TrainConfig) -> int:
-    """Return how many steps a call into JAX takes where nothing is due in between."""
+    """Return how many steps a call of JAX takes if nothing is due in between."""
     small = jax.default_backend() != "cpu" and count_params(config.model) < SMALL_MODEL
     return config.steps_per_dispatch or (10 if small else 1)
 
 
 def steps_of_next_call(config: TrainConfig, step: int, per_call: int) -> int:
-    """Return how many steps to take at once from `step` on: `per_call`, or 1; 0 at the end.
+    """Return how many steps the call from `step` on takes: `per_call`, or 1; 0 at the end.
 
     Two lengths are two compiled programs; any other number would be one more.
     """
@@ -62,7 +62,7 @@ def steps_of_next_call(config: TrainConfig, step: int, per_call: int) -> int:
 
 
 def count_saves(config: TrainConfig) -> int:
-    """Return how many checkpoints lie on the disk at once: the kept, the best, and a new one."""
+    """Return how many checkpoints are on disk at once: those kept, the best, and a new one."""
     interval = config.checkpoint_interval
     saves = 2 + (config.max_iters // interval if interval else 0)
     return min(saves, config.keep_checkpoints + 2)

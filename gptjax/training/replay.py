@@ -13,7 +13,7 @@ from gptjax.training.step import abstract_state, loss_and_grad, make_train_step,
 
 
 def replay(run: TrainingRun) -> int:
-    """Go on to the step of the record, compute its gradient with checks on, and print both.
+    """Train up to the recorded step, compute its gradient with checks on, and print both.
 
     Raises:
         DataError: the record is of another model.
@@ -42,7 +42,7 @@ def replay(run: TrainingRun) -> int:
     now = bad_steps.norm_table(norms_by_layer(grads))
     sizes = bad_steps.norm_table(norms_by_layer(params))
     if set(now) != set(record["gradient_norms"]):
-        raise DataError(f"--replay={config.replay}: is of another model")
+        raise DataError(f"--replay={config.replay}: is a record of another model")
     rows = [
         [f"{name}[{i}]", f"{sizes[name][i]:.4g}", str(norm)[:10], str(then)[:10]]
         for name, norms in now.items()

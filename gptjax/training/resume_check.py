@@ -1,4 +1,4 @@
-"""Does a run that is stopped and taken up again end in the same bits? Found out by doing it."""
+"""A check that a run which is stopped and resumed ends with the same bits, made by doing it."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from gptjax.errors import CheckpointError, UsageError
 
 
 def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
-    """Train in one process to max_iters, and in two with a stop halfway; compare every array.
+    """Train once without a stop and once with a stop and a resume halfway; compare every array.
 
     Args:
         script: train.py.
@@ -19,7 +19,7 @@ def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
         max_iters: steps of the whole run, at least 2.
 
     Returns:
-        What was found equal, for people.
+        A sentence that says what is equal.
 
     Raises:
         UsageError: there is no step to stop at.
@@ -37,16 +37,16 @@ def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
     difference = first_difference(*leaves)
     if difference:
         raise CheckpointError(
-            f"stopped at step {half} and resumed, the run ends elsewhere: {difference}"
+            f"stopped at step {half} and resumed, the run ends with other values: {difference}"
         )
     return (
         f"{max_iters} steps, and {half} + resume + {max_iters - half}: "
-        f"all {len(leaves[0])} arrays are equal to the bit"
+        f"all {len(leaves[0])} arrays are equal bit for bit"
     )
 
 
 def train(script: Path, argv: list[str]) -> None:
-    """Run train.py to its end in a process of its own; CheckpointError if that fails."""
+    """Run train.py to its end in a process of its own; raise CheckpointError if that fails."""
     done = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True)
     if done.returncode:
         raise CheckpointError(f"train.py {' '.join(argv)} failed: {done.stderr.strip()[-500:]}")

@@ -1,4 +1,4 @@
-"""What a run says of itself: on the console, and in the files of its folder."""
+"""The log of a run: on the console, and in the files of its folder."""
 
 import contextlib
 import functools
@@ -19,11 +19,11 @@ from gptjax.training.plan import is_due
 from gptjax.training.start import TrainingRun
 from gptjax.training.step import Metrics
 
-Sink = Callable[[dict[str, Any]], None]  # takes a record with `step`; see `metrics.Recorder`
+Sink = Callable[[metrics.Record], None]  # takes a record with `step`; see `metrics.Recorder`
 
 
 class RunLog:
-    """Record and show a run; the metrics of a call are fetched when the next one is under way.
+    """The log of a run, which fetches the metrics of a call when the next one is under way.
 
     Only the first of several processes shows and writes anything; all of them fetch.
     """
@@ -54,7 +54,7 @@ class RunLog:
             f"{data.tokenizer.kind} tokens; {tokens:,} per step"
         )
         if peak is None and jax.default_backend() != "cpu":
-            self.note(f"mfu is left out: the peak of {device} in {cfg.dtype} is not known")
+            self.note(f"mfu is not shown: the peak FLOP/s of {device} in {cfg.dtype} is unknown")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -101,7 +101,7 @@ class RunLog:
             self._report(first + i, now)
 
     def _report(self, step: int, now: dict[str, Any]) -> None:
-        """Record and show a step; NonFiniteError if it was one too many to be skipped."""
+        """Record and show a step; raise NonFiniteError if too many in a row were skipped."""
         self.recorder.add(float(now["loss"]))
         log = is_due(self.config, step + 1, self.config.log_interval)
         if log:
@@ -115,13 +115,13 @@ class RunLog:
             self.saver.settle()
             n = int(now["in_a_row"])
             raise NonFiniteError(
-                f"the last {n} {plural(n, 'step')} up to {step} had to be skipped, their loss "
-                f"{now['loss']}, gradient norm {now['grad_norm']}; lower --learning_rate, or "
-                f"look at one by --replay; the last good checkpoint is step {self.saver.last}"
+                f"the last {n} {plural(n, 'step')} up to {step} had to be skipped (the last had "
+                f"loss {now['loss']}, gradient norm {now['grad_norm']}); lower --learning_rate, or "
+                f"examine one with --replay; the last good checkpoint is step {self.saver.last}"
             )
 
-    def _capture(self, step: int, now: dict[str, Any], norms: Any) -> None:
-        """Say that a step was skipped, and write down what it takes to run it again."""
+    def _capture(self, step: int, now: dict[str, Any], norms: model.Params) -> None:
+        """Report that a step was skipped, and write the record by which it can be run again."""
         text = f"step {step} skipped: loss {now['loss']:.4g}, grad norm {now['grad_norm']:.4g}"
         if self.run.primary:
             shards, config = self.run.dataset.train, self.config
@@ -140,7 +140,7 @@ class RunLog:
             text += f"; {programs.command('train.py', *words)} runs it again"
         self.note(text)
 
-    def _emit(self, record: dict[str, Any]) -> None:
+    def _emit(self, record: metrics.Record) -> None:
         """Hand a record to all sinks."""
         if self.run.primary:
             for sink in self.sinks:
@@ -149,23 +149,23 @@ class RunLog:
 
     @contextlib.contextmanager
     def _unless_disk_fails(self) -> Iterator[None]:
-        """Go on without what cannot be written: only checkpoints are worth ending a run."""
+        """Turn a failed write into a warning: only checkpoints are worth ending a run."""
         try:
             yield
         except OSError as error:
-            self.note(f"warning: not written: {error.strerror or error}")
+            self.note(f"warning: a log file was not written: {error.strerror or error}")
 
     # ---- Between steps ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time of this block as training."""
+        """Leave the time of this block out of the time of training."""
         began = time.monotonic()
         yield
         self.recorder.pause(time.monotonic() - began)
 
     def validation(self, step: int, val_loss: float | None) -> None:
-        """Take the validation loss after `step` steps; None, of one cut short, says nothing."""
+        """Record and show the validation loss after `step` steps, unless it is None."""
         if val_loss is None:
             return
         self.best = min(self.best, val_loss)
@@ -182,10 +182,10 @@ class RunLog:
             records = metrics.read_metrics(self.metrics_file)
             metrics.draw_losses(records, self.run.run_dir / "loss.png", self.config.loss_axis)
         except Exception as error:  # no picture is worth ending a run
-            self.note(f"warning: loss.png is not drawn: {error}")
+            self.note(f"warning: loss.png was not drawn: {error}")
 
     def sample(self, step: int, text: str | None) -> None:
-        """Take a text that the model wrote after `step` steps; None says nothing."""
+        """Record and show a text that the model wrote after `step` steps, unless it is None."""
         if text is None:
             return
         text = f"---- sample after {step} {plural(step, 'step')} ----\n{text}\n----"

@@ -1,4 +1,4 @@
-"""The settings of a run: a preset, or those of the run that goes on, and the flags over them."""
+"""The settings of a run: those of a preset or of the run that is resumed, changed by flags."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from gptjax.training.origin import with_architecture_of
 
 
 def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
-    """Return the settings, and the flags that were given with their values.
+    """Return the settings, and the values of the flags that were given.
 
     Flags count over the preset that a first word names; on resume, over the settings that the run
     was started with.
@@ -32,7 +32,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
         preset, *argv = argv
     if preset not in PRESETS:
         problem = config_file_problem(preset)
-        raise UsageError(problem or f"unknown preset {preset}: there are {', '.join(PRESETS)}")
+        raise UsageError(problem or f"unknown preset {preset}: must be one of {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
     config = PRESETS[preset]
     given = flags.read(TrainConfig, argv, config, about)
@@ -53,10 +53,10 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
 
 @contextlib.contextmanager
 def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None]:
-    """Say of a refused setting that no flag gave that it comes from the run that goes on.
+    """Add to a refusal of a setting without a flag that it comes from the run that is resumed.
 
     Args:
-        settings: its config.json; None where no run goes on.
+        settings: that run's config.json; None if no run is resumed.
         given: the flags.
     """
     try:
@@ -68,19 +68,19 @@ def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None
         where = f"{flag} comes from {settings}"
         if fields_of(TrainConfig)[flag[2:]].metadata["path"]:
             where += (
-                ", and a path counts from where the run was started: go there, or pass it again"
+                ", and a path counts from where the run was started: go there, or pass the flag"
             )
         raise UsageError(f"{error} ({where})") from error
 
 
 def settings_to_go_on(run_dir: Path, init_from: str | None, replay: str | None) -> Path | None:
-    """Return the config.json of the run that goes on in this folder, None if none does."""
+    """Return the config.json of the run that is resumed in this folder, None if none is."""
     path = run_dir / "config.json"
     return path if path.is_file() and (init_from in ("resume", "auto") or replay) else None
 
 
 def with_shape_of(config: TrainConfig, init_from: str) -> TrainConfig:
-    """Return the settings with the model of another run's folder, but for its context length.
+    """Return the settings with the model in another run's folder, except its context length.
 
     So that flags are checked against the model that there will be, not the preset's.
     """

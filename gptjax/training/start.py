@@ -1,4 +1,4 @@
-"""How a run begins: its settings, data and devices, its first state, and its folder."""
+"""The start of a run: its settings, data and devices, its first state, and its folder."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ from gptjax.training.step import TrainState, init_state
 
 
 class TrainingRun(NamedTuple):
-    """Hold what a run is made of, before any array of its state is."""
+    """The parts of a run before any array of its state exists."""
 
     config: TrainConfig  # whose model has no "auto" left
     stored: TrainConfig  # what config.json gets: the same, but for what "auto" stands for
@@ -56,7 +56,7 @@ class TrainingRun(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Hold how far a run had come when it began."""
+    """The point at which a run begins."""
 
     step: int | None  # the step that was restored, None in a new run
     val_loss: float | None  # after that step, None where it was not evaluated
@@ -67,7 +67,7 @@ class Progress(NamedTuple):
 
 
 def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> TrainingRun:
-    """Find what to go on from, read the data, and settle what was left open in the settings.
+    """Find what the run begins with, read the data, and decide what the settings leave open.
 
     From here on signals that ask to stop are only noted (see `cli.catch_stop_signals`).
 
@@ -99,7 +99,7 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
     n_vocab = dataset.tokenizer.n_vocab
     if "vocab_size" in given and cfg.vocab_size != n_vocab:
         raise UsageError(
-            f"--vocab_size={cfg.vocab_size}: the tokenizer has {n_vocab} tokens, which decides; "
+            f"--vocab_size={cfg.vocab_size}: must be the tokenizer's, {n_vocab} tokens; "
             "leave the flag out"
         )
     stored = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
@@ -131,22 +131,22 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
 def check_flags(
     config: TrainConfig, given: Container[str], steps: list[int], *, replaying: bool
 ) -> None:
-    """Raise UsageError for a flag that makes no sense where the run begins."""
+    """Raise UsageError for a flag that does not fit the step with which the run begins."""
     if replaying:
         return
     asked = {"max_iters": config.max_iters, "stop_step": config.stop_step or config.max_iters}
     for name, last in asked.items():
         if steps and last < steps[-1]:
-            raise UsageError(f"--{name}={last}: the run is at step {steps[-1]} already")
+            raise UsageError(f"--{name}={last}: the run has already reached step {steps[-1]}")
     for name in ("resume_step", "allow_change"):
         if name in given and config.init_from not in ("resume", "auto"):
-            raise UsageError(f"--{name}: goes with --init_from=resume or auto; leave the flag out")
+            raise UsageError(f"--{name}: needs --init_from=resume or auto; leave the flag out")
 
 
 def read_dataset(
     config: TrainConfig, cfg: GPTConfig, tokenizer: Tokenizer | str, console: TrainConsole
 ) -> Dataset:
-    """Return the tokens of both splits, while the console shows how far it has come."""
+    """Return the tokens of both splits, while the console shows the progress."""
     with show_progress(console.console) as progress:
         return load_dataset(
             config.dataset,
@@ -166,11 +166,11 @@ def read_dataset(
 
 
 def init_or_restore(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, Progress]:
-    """Return the newest whole step of the run; a fresh state if it is new.
+    """Return the state of the newest intact step of the run, or a fresh one if the run is new.
 
     Raises:
-        CheckpointError: no saved step is whole.
-        UsageError: the settings are not those that the run was saved with.
+        CheckpointError: no saved step is intact.
+        UsageError: the settings are not those with which the run was saved.
     """
     if run.steps:
         return restore_state(run, abstract)
@@ -183,7 +183,7 @@ def init_or_restore(run: TrainingRun, abstract: TrainState) -> tuple[TrainState,
 
 
 def restore_state(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, Progress]:
-    """Return the newest whole one of the steps to go on from; damaged ones are set aside."""
+    """Return the state of the newest intact step of `run.steps`; set damaged ones aside."""
     allowed = [name for name in run.config.allow_change.split(",") if name]
 
     def accept(meta: Meta) -> None:
@@ -204,7 +204,7 @@ def restore_state(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, P
 
 
 def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -> None:
-    """Write what the run is made of; forget what comes after the step that it goes on from.
+    """Write the files of a run's folder; set aside what is newer than the step it resumes from.
 
     Raises:
         DiskError: there is not room enough for the checkpoints, unless config.force is set.
@@ -215,7 +215,7 @@ def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -
                 run.run_dir,
                 (abstract.params, abstract.opt_state),
                 plan.count_saves(run.config),
-                "make room, lower --keep_checkpoints, or take --force to start all the same",
+                "make room, lower --keep_checkpoints, or take --force to start anyway",
             )
         with files.replacing(run.run_dir / "config.json") as settings:
             settings.write(to_json(run.stored).encode())
@@ -236,7 +236,7 @@ def prepare_folder(run: TrainingRun, abstract: TrainState, progress: Progress) -
 
 @contextlib.contextmanager
 def hold_folder(config: TrainConfig, run_dir: Path, given: Container[str]) -> Iterator[None]:
-    """Keep other processes out of the run folder meanwhile, and put failures into plain words.
+    """Hold the lock of the run folder in this block, and put failures into plain words.
 
     What cannot be printed is written to unprinted.txt.
 

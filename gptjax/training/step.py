@@ -34,7 +34,7 @@ Metrics = dict[str, Any]  # arrays by name; `gradient_norms` is a tree of them
 
 
 class TrainState(NamedTuple):
-    """Hold all that changes from step to step."""
+    """All that changes from step to step."""
 
     step: Array
     params: Params
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 
 def fresh_state(config: TrainConfig, key: Array) -> TrainState:
-    """Return the state before the first step, computed where it is called."""
+    """Return the state before the first step, for use inside jit or eval_shape."""
     params = init_params(config.model, key)
     opt_state = make_optimizer(config).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_guard())
@@ -88,7 +88,9 @@ def loss_and_grad(
     if passes == 1:
         return value_and_grad(cfg, params, windows_ABT[0], dropout_key(0))
 
-    def accumulate(carry: Any, xs: Any) -> tuple[Any, None]:
+    Sums = tuple[Array, Params]
+
+    def accumulate(carry: Sums, xs: tuple[Array, Array]) -> tuple[Sums, None]:
         windows_BT, i = xs
         new = value_and_grad(cfg, params, windows_BT, dropout_key(i))
         return jax.tree.map(jnp.add, carry, new), None
@@ -175,7 +177,7 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
 def norms_by_layer(tree: Params) -> Params:
     """Return the norm of every leaf, (L,) of the blocks' stacked ones and () of the others."""
 
-    def norm(path: Any, leaf: Array) -> Array:
+    def norm(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
         is_stacked = path[0] == jax.tree_util.DictKey("h")
         axes = tuple(range(int(is_stacked), leaf.ndim))
         return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes))
@@ -184,5 +186,5 @@ def norms_by_layer(tree: Params) -> Params:
 
 
 def digest(state: TrainState) -> str:
-    """Return the sha256 of all that a state holds: equal digests are bit-equal states."""
+    """Return the sha256 of a state, which is equal for two states only if all their bits are."""
     return json_sha256(leaf_digests(state))

@@ -1,4 +1,4 @@
-"""How a model does while it is trained: its loss on held-back text, and a text of its own."""
+"""The evaluations of a model in training: its loss on held-back text, and a sample of its text."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def validate(
         shards: the token arrays of the validation split.
         mesh: the devices that share each batch.
         batch_losses: windows (batch_size, T+1) on them -> the loss of each.
-        stopped: asked before each batch; when it says so, None is returned.
+        stopped: called before each batch; if it returns True, None is returned.
     """
     cfg, rows = config.model, config.batch_size
     share = rows // jax.process_count()
@@ -48,9 +48,9 @@ def validate(
 def write_sample(
     config: TrainConfig, params: model.Params, tokenizer: Tokenizer, stopped: Callable[[], bool]
 ) -> str | None:
-    """Return a text of config.sample_tokens tokens, cut short when `stopped` says so.
+    """Return a text of config.sample_tokens tokens, cut short when `stopped` returns True.
 
-    None where that is before it began, and in all processes but the first.
+    Return None if that is before it begins, and in all processes but the first.
     """
     if stopped() or jax.process_index() > 0:
         return None
