@@ -1,6 +1,5 @@
-"""The layout of arrays: a mesh of devices, and a table from parameter paths to shardings."""
+"""Where arrays live: the mesh of devices, and the layout on it of each array by its path."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,11 +12,15 @@ from jax.sharding import PartitionSpec as P
 T = TypeVar("T")  # a tree of arrays, or of their shapes
 PyTree = Any  # nested dicts, tuples and lists of anything
 
-# strategy -> (regex on the parameter's path, layout of that parameter), the first match counts.
-# An optimizer moment's path ends in its parameter's, so it lies where its parameter lies.
-STRATEGIES: dict[str, tuple[tuple[str, P], ...]] = {
-    "data": ((r".*", P()),),  # every device holds all weights and a slice of the batch
-}
+
+def data(path: str, shape: tuple[int, ...], n_devices: int) -> P:
+    """Return the layout in which every device holds all of an array, and a slice of the batch."""
+    return P()
+
+
+# By TrainConfig.strategy: (path, shape, devices) -> the layout of an array of the training state.
+# An optimizer moment's path ends in its parameter's, so a rule for the one holds for the other.
+STRATEGIES = {"data": data}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -44,10 +47,9 @@ def place(batch: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
 def tree_shardings(mesh: Mesh, strategy: str, tree: PyTree) -> PyTree:
     """Return a NamedSharding for every leaf of a tree of arrays or shapes, by its path."""
 
-    def leaf_sharding(path: jax.tree_util.KeyPath, _: object) -> NamedSharding:
+    def leaf_sharding(path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for regex, spec in STRATEGIES[strategy] if re.search(regex, name))
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, STRATEGIES[strategy](name, leaf.shape, mesh.size))
 
     return jax.tree.map_with_path(leaf_sharding, tree)
 
@@ -73,14 +75,34 @@ def mesh_of(abstract: PyTree) -> Mesh:
     return sharding.mesh
 
 
+def whole(array: jax.Array) -> jax.Array:
+    """Return an array with all of it on each of its devices; its processes do this together.
+
+    Nothing is copied where that is so already.
+    """
+    if array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
+    return jax.device_put(array, replicated(array.sharding.mesh))
+
+
 def on_one_device(tree: T) -> T:
-    """Return replicated arrays as arrays of this process's first device, without a copy."""
+    """Return the whole arrays on the first device of this process; see `whole`."""
+    return jax.tree.map(lambda array: whole(array).addressable_data(0), tree)
 
-    def first(array: jax.Array) -> jax.Array:
-        assert array.is_fully_replicated, "a part of an array is not the array"
-        return array.addressable_data(0)
 
-    return jax.tree.map(first, tree)
+def fetch(tree: PyTree) -> PyTree:
+    """Return the whole arrays on the host; the processes that they are spread over do so together.
+
+    One after another, so that no device holds more than one whole array beside its own parts.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        return leaf if leaf.is_fully_replicated else np.asarray(whole(leaf))
+
+    return jax.device_get(jax.tree.map(gather, tree))
 
 
 def all_agree(mine: bool) -> bool:

@@ -160,11 +160,21 @@ def test_a_source_keeps_its_own(changes: dict[str, Any]) -> None:
 def test_a_source_is_cut_to_a_shorter_context() -> None:
     long, short = tiny(block_size=32), tiny()
     params = init_params(long, jax.random.key(0))
-    cut = origin.crop_context(params, model.param_shapes(short))
+    cut = origin.take_params(model.param_shapes(short), params)
     assert jax.tree.map(np.shape, cut) == jax.tree.map(np.shape, model.param_shapes(short))
     assert np.array_equal(cut["wpe"]["embedding"], params["wpe"]["embedding"][:16])
     del cut["wpe"], params["wpe"]
     assert jax.tree.all(jax.tree.map(np.array_equal, cut, params))
+
+
+def test_a_source_has_no_say_over_what_it_does_not_have() -> None:
+    """As adapters beside its matrices; but nothing of its own may be lost."""
+    theirs = {"wte": np.ones(3), "h": {"kernel": np.ones((2, 2))}}
+    fresh = {"wte": np.zeros(3), "h": {"kernel": np.zeros((2, 2)), "adapter": np.zeros(2)}}
+    taken = origin.take_params(fresh, theirs)
+    assert taken["wte"].all() and taken["h"]["kernel"].all() and not taken["h"]["adapter"].any()
+    with pytest.raises(UsageError, match="adapter"):
+        origin.take_params(theirs, fresh)
 
 
 # ---- Conversion
@@ -199,4 +209,13 @@ def test_every_parameter_has_a_published_name_or_is_refused(
         said = [other for other in tensors.SAID if other != name]
         monkeypatch.setattr(tensors, "SAID", said)  # as if the formats could not say it
     with pytest.raises(UsageError, match=f"--{name}={changes[name]}: "):
+        dict(tensors.named_tensors(cfg, params))
+
+
+def test_a_parameter_without_a_published_name_is_refused() -> None:
+    """As one that is added by what is no architecture option: an export would be without it."""
+    cfg = tiny()
+    params = init_params(cfg, jax.random.key(0))
+    params["h"]["attn"]["adapter"] = {"kernel": np.zeros((2, 32, 4))}
+    with pytest.raises(UsageError, match="h/attn/adapter/kernel"):
         dict(tensors.named_tensors(cfg, params))

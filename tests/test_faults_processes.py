@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .helpers import PLAIN, ROOT, TINY, Environment, SmallDisk, newest, resume, wait_for
+from .helpers import (
+    PLAIN,
+    ROOT,
+    TINY,
+    Environment,
+    SmallDisk,
+    digest,
+    newest,
+    resume,
+    wait_for,
+)
 
 slow = pytest.mark.slow
 
@@ -25,13 +36,17 @@ def on_loopback(environment: Environment, count: int) -> Environment:
 
 
 def start_processes(
-    environment: Environment, count: int, argv: tuple[str, ...]
+    environment: Environment,
+    count: int,
+    argv: tuple[str, ...],
+    program: tuple[str, ...] = (str(ROOT / "train.py"),),
 ) -> list[subprocess.Popen[str]]:
     """`count` processes of one run on this host, over the loopback network."""
     shared = on_loopback(environment, count)
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *argv],
+            [sys.executable, *program, *argv],
+            cwd=ROOT,
             env={**shared, "JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,6 +121,39 @@ def test_processes_compute_what_one_does(
     assert len(found) == len(expected) == 3
     difference = np.subtract([float(x) for x in found], [float(x) for x in expected])
     assert np.abs(difference).max() <= 1e-3
+
+
+SPLIT = """
+import sys, train
+from gptjax import sharding
+from gptjax.terminal import cli
+
+def split(*array):
+    from tests import helpers  # only now: it asks for JAX's devices
+    return helpers.split(*array)
+
+sharding.STRATEGIES["data"] = split
+sys.exit(cli.run(train.main, sys.argv[1:]))
+"""
+
+
+@slow
+def test_processes_share_one_copy_of_the_state(
+    environment: Environment, start: tuple[str, ...]
+) -> None:
+    """No process has a whole array: they gather it to sample, to save, and to print its sha256."""
+    ends = []
+    for argv in ((*start, "--stop_step=20"), (start[-1], "--init_from=resume", "--stop_step=0")):
+        processes = start_processes(environment, 2, argv, ("-c", SPLIT))
+        ends.append([process.communicate(timeout=240) for process in processes])
+        assert [process.returncode for process in processes] == [0, 0], ends
+    resumed = digest(ends[1][0][0])
+    out = Path(start[-1].partition("=")[2])
+    shutil.rmtree(out)
+    processes = start_processes(environment, 2, start, ("-c", SPLIT))
+    whole = [process.communicate(timeout=240) for process in processes]
+    assert digest(whole[0][0]) == resumed
+    assert "---- sample after 40 steps" in whole[0][0]
 
 
 @slow

@@ -333,18 +333,32 @@ def test_dropout_comes_from_its_key_alone() -> None:
 # ---- Attention -----------------------------------------------------------------------------------
 
 
+HERE = [name for name in attention.ATTENTION if name != "cudnn"]  # which has a test of its own
+
+
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 256])
-def test_blocks_of_queries_are_the_reference(length: int) -> None:
+def test_attention_is_the_reference(name: str, length: int) -> None:
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, length, 2, 8)) * 3
     positions = jnp.arange(length)[None]
 
-    def probe(attend: object) -> jax.Array:
-        return jax.jit(jax.value_and_grad(lambda q: (attend(q) ** 2).sum()))(q)  # type: ignore[operator]
+    def probe(attend: Any) -> Any:
+        square = jax.value_and_grad(lambda *qkv: (attend(*qkv) ** 2).sum(), argnums=(0, 1, 2))
+        return jax.tree.leaves(jax.jit(square)(q, k, v))
 
-    expected = probe(lambda q: attention.attend(q, k, v, positions))
-    found = probe(lambda q: attention.attend_xla(q, k, v))
-    for a, b in zip(expected, found, strict=True):
+    expected = probe(lambda q, k, v: attention.attend(q, k, v, positions))
+    for a, b in zip(expected, probe(attention.ATTENTION[name]), strict=True):
         assert max_difference(a, b) <= 1e-5 * max(1, float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_dropout_of_attention_keeps_the_mean(name: str) -> None:
+    """What is kept is larger by as much: the weights still have the sum 1, on average."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 8, 200, 4, 8))
+    attend = jax.jit(attention.ATTENTION[name], static_argnames="dropout")
+    sums = attend(q, k, jnp.ones_like(q), dropout=0.25, key=jax.random.key(1))[..., 0]
+    assert abs(float(sums.mean()) - 1) <= 0.01
+    assert float(sums[:, -1].std()) >= 0.05
 
 
 def test_the_settings_are_the_functions() -> None:

@@ -15,6 +15,7 @@ from gptjax.checkpoints.record import check_record
 from gptjax.commands import doctor, evaluate
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig
 from gptjax.config_file import RENAMED, complete, load_config, to_json
+from gptjax.data import datasets
 from gptjax.errors import UsageError
 from gptjax.settings import Role, architecture, fields_of, flatten, names, once, run
 from gptjax.terminal import flags, nanogpt_flags
@@ -79,6 +80,7 @@ def choices(config: Any, name: str) -> set[str]:
         ("schedule", optimizer.SCHEDULES),
         ("strategy", sharding.STRATEGIES),
         ("tokenizer", tokenizer.READERS),
+        ("tokenizer", datasets.MAKERS),
         ("dtype", {"float32": 4, "bfloat16": 2, "float16": 2}),
     ],
 )

@@ -37,7 +37,7 @@ from gptjax.training.start import (
 from gptjax.training.step import TrainState, abstract_state, digest, init_state, make_train_step
 from gptjax.training.validation import validate, write_sample
 
-from .helpers import tiny
+from .helpers import split, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint16)
 CFG = tiny(vocab_size=256)
@@ -250,7 +250,11 @@ def save(run: TrainingRun, state: TrainState, step: int) -> None:
         saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, about)
 
 
-def test_what_is_restored_goes_on_as_if_nothing_had_been(opened: TrainingRun) -> None:
+@pytest.mark.parametrize("strategy", [sharding.data, split])
+def test_what_is_restored_goes_on_as_if_nothing_had_been(
+    opened: TrainingRun, strategy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sharding.STRATEGIES, "data", strategy)
     uninterrupted, _ = take_steps(opened, 6)
     abstract = abstract_state(opened.config, opened.mesh)
     prepare_folder(opened, abstract, Progress(None, None, math.inf))
@@ -260,6 +264,12 @@ def test_what_is_restored_goes_on_as_if_nothing_had_been(opened: TrainingRun) ->
     state, progress = init_or_restore(again, abstract)
     assert progress == (3, 2.5, 2.25) and int(state.step) == 3
     assert digest(take_steps(again, 6)[0]) == digest(uninterrupted)
+    few = dataclasses.replace(again.config, sample_tokens=1)  # written on one device
+    assert write_sample(few, state.params, again.dataset.tokenizer, lambda: False)
+    monkeypatch.setitem(sharding.STRATEGIES, "data", sharding.data)  # another strategy goes on
+    other, _ = init_or_restore(again, abstract_state(again.config, again.mesh))
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(other))
+    assert digest(other) == digest(state)
 
 
 def test_going_back_sets_newer_steps_and_records_aside(opened: TrainingRun) -> None:

@@ -21,7 +21,7 @@ from gptjax.training.step import (
     make_train_step,
 )
 
-from .helpers import init_params, tiny
+from .helpers import init_params, split, tiny
 
 RNG = np.random.default_rng(0)
 WINDOWS = RNG.integers(0, 61, (16, 8, 17)).astype(np.int32)  # steps, rows, T + 1
@@ -100,6 +100,21 @@ def test_devices_share_the_work(plain: tuple[TrainState, list[float]], n_devices
     state, losses = train(PLAIN, n_devices=n_devices)
     assert len(state.params["wte"]["embedding"].sharding.device_set) == n_devices
     assert_same(plain, (state, losses))
+
+
+def test_devices_share_the_state(
+    plain: tuple[TrainState, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strategy is a function in its table: step, optimizer and evaluation ask nothing else."""
+    monkeypatch.setitem(sharding.STRATEGIES, "data", split)
+    state, losses = train(PLAIN, n_devices=8)
+    large = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= 64]
+    assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in large)
+    assert_same(plain, (state, losses))
+    params = sharding.on_one_device(state.params)
+    for found, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        assert len(found.sharding.device_set) == 1
+        assert np.array_equal(found, leaf)
 
 
 def test_same_devices_same_bits() -> None:

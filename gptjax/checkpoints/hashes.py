@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 
-from gptjax.sharding import PyTree
+from gptjax.sharding import PyTree, fetch
 
 Leaf = dict[str, list[int] | str]  # "shape", "dtype" and "sha256"
 Leaves = dict[str, Leaf]  # by path
@@ -32,7 +32,7 @@ def leaf_digests(tree: PyTree) -> Leaves:
         sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256.hexdigest()}
 
-    leaves = jax.device_get(jax.tree.leaves(tree))
+    leaves = fetch(jax.tree.leaves(tree))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
         return dict(zip(leaf_paths(tree), pool.map(describe, leaves), strict=True))
 

@@ -34,7 +34,7 @@ from gptjax.errors import CheckpointError, DiskError, NonFiniteError, first_line
 from gptjax.files import folder_bytes
 from gptjax.memory import megabytes, tree_bytes
 from gptjax.model import Params
-from gptjax.sharding import PyTree, all_agree
+from gptjax.sharding import PyTree, all_agree, fetch
 
 STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
 
@@ -135,7 +135,7 @@ class Saver:
             CheckpointError: orbax declined, because this step or a newer one is already there.
         """
         self.settle()
-        params_, extra_ = jax.device_get((params, extra))
+        params_, extra_ = fetch((params, extra))
         for leaf in jax.tree.leaves(params_):
             if not np.isfinite(leaf).all():
                 raise NonFiniteError(f"step {step} is not saved: a parameter is NaN or infinite")

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gptjax.checkpoints.hashes import leaf_paths
 from gptjax.config import GPTConfig
-from gptjax.errors import DataError, plural
+from gptjax.errors import DataError, UsageError, plural
 from gptjax.model import Params, param_shapes
 from gptjax.settings import architecture, names, require
 
@@ -282,6 +283,9 @@ def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndar
         ours, theirs = getattr(cfg, name), getattr(GPTConfig(), name)
         rule = f"GPT-2's formats know {name}={theirs} only"
         require(name in SAID or ours == theirs, name, ours, rule)
+    unsaid = set(leaf_paths(params)) - set(TENSORS)
+    if unsaid:
+        raise UsageError(f"GPT-2's formats have no {min(unsaid)}, which this model has")
     fetched: tuple[str, np.ndarray] = ("", np.empty(0))
     for slot in slots(dataclasses.replace(cfg, bias=True)):
         if slot.path.endswith("/bias") and not cfg.bias:

@@ -190,12 +190,14 @@ def make_tokenizer(
             "--tokenizer=char: token files need the vocabulary they were made with; put its "
             "tokenizer.json beside them, or pass the text itself as --dataset"
         )
-    makers: dict[str, Callable[[], Tokenizer]] = {
-        "char": lambda: CharTokenizer(chars),
-        "byte": ByteTokenizer,
-        "gpt2": lambda: load_gpt2_tokenizer(tokenizer_dir),
-    }
-    return makers[kind]()
+    return MAKERS[kind](chars, tokenizer_dir)
+
+
+MAKERS: dict[str, Callable[[str, str], Tokenizer]] = {  # (chars, tokenizer_dir) -> tokenizer
+    "char": lambda chars, _: CharTokenizer(chars),
+    "byte": lambda *_: ByteTokenizer(),
+    "gpt2": lambda _, tokenizer_dir: load_gpt2_tokenizer(tokenizer_dir),
+}
 
 
 def tokenizer_beside(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Tokenizer:

@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Container
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from gptjax.checkpoints.run_folder import Run
 from gptjax.checkpoints.steps import (
@@ -95,14 +94,30 @@ def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> 
     return dataclasses.replace(cfg, block_size=block_size)
 
 
-def crop_context(params: Params, shapes: Params) -> Params:
-    """Return a source's parameters without the positions behind this run's block_size.
+def take_params(fresh: Params, theirs: Params) -> Params:
+    """Return a source's parameters, without the positions behind this run's block_size.
 
     Args:
-        params: of a model that differs in block_size alone, as `model_of_source` sees to.
-        shapes: of this run's parameters; what is longer there ends where these end.
+        fresh: this run's, of which those stay that the source has not.
+        theirs: the source's, of a model that differs in block_size alone among the architecture's
+            settings, as `model_of_source` sees to.
+
+    Raises:
+        UsageError: the source has parameters that this run's model does not have.
     """
-    return jax.tree.map(lambda p, to: p[tuple(map(slice, to.shape))], params, shapes)
+    unknown = set(theirs) - set(fresh)
+    if unknown:
+        name = min(unknown)
+        raise UsageError(f"--init_from: its model has {name}, which this run's model does not have")
+
+    def take(name: str, ours: Any) -> Any:
+        if name not in theirs:
+            return ours
+        if isinstance(ours, dict):
+            return take_params(ours, theirs[name])
+        return theirs[name][tuple(map(slice, ours.shape))]
+
+    return {name: take(name, ours) for name, ours in fresh.items()}
 
 
 def choose_tokenizer(

@@ -176,7 +176,7 @@ def init_or_restore(run: TrainingRun, abstract: TrainState) -> tuple[TrainState,
         return restore_state(run, abstract)
     state = init_state(run.config, abstract)
     if run.source is not None:
-        params = origin.crop_context(run.source.params, abstract.params)
+        params = origin.take_params(state.params, run.source.params)
         shardings = sharding.shardings_of(abstract.params)
         state = state._replace(params=jax.device_put(params, shardings))
     return state, Progress(None, None, math.inf)

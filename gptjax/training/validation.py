@@ -52,12 +52,15 @@ def write_sample(
 
     Return None if that is before it begins, and in all processes but the first.
     """
-    if stopped() or jax.process_index() > 0:
+    if stopped():
+        return None
+    params = sharding.on_one_device(params)  # all processes together
+    if jax.process_index() > 0:
         return None
     cfg = config.model
     pieces = sampling.generate(
         cfg,
-        model.prepare_for_decoding(cfg, sharding.on_one_device(params)),
+        model.prepare_for_decoding(cfg, params),
         [[tokenizer.start_id]],
         SampleConfig(),
         max_new_tokens=config.sample_tokens,
