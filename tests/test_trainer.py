@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import faults, plan
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
 from gptjax.training.run_log import RunLog
+from gptjax.training.settings import name_settings
 from gptjax.training.start import (
     Progress,
     TrainingRun,
@@ -226,6 +228,27 @@ def test_opening_settles_what_was_left_open(opened: TrainingRun) -> None:
 def test_a_flag_that_needs_a_run_to_go_on_is_refused(opened: TrainingRun, name: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}"):
         open_run(opened.config, opened.run_dir, {name})
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "named"),
+    [
+        ("--dataset=x: no such name", set(), True),
+        ("--val_dataset: no tokenizer.json says what made the tokens", set(), True),
+        ("--dataset=x: no such name", {"dataset"}, False),
+        ("--checkpoint=9: no setting of a run", set(), False),
+        ("no flag at all", set(), False),
+    ],
+)
+def test_a_refused_setting_that_no_flag_gave_is_of_the_run(
+    said: str, given: set[str], named: bool
+) -> None:
+    with (
+        pytest.raises(UsageError, match=re.escape(said)) as refused,
+        name_settings(Path("out/config.json"), given),
+    ):
+        raise UsageError(said)
+    assert ("comes from out/config.json, and a path" in str(refused.value)) == named
 
 
 def take_steps(run: TrainingRun, count: int) -> tuple[TrainState, list[dict[str, Any]]]:
