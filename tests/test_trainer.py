@@ -356,6 +356,18 @@ def test_the_log_is_one_call_behind(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_the_bar_ends_with_the_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays on the screen, and said there what the evaluation before the last one found."""
+    for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "80")):  # a terminal, for rich
+        monkeypatch.setenv(name, value)
+    run = make_run(tmp_path)
+    with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
+        log.validation(12, 2.5)
+    assert "val 2.5000" in run.console.progress.tasks[0].description
+
+
 def test_a_skipped_step_is_written_down_and_too_many_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
