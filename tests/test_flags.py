@@ -1,6 +1,8 @@
 """A flag's value is what was written, or is refused in one clean line that says what it must be."""
 
 import dataclasses
+import io
+import sys
 from typing import Any
 
 import pytest
@@ -118,6 +120,22 @@ def test_limits_are_shown_as_they_are() -> None:
                 UsageError, match=f"--value={value}: must be {said}$".replace("+", r"\+")
             ):
                 require_range(Limited(value), "value", low, high)
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError("full"), 74), (BrokenPipeError(), 141)])
+def test_help_that_cannot_be_written_is_no_success(
+    error: OSError, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(cli.output, "let_go", lambda stream: None)
+    monkeypatch.setattr(cli.output, "flush_or_let_go", lambda stream: None)
+    monkeypatch.setattr(cli.output, "prepare_streams", lambda: None)
+    monkeypatch.setattr(cli.output, "show_warnings_briefly", lambda: None)
+    assert cli.run(lambda argv: flags.print_help(TrainConfig(), "About."), []) == code
 
 
 def test_help_shows_control_characters_as_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from gptjax.training import faults, plan
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
 from gptjax.training.metrics import Record
 from gptjax.training.run_log import RunLog
+from gptjax.training.settings import name_settings
 from gptjax.training.start import (
     Progress,
     TrainingRun,
@@ -230,6 +232,27 @@ def test_a_flag_that_needs_a_run_to_go_on_is_refused(opened: TrainingRun, name: 
         open_run(opened.config, opened.run_dir, {name})
 
 
+@pytest.mark.parametrize(
+    ("said", "given", "named"),
+    [
+        ("--dataset=x: no such name", set(), True),
+        ("--val_dataset: no tokenizer.json says what made the tokens", set(), True),
+        ("--dataset=x: no such name", {"dataset"}, False),
+        ("--checkpoint=9: no setting of a run", set(), False),
+        ("no flag at all", set(), False),
+    ],
+)
+def test_a_refused_setting_that_no_flag_gave_is_of_the_run(
+    said: str, given: set[str], named: bool
+) -> None:
+    with (
+        pytest.raises(UsageError, match=re.escape(said)) as refused,
+        name_settings(Path("out/config.json"), given),
+    ):
+        raise UsageError(said)
+    assert ("comes from out/config.json, and a path" in str(refused.value)) == named
+
+
 def take_steps(run: TrainingRun, count: int) -> tuple[TrainState, list[dict[str, Any]]]:
     """Train without a log or a folder."""
     abstract = abstract_state(run.config, run.mesh)
@@ -343,6 +366,18 @@ def test_the_log_is_one_call_behind(tmp_path: Path) -> None:
     assert seen[2] == {"step": 4, "val_loss": 2.0} and log.best == 2.0
     assert "a text" in (tmp_path / "samples.txt").read_text()
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_the_bar_ends_with_the_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays on the screen, and said there what the evaluation before the last one found."""
+    for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "80")):  # a terminal, for rich
+        monkeypatch.setenv(name, value)
+    run = make_run(tmp_path)
+    with Saver(tmp_path) as saver, RunLog(run, saver, math.inf, 0) as log:
+        log.validation(12, 2.5)
+    assert "val 2.5000" in run.console.progress.tasks[0].description
 
 
 def test_a_skipped_step_is_written_down_and_too_many_end_the_run(

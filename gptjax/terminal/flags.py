@@ -135,7 +135,7 @@ def print_help(default: Any, description: str, prog: str | None = None) -> None:
             kind = f"{{{','.join(choices)}}}"
         text = f"{field.metadata['help']} (default: {show(values[name])})".replace("%", "%%")
         section.add_argument(f"--{name}", metavar=kind, help=text)
-    parser.print_help()
+    print(parser.format_help(), end="", flush=True)  # argparse's own would hide a full disk
 
 
 def show(value: object) -> str:

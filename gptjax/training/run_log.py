@@ -171,6 +171,7 @@ class RunLog:
         self.best = min(self.best, val_loss)
         self.fields["val"] = f"{val_loss:.4f}"
         self.note(f"step {step}: val loss {val_loss:.4f}, best {self.best:.4f}")
+        self.run.console.update(step, self.fields, log=False)  # the bar stays as it was last
         self._emit({"step": step, "val_loss": val_loss})
         if self.run.primary and (
             self.drawn is None or self.drawn.running() or self.drawn.done()

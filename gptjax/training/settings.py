@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,11 @@ def name_settings(settings: Path | None, given: Container[str]) -> Iterator[None
     try:
         yield
     except UsageError as error:
-        flag = str(error).partition("=")[0]
-        if settings is None or not flag.startswith("--") or flag[2:] in given:
+        flag, fields = re.match(r"--(\w+)", str(error)), fields_of(TrainConfig)
+        if settings is None or flag is None or flag[1] in given or flag[1] not in fields:
             raise
-        where = f"{flag} comes from {settings}"
-        if fields_of(TrainConfig)[flag[2:]].metadata["path"]:
+        where = f"{flag[0]} comes from {settings}"
+        if fields[flag[1]].metadata["path"]:
             where += (
                 ", and a path counts from where the run was started: go there, or pass the flag"
             )
