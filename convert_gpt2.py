@@ -219,8 +219,8 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"unknown command {command}: must be one of {', '.join(COMMANDS)}")
     name = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     name = str(expand(name)) if name.startswith("~") else name
-    if not name and command != "verify" and "--help" not in rest:
-        raise UsageError(f"{command}: name what to {command} before the flags; see --help")
+    if not name and command != "verify" and not {"-h", "--help"} & set(rest):
+        raise UsageError(f"{command}: name what to {command}; --help shows how")
     return COMMANDS[command](name, rest)
 
 

@@ -224,10 +224,10 @@ def test_tpu_pids(tmp_path: Path) -> None:
     ("platforms", "plugins", "nvidia", "remedy"),
     [
         ("", {}, False, ""),
-        ("", {}, True, 'pip install -e ".[gpu]"'),
+        ("", {}, True, "pip install 'jax[cuda13]'"),
         ("cpu", {"jax-cuda13-plugin": "1"}, True, "unset JAX_PLATFORMS"),
         ("", {"jax-cuda13-plugin": "1"}, True, "nvidia-smi"),
-        ("", {"libtpu": "1"}, True, 'pip install -e ".[gpu]"'),
+        ("", {"libtpu": "1"}, True, "pip install 'jax[cuda13]'"),
         ("", {"jax-cuda13-plugin": "1"}, False, "export JAX_PLATFORMS=cpu"),
         ("cpu", {"jax-cuda13-plugin": "1"}, False, ""),
     ],

@@ -20,14 +20,35 @@ from .helpers import ROOT, TINY, digest, need, run
 TINY_RUN = (*TINY, "--max_iters=6", "--n_layer=1", "--dropout=0", "--sample_tokens=5")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_is_reachable(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+HELP = {  # what is typed -> the usage that --help and -h begin with
+    "train": "python train.py [PRESET] [--flags]",
+    "sample": "python sample.py [--flags]",
+    "convert": "python convert_gpt2.py import SOURCE --out_dir=RUN",
+    "convert import": "python convert_gpt2.py import SOURCE [--flags]",
+    "convert export": "python convert_gpt2.py export RUN [--flags]",
+    "convert verify": "python convert_gpt2.py verify RUN [--flags]",
+    "evaluate": "gptjax evaluate RUN [--flags]",
+    "doctor": "gptjax doctor [RUN] [--flags]",
+}
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("typed", HELP)
+def test_a_command_says_how_it_is_typed(
+    typed: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
     try:
-        code = dispatch([name, "--help"])
+        code = dispatch([*typed.split(), flag])
     except SystemExit as ended:
         code = ended.code  # type: ignore[assignment]
     assert code == 0
-    assert "usage: " in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[0] == f"usage: {HELP[typed]}"
+
+
+def test_every_command_has_help() -> None:
+    assert {typed.split()[0] for typed in HELP} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("script", programs.NAMES)

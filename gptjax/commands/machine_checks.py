@@ -121,7 +121,7 @@ def check_backend() -> Finding:
     if backend == "cpu" and nvidia_is_here():
         remedy = "unset JAX_PLATFORMS" if asked else "nvidia-smi  # does the driver work?"
         if not any("cuda" in name for name in plugins()):
-            remedy = 'pip install -e ".[gpu]"'
+            remedy = "pip install 'jax[cuda13]'"
         return Finding("warn", f"cpu, although there is an NVIDIA GPU; {why}", remedy)
     if backend == "cpu" and plugins() and not asked:
         remedy = "export JAX_PLATFORMS=cpu  # if that is meant; docker needs --gpus all"

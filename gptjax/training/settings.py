@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax import files
+from gptjax import files, programs
 from gptjax.config import TrainConfig
 from gptjax.config_file import load_config
 from gptjax.errors import UsageError
@@ -36,7 +36,8 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
         raise UsageError(problem or f"unknown preset {preset}: must be one of {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
     config = PRESETS[preset]
-    given = flags.read(TrainConfig, argv, config, about)
+    prog = f"{programs.command('train.py')} [PRESET]"
+    given = flags.read(TrainConfig, argv, config, about, prog)
     run_dir = files.expand(given.get("out_dir") or config.out_dir)
     settings = settings_to_go_on(run_dir, given.get("init_from"), given.get("replay"))
     if settings is not None:
