@@ -49,7 +49,7 @@ TRAIN_MISTAKES = [
     (["--dtype=float16"], 2, "--dtype=float16: training in float16"),
     (["--attention=flash"], 2, "flash"),
     (["--bias=maybe"], 2, "maybe"),
-    (["quickstat"], 2, "unknown preset quickstat: there are quickstart"),
+    (["quickstat"], 2, "unknown preset quickstat: must be one of quickstart"),
     (["--warmup_iters=9999999"], 2, "--warmup_iters=9999999: must be at most max_iters"),
     (["--learning_rate=0"], 2, "--learning_rate=0.0: must be above 0"),
     (["--learning_rate=nan"], 2, "--learning_rate=nan"),

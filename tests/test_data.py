@@ -259,7 +259,7 @@ def test_auto_falls_back_to_pydocs_and_says_so() -> None:
     notes: list[str] = []
     loaded = load_dataset("auto", block_size=64, notify=notes.append)
     assert loaded.name == "pydocs"
-    assert "taking pydocs" in notes[0]
+    assert "using pydocs" in notes[0]
     assert len(loaded.train[0]) > 300_000
 
 

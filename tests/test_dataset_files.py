@@ -149,7 +149,7 @@ def test_the_text_behind_a_pickled_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "meta.pkl").write_bytes(b"not even a pickle")
     (tmp_path / "input.txt").write_text("to be or not " * 9)
     assert content(load(tmp_path, notes, tokenizer="auto")) == b"to be or not " * 9
-    assert "taking input.txt" in notes[0]
+    assert "input.txt instead" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "x_train.bin", "x_val.bin"])
@@ -195,5 +195,5 @@ def test_one_glob_is_of_one_kind(tmp_path: Path, ids: str, text: str) -> None:
     """Also where the two kinds would be two splits."""
     write_shards(tmp_path, ids)
     (tmp_path / text).write_text("abc " * 20)
-    with pytest.raises(DataError, match=rf"{ids} holds token ids, and .*{text} does not"):
+    with pytest.raises(DataError, match=rf"{ids} holds token ids and .*{text} does not"):
         load(tmp_path / "*")

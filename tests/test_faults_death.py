@@ -23,7 +23,7 @@ def test_an_error_in_the_loop_leaves_the_save_under_way(
     environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str
 ) -> None:
     done = run({**environment, "GPTJAX_FAULT": "raise@22"}, "train.py", *start, expect=65)
-    assert done.stderr.splitlines()[-1] == "error: GPTJAX_FAULT: the data of step 22"
+    assert done.stderr.splitlines()[-1] == "error: GPTJAX_FAULT: the data of step 22 fails"
     assert newest(tmp_path / "out") == 20
     assert digest(resume(environment, tmp_path / "out").stdout) == digest(whole)
 

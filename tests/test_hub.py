@@ -210,7 +210,7 @@ def test_a_poisoned_cache_is_fetched_again(
     data = bytearray(blob.read_bytes())
     data[-5] ^= 1
     blob.write_bytes(data)
-    with offline(server), pytest.raises(DataError, match=r"has sha256 \w{64}, the cache says"):
+    with offline(server), pytest.raises(DataError, match=r"has sha256 \w{64}, but the cache"):
         load_model(NAME, BYTE)
     assert not blob.exists()
     assert_loaded(params)

@@ -171,7 +171,7 @@ def test_broken_lines_are_skipped_and_counted(name: str, tmp_path: Path) -> None
     assert [r["step"] for r in metrics.read_metrics(path, said.append)] == [1, 5]
     if name == "cut short at the end":  # it is in the middle now
         count = 1
-    assert [line for line in said if f"warning: {count} line" in line] == said != []
+    assert [line for line in said if f"skipped {count} line" in line] == said != []
     metrics.draw_losses(metrics.read_metrics(path), tmp_path / "loss.png", "linear")
     metrics.drop_metrics_from(path, 5, said.append)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n' and len(said) == 2

@@ -238,7 +238,7 @@ def test_nanogpts_and_our_own_exports(tmp_path: Path, changes: dict[str, Any]) -
 def test_another_size_is_named(run: Run, source: Source) -> None:
     verify.check_sizes(run.config.model, source)
     erf = source._replace(cfg=dataclasses.replace(source.cfg, activation="gelu"), assumed="Why so")
-    with pytest.raises(DataError, match=r"activation gelu_tanh is gelu there; Why so$"):
+    with pytest.raises(DataError, match=r"activation is gelu_tanh, there gelu; Why so$"):
         verify.check_sizes(run.config.model, erf)
     other = source._replace(cfg=tiny(vocab_size=256, n_layer=3, block_size=64))
     with pytest.raises(DataError, match="n_layer 2 is 3 there"):

@@ -49,7 +49,7 @@ INSTEAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zeros": (lambda data: bytes(5000), "zero bytes"),
     "half of it": (lambda data: data[: len(data) // 2], "cut short"),
     "its beginning": (lambda data: data[:600], "cut short"),
-    "gzip": (gzip.compress, "packed by gzip"),
+    "gzip": (gzip.compress, "compressed by gzip"),
     "tar": (tar, "a tar archive"),
     "zip": (zipped, "weights/config.json"),
     "GGUF": (lambda data: b"GGUF\x03\0\0\0" + bytes(90), "a GGUF file"),
