@@ -12,6 +12,7 @@ from gptjax import kv_cache, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError, UsageError
 from gptjax.kv_cache import KVCache
+from gptjax.settings import fields_of
 
 from .helpers import count_programs, scaled_params, tiny
 
@@ -164,6 +165,31 @@ def test_in_place_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PROBABILITIES = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
 LOGITS = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]])) + 3.0
+
+
+SAYS = {  # a value that leaves only the likeliest token, or makes it rare
+    "temperature": 0.0,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 1.0,
+    "repetition_penalty": 1e6,
+}
+
+
+@pytest.mark.parametrize("name", fields_of(SampleConfig))
+def test_every_setting_has_a_say(name: str) -> None:
+    logits = jnp.tile(LOGITS[:1], (200, 1))
+    seen = jnp.zeros(logits.shape, bool).at[:, 1].set(True)  # the likeliest
+    keys = jax.random.split(jax.random.key(0), 200)
+    plain, drawn = (
+        np.bincount(sampling.sample_token(logits, keys, seen, how), minlength=5)[1]
+        for how in (
+            SampleConfig(temperature=1),
+            SampleConfig(**{"temperature": 1, name: SAYS[name]}),
+        )
+    )
+    assert 60 < plain < 100
+    assert drawn < 30 if name == "repetition_penalty" else drawn == 200
 
 
 def support(logits_BV: jax.Array) -> list[set[int]]:

@@ -1,6 +1,7 @@
 """Each setting says what it is, its choices are those of the code, and older runs lack none."""
 
 import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import convert_gpt2
 import sample
 from gptjax import attention, functions, presets, sharding, tokenizer
+from gptjax.__main__ import COMMANDS
 from gptjax.checkpoints.record import check_record
-from gptjax.commands import doctor, evaluate
+from gptjax.commands import evaluate
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig
 from gptjax.config_file import RENAMED, complete, load_config, to_json
 from gptjax.data import datasets
@@ -24,9 +26,13 @@ from gptjax.training.settings import read_settings
 
 from .test_resume import record
 
-PROGRAMS = [
-    *(TrainConfig, sample.SamplerConfig, evaluate.EvaluateConfig, doctor.DoctorConfig),
-    *(convert_gpt2.ImportConfig, convert_gpt2.ExportConfig, convert_gpt2.VerifyConfig),
+MODULES = [importlib.import_module(module) for module in COMMANDS.values()]
+PROGRAMS: list[Any] = [TrainConfig]  # and what each command has of its own
+PROGRAMS += [
+    config
+    for module in MODULES
+    for config in vars(module).values()
+    if dataclasses.is_dataclass(config) and config.__module__ == module.__name__
 ]
 
 
