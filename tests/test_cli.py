@@ -64,7 +64,7 @@ TRAIN_MISTAKES = [
     (["--optimizer=sgd"], 2, "sgd"),
     (["--dataset=tinyshakespear"], 2, "did you mean tinyshakespeare?"),
     (["--dataset=nowhere.txt"], 2, "no such name, file, folder or glob"),
-    (["--dataset=tinyshakespeare"], 65, "tinyshakespeare is not to be had"),
+    (["--dataset=tinyshakespeare"], 65, "cannot get tinyshakespeare"),
     (["--val_dataset=nowhere"], 2, "--val_dataset=nowhere: no such name"),
     (["--val_fraction=1"], 2, "--val_fraction=1.0: must be above 0 and below 1"),
     (["--dataset={tmp}/empty.txt"], 65, "0 characters"),
