@@ -16,7 +16,7 @@ from gptjax.training.feed import BatchFeed
 from gptjax.training.replay import replay
 from gptjax.training.resume_check import resume_check
 from gptjax.training.run_log import RunLog
-from gptjax.training.settings import read_settings
+from gptjax.training.run_settings import read_settings
 from gptjax.training.start import (
     TrainingRun,
     hold_folder,

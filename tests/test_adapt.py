@@ -19,7 +19,7 @@ from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import adapt, origin
-from gptjax.training.settings import read_settings
+from gptjax.training.run_settings import read_settings
 
 
 def parse(tmp_path: Path, *argv: str) -> TrainConfig:

@@ -22,7 +22,7 @@ from gptjax.errors import UsageError
 from gptjax.settings import Role, architecture, fields_of, flatten, names, once, run
 from gptjax.terminal import flags, nanogpt_flags
 from gptjax.training import optimizer
-from gptjax.training.settings import read_settings
+from gptjax.training.run_settings import read_settings
 
 from .test_resume import record
 

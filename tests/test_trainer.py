@@ -28,7 +28,7 @@ from gptjax.training import faults, plan
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
 from gptjax.training.metrics import Record
 from gptjax.training.run_log import RunLog
-from gptjax.training.settings import name_settings
+from gptjax.training.run_settings import name_settings
 from gptjax.training.start import (
     Progress,
     TrainingRun,

@@ -28,7 +28,7 @@ from gptjax.tokenizer import Tokenizer, save_tokenizer
 from gptjax.training import bad_steps, faults, metrics, origin, plan
 from gptjax.training.adapt import fit_batch
 from gptjax.training.failures import explain_failures
-from gptjax.training.settings import name_settings, settings_to_go_on
+from gptjax.training.run_settings import name_settings, settings_to_go_on
 from gptjax.training.step import TrainState, init_state
 
 
