@@ -241,7 +241,7 @@ def test_another_size_is_named(run: Run, source: Source) -> None:
     with pytest.raises(DataError, match=r"activation is gelu_tanh, there gelu; Why so$"):
         verify.check_sizes(run.config.model, erf)
     other = source._replace(cfg=tiny(vocab_size=256, n_layer=3, block_size=64))
-    with pytest.raises(DataError, match="n_layer 2 is 3 there"):
+    with pytest.raises(DataError, match="n_layer is 2, there 3"):
         verify.check_sizes(run.config.model, other)
 
 
