@@ -23,9 +23,7 @@ def test_a_flipped_bit_costs_one_interval(environment: Environment, out: Path, w
     step = step_folder(out, 40)
     flip(max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
     done = resume(environment, out)
-    assert re.search(
-        r"warning: cannot use step 40 .*: sha256 mismatch in .*; moved to quar", done.stdout
-    )
+    assert re.search(r"warning: cannot use step 40 .* has sha256 .*; moved to quar", done.stdout)
     assert "resuming at step 30" in done.stdout
     assert digest(done.stdout) == digest(whole)
 

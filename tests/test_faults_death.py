@@ -166,7 +166,7 @@ def test_a_stop_on_a_step_that_is_saved_anyway(
     environment: Environment, start: tuple[str, ...], tmp_path: Path, whole: str
 ) -> None:
     done = run(environment, "train.py", *start, "--stop_step=20")
-    assert "saved step 20, as --stop_step=20 says" in done.stdout
+    assert "saved step 20, as --stop_step=20" in done.stdout
     assert digest(resume(environment, tmp_path / "out").stdout) == digest(whole)
 
 

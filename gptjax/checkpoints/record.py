@@ -105,7 +105,7 @@ def check_record(
 
     def show(name: str) -> str:
         if name in ("data", "tokenizer"):
-            return f"other {name}"
+            return "other data" if name == "data" else "another tokenizer"
         return f"{name}={before[name]}, you asked for {now[name]}"
 
     fixed = [show(name) for name in changed if name in FIXED]
@@ -121,7 +121,7 @@ def check_record(
         )
     for name in changed:
         if name in ("data", "tokenizer"):
-            notify(f"resuming with other {name} than the checkpoint has")
+            notify(f"resuming with {show(name)} than the checkpoint has")
         else:
             notify(f"resuming with {name}={now[name]}, it was {before[name]}")
     for kind in ("versions", "machine"):
