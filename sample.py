@@ -39,8 +39,7 @@ class SamplerConfig:
         "best", "Step to load: best (by validation loss), latest, or its number."
     )
     dtype: DType = once(
-        "auto",
-        "Data type of the computation. auto is bfloat16 on a GPU or TPU, and float32 on a CPU.",
+        "auto", "Type to compute in. auto is bfloat16 on a GPU or TPU, and float32 on a CPU."
     )
     start: tuple[str, ...] = once(
         (),
@@ -52,8 +51,7 @@ class SamplerConfig:
     num_samples: int = once(1, "Number of samples for each prompt.")
     max_new_tokens: int = once(500, "Number of tokens to generate for each sample.")
     seed: int = once(
-        1337,
-        "Random seed. A sample depends only on its prompt, the seed and its number.",
+        1337, "Random seed. A sample depends only on its prompt, the seed and its number."
     )
     stop: tuple[str, ...] = once((), "Strings that end a sample; they are not printed.")
     ignore_eot: bool = once(False, "Continue after the end-of-text token.")

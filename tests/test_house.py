@@ -99,6 +99,22 @@ def test_a_library_is_imported_where_the_table_says(library: str) -> None:
     assert found == LIBRARIES[library] - {"no file"}
 
 
+def test_the_trainer_reads_top_to_bottom() -> None:
+    """A loop that grows closures, or knows half of the package, has to be taken apart again."""
+    path = ROOT / "train.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Nonlocal) for node in ast.walk(tree))
+    train = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    assert train.end_lineno is not None and train.end_lineno - train.lineno < 120
+    assert len({module_of(name) for name in imported(path)} - {None}) <= 15
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_is_short_enough_to_be_read(path: Path) -> None:
+    limit = 250 if path.name in SCRIPTS else 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
 def test_nothing_runs_code_from_files() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
