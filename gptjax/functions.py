@@ -7,6 +7,7 @@ N tokens, D width.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,16 @@ from jax import Array
 
 EPSILON = 1e-5  # of LayerNorm; flax's default is 1e-6
 GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+def on_rows(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Return a function of arrays (..., D), computed on them as (N, D).
+
+    XLA fuses it with the products around it only where it has their shape. In bfloat16 on a CPU
+    each value is rounded more often otherwise, and the logits' error is 3 to 9 % larger.
+    """
+    rows = (array.reshape(-1, array.shape[-1]) for array in arrays)
+    return function(*rows).reshape(arrays[0].shape)
 
 
 @jax.custom_vjp

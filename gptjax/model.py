@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 
 from gptjax.attention import ATTENTION, CACHED_ATTENTION, choose_attention
 from gptjax.config import GPTConfig
-from gptjax.functions import ACTIVATIONS, layer_norm
+from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
 from gptjax.kv_cache import KVCache
 
 Params = dict[str, Any]
@@ -51,8 +51,7 @@ def resolve(cfg: GPTConfig) -> GPTConfig:
 def linear(cfg: GPTConfig, x: Array, features: int, name: str, dropout: float = 0.0) -> Array:
     """Return x W + b, (..., in) -> (..., features), with parameters of this name, then dropout.
 
-    The product is two-dimensional: XLA's weight gradients are up to twice as slow for (B, T, in),
-    on CPU and GPU alike.
+    The product is two-dimensional: XLA's weight gradients are up to twice as slow for (B, T, in).
     """
     std = INIT_STD / math.sqrt(2 * cfg.n_layer) if name == "c_proj" else INIT_STD
     normal = nn.initializers.normal(std)
@@ -97,7 +96,8 @@ class CausalSelfAttention(nn.Module):
             # Its gradient is put together once then, not for each of the two products that read it:
             # 1 % of a GPT-2 step.
             qkv = jax.lax.optimization_barrier(qkv)
-        q, k, v = (x.reshape(B, T, cfg.n_head, cfg.head_dim) for x in jnp.split(qkv, 3, axis=-1))
+        parts = jnp.split(qkv.reshape(B * T, 3 * D), 3, axis=1)
+        q, k, v = (part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in parts)
         if cache is None:
             key = self.make_rng("dropout") if dropout > 0 else None
             y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=dropout, key=key)
@@ -118,7 +118,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: Array) -> Array:
         """Return (B, T, D) for (B, T, D)."""
         cfg, D = self.cfg, x_BTD.shape[-1]
-        x_BTF = ACTIVATIONS[cfg.activation](linear(cfg, x_BTD, 4 * D, "c_fc"))
+        x_BTF = on_rows(ACTIVATIONS[cfg.activation], linear(cfg, x_BTD, 4 * D, "c_fc"))
         return linear(cfg, x_BTF, D, "c_proj", cfg.dropout if self.train else 0.0)
 
 
@@ -135,9 +135,9 @@ class Block(nn.Module):
         """Return the output (B, T, D) of block number `layer`, and the cache with these tokens."""
         attn = CausalSelfAttention(self.cfg, self.train, name="attn")
         y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = on_rows(jnp.add, x_BTD, y_BTD)
         mlp = MLP(self.cfg, self.train, name="mlp")
-        return x_BTD + mlp(LayerNorm(self.cfg, name="ln_2")(x_BTD)), cache
+        return on_rows(jnp.add, x_BTD, mlp(LayerNorm(self.cfg, name="ln_2")(x_BTD))), cache
 
 
 # ---- The parameters ------------------------------------------------------------------------------

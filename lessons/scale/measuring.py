@@ -56,16 +56,16 @@ def batch(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     return batches.sample_batch(data.train, n_vocab=cfg.vocab_size, seed=0, step=step, **sizes)
 
 
-def make_step(config: TrainConfig) -> tuple[Any, Any]:
-    """gptjax's training step on one device, and a function that makes its first state."""
+def make_step(config: TrainConfig) -> tuple[Callable[..., Any], TrainState]:
+    """gptjax's training step on one device, and the shapes of its state."""
     abstract = abstract_state(config, sharding.make_mesh(jax.devices()[:1]))
-    return make_train_step(config, abstract), lambda: init_state(config, abstract)
+    return make_train_step(config, abstract), abstract
 
 
 def train(config: TrainConfig, data: Dataset) -> tuple[TrainState, list[float]]:
     """The state after all steps, and their losses."""
-    step, init = make_step(config)
-    state, losses = init(), []
+    step, abstract = make_step(config)
+    state, losses = init_state(config, abstract), []
     for i in range(config.max_iters):
         state, metrics = step(state, batch(data, config, i)[None, None])
         losses.append(metrics["loss"])

@@ -43,16 +43,15 @@ def account(cfg: GPTConfig, rows: int, number: int = 2) -> dict[str, float]:
 
 def step_memory(cfg: GPTConfig, rows: int) -> Any:
     """What XLA says that a training step needs."""
-    step, init = make_step(TrainConfig(model=cfg, batch_size=rows))
+    step, abstract = make_step(TrainConfig(model=cfg, batch_size=rows))
     windows = jax.ShapeDtypeStruct((1, 1, rows, cfg.block_size + 1), jnp.int32)
-    return xla_memory(step, jax.eval_shape(init, jax.random.key(0)), windows)
+    return xla_memory(step, abstract, windows)
 
 
 def step_call(cfg: GPTConfig, rows: int) -> Callable[[], Array]:
     """A call that trains one step."""
-    step, init = make_step(TrainConfig(model=cfg, batch_size=rows))
+    step, shapes = make_step(TrainConfig(model=cfg, batch_size=rows))
     windows = np.zeros((1, 1, rows, cfg.block_size + 1), np.int32)
-    shapes = jax.eval_shape(init, jax.random.key(0))
     states = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)]  # as fast as any other
 
     def run() -> Array:
