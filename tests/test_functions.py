@@ -101,3 +101,15 @@ def test_the_two_forms_are_not_the_same() -> None:
     """By 5e-4 at most, as the docstring says: more than a tolerance, less than a look shows."""
     tanh, erf = (values(ACTIVATIONS[name], X)[0] for name in ("gelu_tanh", "gelu"))
     assert 4e-4 < np.abs(tanh - erf).max() < 5e-4
+
+
+def test_on_rows_the_function_sees_two_dimensions() -> None:
+    shapes = []
+
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        shapes.append((x.shape, y.shape))
+        return x + y
+
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    assert np.array_equal(functions.on_rows(add, x, 2 * x), 3 * x)
+    assert shapes == [((6, 4), (6, 4))]
