@@ -171,10 +171,7 @@ def param_shapes(cfg: GPTConfig) -> Params:
 
 
 def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:
-    """Return how many parameters the model has, padding rows left out: 124,439,808 for GPT-2 small.
-
-    Entries of the tree in `without`, such as wpe, are left out too.
-    """
+    """Return how many parameters there are; padding rows and entries in `without` do not count."""
     shapes = param_shapes(dataclasses.replace(cfg, vocab_multiple=1))
     counted = [part for name, part in shapes.items() if name not in without]
     return sum(leaf.size for leaf in jax.tree.leaves(counted))
@@ -228,7 +225,6 @@ def hidden_states(
     Returns:
         (B, T, D) in the compute dtype, and the cache with these tokens, or None.
     """
-    assert cache is None or dropout_key is None, "decoding has no dropout"
     x_BTD = embed(cfg, params, tokens_BT, cache)
     block = Block(cfg, train=dropout_key is not None)
     keys_L = None
@@ -245,15 +241,17 @@ def hidden_states(
             cache = cache.advance(tokens_BT.shape[1])
     else:
         assert cache is None, "decoding reads unstacked layers"
-        unroll = cfg.unroll or cfg.n_layer
+        unroll, shape = cfg.unroll or cfg.n_layer, x_BTD.shape
 
-        def step(x_BTD: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
-            return apply(block, layer[0], x_BTD, key=layer[1])
+        def step(x_ND: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+            x_BTD, _ = apply(block, layer[0], x_ND.reshape(shape), key=layer[1])
+            return x_BTD.reshape(x_ND.shape), None  # rows between blocks too: see `on_rows`
 
         if cfg.remat:
             # Unrolled, XLA would see the recomputed block beside the first and merge the two.
             step = jax.checkpoint(step, prevent_cse=unroll > 1)
-        x_BTD, _ = jax.lax.scan(step, x_BTD, (params["h"], keys_L), unroll=unroll)
+        rows_ND, layers = x_BTD.reshape(-1, cfg.n_embd), (params["h"], keys_L)
+        x_BTD = jax.lax.scan(step, rows_ND, layers, unroll=unroll)[0].reshape(shape)
     return apply(LayerNorm(cfg), params["ln_f"], x_BTD), cache
 
 
