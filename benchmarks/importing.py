@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from gptjax.config import GPTConfig
 from gptjax.conversion import huggingface, llmc
-from gptjax.conversion.huggingface import format_config
+from gptjax.conversion.hf_config import format_config
 from gptjax.conversion.tensors import LIMITS, is_linear, read_params, slots
 from gptjax.presets import PRESETS
 from tests.test_tf_checkpoint import HEADER, block, entry, table

@@ -45,10 +45,10 @@ class GPTConfig:
         128, "Pad the rows of the embedding to a multiple of this, for speed; 1 adds none."
     )
     bias: bool = architecture(True, "Whether linear layers and LayerNorms have biases.")
+    tie_head: bool = architecture(True, "Use the token embedding as head too, as GPT-2 does.")
     activation: Activation = architecture(
         "gelu_tanh",
         "Activation function of the MLP: gelu_tanh is GPT-2's, gelu the exact form, nanoGPT's.",
-        older="gelu_tanh",
     )
     dropout: float = experiment(0.0, "Probability of dropping an activation in training.")
     dtype: DType = experiment(

@@ -2,7 +2,7 @@
 
 The tree is the interface that optimizer, shardings, checkpoints and converter speak of:
 
-    wte/embedding (V, D)         token embedding, and as its transpose the head
+    wte/embedding (V, D)         token embedding, and as its transpose the head, if that is tied
     wpe/embedding (S, D)         position embedding
     h/ln_1/{scale,bias} (L, D)   h holds all blocks, stacked on a leading layer axis
     h/attn/c_attn/{kernel (L, D, 3D), bias (L, 3D)}
@@ -11,6 +11,7 @@ The tree is the interface that optimizer, shardings, checkpoints and converter s
     h/mlp/c_fc/{kernel (L, D, F), bias (L, F)}
     h/mlp/c_proj/{kernel (L, F, D), bias (L, D)}
     ln_f/{scale,bias} (D)
+    lm_head/embedding (V, D)     its transpose is the head, if that is not tied (tie_head off)
 
 B batch, T query time, N tokens in all (B*T), S context time, D width, H heads, K head dim, F = 4D,
 V vocabulary (padded), L layers.
@@ -146,22 +147,25 @@ class Block(nn.Module):
 def init_params(cfg: GPTConfig, key: Array) -> Params:
     """Return fresh float32 parameters, the tree of this module's docstring.
 
-    Kernels and embeddings are N(0, 0.02), the two projections into the residual stream
-    N(0, 0.02 / sqrt(2L)); biases and the padding rows of wte are 0, scales 1. Source: Radford et
-    al. 2019, section 2.3, and OpenAI's code.
+    Kernels and embeddings are N(0, 0.02), projections into the residual stream N(0, 0.02/sqrt(2L)),
+    biases and padding rows 0, scales 1. Source: Radford et al. 2019, 2.3, and OpenAI's code.
     """
     # Parameters do not depend on these two, but cudnn attention does on the machine.
     cfg = dataclasses.replace(cfg, attention="xla", dtype="float32")
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
     normal, x_BTD = nn.initializers.normal(INIT_STD), jnp.zeros((1, 1, cfg.n_embd))
-    wte_VD = normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd))
     keys_L = jax.random.split(h_key, cfg.n_layer)
-    return {
-        "wte": {"embedding": wte_VD.at[cfg.vocab_size :].set(0)},
+    shape_VD, V = (cfg.padded_vocab_size, cfg.n_embd), cfg.vocab_size
+    params = {
+        "wte": {"embedding": normal(wte_key, shape_VD).at[V:].set(0)},
         "wpe": {"embedding": normal(wpe_key, (cfg.block_size, cfg.n_embd))},
         "h": jax.vmap(lambda key: Block(cfg).init(key, x_BTD)["params"])(keys_L),
         "ln_f": LayerNorm(cfg).init(key, x_BTD)["params"],
     }
+    if not cfg.tie_head:
+        head_VD = normal(jax.random.fold_in(key, 3), shape_VD)
+        params["lm_head"] = {"embedding": head_VD.at[V:].set(0)}
+    return params
 
 
 @functools.lru_cache(maxsize=32)
@@ -213,7 +217,7 @@ def hidden_states(
     dropout_key: Array | None = None,
     cache: KVCache | None = None,
 ) -> tuple[Array, KVCache | None]:
-    """Return the final hidden states, after ln_f, and the longer cache.
+    """Return the final hidden states (B, T, D), after ln_f and in cfg.dtype, and the longer cache.
 
     Args:
         cfg: the model, without "auto" (see `resolve`).
@@ -221,9 +225,6 @@ def hidden_states(
         tokens_BT: ids below cfg.vocab_size (unchecked: JAX clamps or fills silently).
         dropout_key: random key; turns dropout on. Not with a cache.
         cache: keys and values of the tokens before these; T must fit behind them.
-
-    Returns:
-        (B, T, D) in the compute dtype, and the cache with these tokens, or None.
     """
     x_BTD = embed(cfg, params, tokens_BT, cache)
     block = Block(cfg, train=dropout_key is not None)
@@ -261,12 +262,13 @@ def apply(module: nn.Module, params: Params, *inputs: object, key: Array | None 
 
 
 def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float32) -> Array:
-    """Return logits (..., V) of hidden states (..., D), using the transposed token embedding.
+    """Return logits (..., V) of hidden states (..., D), by the tied or untied head.
 
     The columns of padding rows are -inf, so that no loss and no sampler ever sees them.
     """
-    wte_VD, x_ND = params["wte"]["embedding"].astype(cfg.dtype), x.reshape(-1, x.shape[-1])
-    logits_NV = jnp.einsum("ND,VD->NV", x_ND, wte_VD, preferred_element_type=dtype)
+    name, x_ND = "wte" if cfg.tie_head else "lm_head", x.reshape(-1, x.shape[-1])
+    head_VD = params[name]["embedding"].astype(cfg.dtype)
+    logits_NV = jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)
     if cfg.padded_vocab_size > cfg.vocab_size:
         is_token_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
         logits_NV = jnp.where(is_token_V[None], logits_NV, -jnp.inf)

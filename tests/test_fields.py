@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gptjax.conversion import huggingface, nanogpt
+from gptjax.conversion import hf_config, nanogpt
 from gptjax.conversion.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
 from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import DataError
@@ -13,7 +13,7 @@ from gptjax.terminal import flags
 from .helpers import tiny
 
 CFG = tiny(vocab_size=100, vocab_multiple=128)
-GPT2 = huggingface.format_config(CFG, None)
+GPT2 = hf_config.format_config(CFG, None)
 
 HARMLESS_ONES: dict[str, dict[str, object]] = {
     "what newer transformers write": {
@@ -65,7 +65,7 @@ HARMLESS_ONES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("case", HARMLESS_ONES)
 def test_harmless_fields_pass(case: str) -> None:
-    cfg = huggingface.parse_config({**GPT2, **HARMLESS_ONES[case]}, "here")
+    cfg = hf_config.parse_config({**GPT2, **HARMLESS_ONES[case]}, "here")
     assert cfg.n_embd == 32
 
 
@@ -81,7 +81,7 @@ CHANGING_ONES = [
     *({"use_rms": True}, {"norm": "rmsnorm"}, {"position_embedding": "rotary"}, {"moe": 2}),
     *({"layer_norm_eps": 1e-6}, {"quantization": {"bits": 4}}, {"adapters": {"a": 1}}),
     # and of those that GPT-2 has itself
-    *({"scale_attn_weights": 1}, {"scale_attn_weights": None}, {"tie_word_embeddings": False}),
+    *({"scale_attn_weights": 1}, {"scale_attn_weights": None}, {"tie_weights": False}),
     *({"add_cross_attention": 1}, {"layer_norm_epsilon": 1e-6}, {"n_inner": 64}),
     {"scale_attn_by_inverse_layer_idx": True},
 ]
@@ -93,7 +93,7 @@ def test_what_changes_the_computation_is_never_accepted(changes: dict[str, Any])
     (name,) = changes
     for accept in ((), (name,)):
         with pytest.raises(DataError) as error:
-            huggingface.parse_config({**GPT2, **changes}, "here", accept)
+            hf_config.parse_config({**GPT2, **changes}, "here", accept)
         assert name in str(error.value) and "accept" not in str(error.value)
 
 
@@ -101,16 +101,16 @@ def test_what_changes_the_computation_is_never_accepted(changes: dict[str, Any])
 def test_an_unknown_field_must_be_accepted_by_name(value: Any) -> None:
     fields = {**GPT2, "nobody": value, "somebody": 1, "silent": None}
     with pytest.raises(DataError) as error:
-        huggingface.parse_config(fields, "here")
+        hf_config.parse_config(fields, "here")
     assert "--accept_fields=nobody,somebody (" in str(error.value)
     with pytest.raises(DataError, match="somebody=1 is unknown"):
-        huggingface.parse_config(fields, "here", ["nobody"])
-    assert huggingface.parse_config(fields, "here", ["nobody", "somebody"]).n_layer == 2
+        hf_config.parse_config(fields, "here", ["nobody"])
+    assert hf_config.parse_config(fields, "here", ["nobody", "somebody"]).n_layer == 2
 
 
 def test_a_flag_that_would_not_help_is_not_proposed() -> None:
     with pytest.raises(DataError) as error:
-        huggingface.parse_config({**GPT2, "nobody": 1, "alibi": True}, "here")
+        hf_config.parse_config({**GPT2, "nobody": 1, "alibi": True}, "here")
     assert "nobody=1 is unknown" in str(error.value) and "--accept" not in str(error.value)
 
 
@@ -123,19 +123,19 @@ def test_the_flag_is_a_list_of_names() -> None:
 def test_no_field_is_on_two_lists() -> None:
     lists = [HARMLESS, set(CHANGING), MUST_BE_TRUE, set(SAME_AS)]
     assert len(set().union(*lists)) == sum(map(len, lists))
-    assert not HARMLESS & set(huggingface.MUST_BE)
+    assert not HARMLESS & set(hf_config.MUST_BE)
 
 
 def test_long_values_are_cut() -> None:
     with pytest.raises(DataError) as error:
-        huggingface.parse_config({**GPT2, **{f"x{i}": "y" * 9999 for i in range(50)}}, "here")
+        hf_config.parse_config({**GPT2, **{f"x{i}": "y" * 9999 for i in range(50)}}, "here")
     assert "and 30 more" in str(error.value) and len(str(error.value)) < 4000
 
 
 def test_of_another_model_its_name_is_enough() -> None:
     llama = {"model_type": "llama", "hidden_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
     with pytest.raises(DataError) as error:
-        huggingface.parse_config(llama, "here")
+        hf_config.parse_config(llama, "here")
     assert str(error.value) == (
         "cannot use this model (here): model_type='llama', gptjax computes 'gpt2'"
     )

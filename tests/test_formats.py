@@ -160,7 +160,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another epsilon": ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
     "scaled by layer": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
     "unscaled": ({"scale_attn_weights": False}, "scale_attn_weights"),
-    "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    "untied without a head": ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    "tied in a word": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
     "cross attention": ({"add_cross_attention": True}, "add_cross_attention"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "another model": ({"model_type": "llama"}, "model_type='llama'"),
@@ -202,6 +203,26 @@ def test_the_activation_goes_out_and_comes_back(
     assert_same(huggingface.open_folder(tmp_path), params, cfg)
     said = json.loads((tmp_path / "config.json").read_text())["activation_function"]
     assert said == {"gelu_tanh": "gelu_new", "gelu": "gelu"}[activation]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_an_untied_head_goes_out_and_comes_back(tmp_path: Path, equal: bool) -> None:
+    """Also one whose numbers are those of the embedding: it is what config.json says."""
+    cfg = dataclasses.replace(CFG, tie_head=False)
+    params = jax.device_get(scaled_params(cfg, jax.random.key(1)))
+    assert not np.array_equal(params["lm_head"]["embedding"], params["wte"]["embedding"])
+    if equal:
+        params["lm_head"] = params["wte"]
+    huggingface.write_folder(tmp_path, cfg, params, None)
+    assert_same(huggingface.open_folder(tmp_path), params, cfg)
+    assert load_file(tmp_path / "model.safetensors")[HEAD].shape == (100, 32)
+    edit_json(tmp_path / "config.json", tie_word_embeddings=True)
+    if equal:
+        del params["lm_head"]
+        return assert_same(huggingface.open_folder(tmp_path), params)
+    with pytest.raises(DataError, match="tie_word_embeddings"):
+        read_params(huggingface.open_folder(tmp_path))
+    return None
 
 
 def test_an_activation_of_transformers_is_ours_or_refused(folder: Path) -> None:

@@ -84,11 +84,13 @@ def test_tree_is_the_documented_one() -> None:
 
 
 def test_initial_statistics() -> None:
-    cfg = tiny(n_layer=8, n_embd=128)
+    cfg = tiny(n_layer=8, n_embd=128, tie_head=False)
     params = init_params(cfg, jax.random.key(0))
+    rows = [params[name]["embedding"] for name in ("wte", "lm_head")]
+    assert abs(np.corrcoef(*(np.ravel(row) for row in rows))[0, 1]) < 0.05
     h = params["h"]
     for kernel, std in (
-        (params["wte"]["embedding"][: cfg.vocab_size], 0.02),
+        *((row[: cfg.vocab_size], 0.02) for row in rows),
         (h["attn"]["c_attn"]["kernel"], 0.02),
         (h["mlp"]["c_fc"]["kernel"], 0.02),
         (h["attn"]["c_proj"]["kernel"], 0.02 / math.sqrt(16)),
@@ -97,7 +99,7 @@ def test_initial_statistics() -> None:
         assert abs(float(kernel.std()) / std - 1) <= 0.03
         assert abs(float(kernel.mean())) <= 0.03 * std
     assert float(jnp.abs(h["mlp"]["c_fc"]["bias"]).max()) == 0
-    assert float(jnp.abs(params["wte"]["embedding"][cfg.vocab_size :]).max()) == 0
+    assert all(float(jnp.abs(row[cfg.vocab_size :]).max()) == 0 for row in rows)
     layers = h["attn"]["c_attn"]["kernel"]
     assert not np.array_equal(layers[0], layers[1])
 

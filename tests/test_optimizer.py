@@ -39,6 +39,16 @@ def test_decay_touches_no_bias_and_no_layer_norm() -> None:
     assert by_dimension != optimizer.decay_mask(PARAMS)
 
 
+def test_an_untied_head_is_decayed_and_no_matrix_of_muon() -> None:
+    params = {"lm_head": {"embedding": PARAMS["wte"]["embedding"]}, **PARAMS}
+    assert paths(optimizer.decay_mask(params))["lm_head/embedding"]
+    config = TrainConfig(optimizer="muon", warmup_iters=0, weight_decay=0.0)
+    tx = optimizer.make_optimizer(config)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    # Adam's first step is the learning rate in every entry; Muon's is far from it.
+    assert np.abs(updates["lm_head"]["embedding"]).max() == pytest.approx(6e-4, rel=0.01)
+
+
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_without_gradient_only_decayed_parameters_move(name: str) -> None:
     config = TrainConfig(optimizer=name, warmup_iters=0)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class TorchGPT(nn.Module):
-    """Tokens (B, T) to logits (B, T, V), head tied to the token embedding."""
+    """Tokens (B, T) to logits (B, T, V), by a head that is tied to the token embedding or not."""
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
@@ -49,6 +49,8 @@ class TorchGPT(nn.Module):
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.h = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+        V, D = self.wte.weight.shape
+        self.lm_head = None if cfg.tie_head else nn.Embedding(V, D)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -58,7 +60,7 @@ class TorchGPT(nn.Module):
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.h:
             x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return F.linear(self.ln_f(x), (self.lm_head or self.wte).weight)
 
 
 def make_adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -98,7 +100,11 @@ def train_step(
 def modules(model: TorchGPT) -> list[tuple[str, list[nn.Module]]]:
     """Our names with the twin's modules: one for each layer under h, else a single one."""
     blocks = [block for block in model.h if isinstance(block, Block)]
+    head: list[tuple[str, list[nn.Module]]] = (
+        [("lm_head", [model.lm_head])] if model.lm_head else []
+    )
     return [
+        *head,
         ("wte", [model.wte]),
         ("wpe", [model.wpe]),
         ("h/ln_1", [block.ln_1 for block in blocks]),

@@ -5,23 +5,19 @@ import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.fields import ACTIVATIONS, check_fields, is_one_of, says_nothing, shown
+from gptjax.conversion.hf_config import format_config, parse_config, stored_name
+from gptjax.conversion.published_names import published_names
 from gptjax.conversion.tensors import (
     FLOATS,
-    LIMITS,
     Source,
     Table,
-    make_config,
     named_tensors,
-    published_names,
-    size_problems,
     slots,
     some_of_each,
 )
@@ -35,103 +31,6 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"  # peft's
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which is no weight
-
-# ---- config.json ---------------------------------------------------------------------------------
-
-# What a field may say for the model to be the one that gptjax computes.
-MUST_BE: dict[str, tuple[object, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": tuple(ACTIVATIONS),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-    "tie_word_embeddings": (True,),
-    "quantization_config": (None,),
-    "pruned_heads": ({},),
-}
-
-
-def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = ()) -> GPTConfig:
-    """Return the model that a config.json describes.
-
-    Args:
-        fields: what the file says.
-        where: its path, for the message.
-        accept: fields that gptjax does not know and the user vouches for.
-
-    Raises:
-        DataError: it describes another architecture, sizes beyond belief, or has fields that
-            gptjax does not know, all listed at once.
-    """
-    if fields.get("model_type", "gpt2") != "gpt2":  # all its fields are another model's
-        fields = {"model_type": fields["model_type"]}
-        check_fields(fields, fields, where, [must_be("model_type", fields["model_type"])])
-    sizes: dict[str, Any] = {name: fields.get(name) for name in LIMITS}
-    sizes["block_size"] = fields.get("n_positions", fields.get("n_ctx"))
-    problems = size_problems(sizes)
-    ours = fields.get("gptjax") or {}
-    for name, allowed in MUST_BE.items():
-        if name in fields and not is_one_of(fields[name], allowed):
-            if says_nothing(fields[name]) and any(map(says_nothing, allowed)):
-                continue
-            problems.append(must_be(name, fields[name]))
-    if (
-        not isinstance(ours, dict)
-        or not set(ours) <= {"bias", "vocab_multiple"}
-        or type(ours.get("bias", True)) is not bool
-    ):
-        problems.append(f"gptjax={ours!r}, expected bias and vocab_multiple")
-        ours = {}
-    multiple = ours.get("vocab_multiple", 128)
-    if type(multiple) is not int or not 1 <= multiple <= 2**16:
-        problems.append(f"gptjax.vocab_multiple={multiple!r}, expected 1 to {2**16:,}")
-    inner = fields.get("n_inner")
-    if inner is not None and not problems and inner != 4 * sizes["n_embd"]:
-        problems.append(f"n_inner={inner!r}, gptjax computes 4 n_embd")
-    known = {"n_positions", "n_inner", "gptjax"} | set(MUST_BE) | set(LIMITS)
-    check_fields(fields, known, where, problems, accept)
-    return make_config(
-        sizes,
-        where,
-        vocab_multiple=multiple,
-        bias=ours.get("bias", True),
-        activation=ACTIVATIONS[fields.get("activation_function", "gelu_new")],
-    )
-
-
-def must_be(name: str, value: object) -> str:
-    """Return the message for a field whose value is not GPT-2's."""
-    if name == "quantization_config":
-        return f"{shown(name, value)}: take the model from before it was quantised"
-    return f"{shown(name, value)}, gptjax computes {' or '.join(map(repr, MUST_BE[name]))}"
-
-
-def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, object]:
-    """Return config.json for transformers; its field `gptjax` has what the format cannot say."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_embd": cfg.n_embd,
-        "n_positions": cfg.block_size,
-        "vocab_size": cfg.vocab_size,
-        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[cfg.activation],
-        "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": cfg.dropout,
-        "embd_pdrop": cfg.dropout,
-        "resid_pdrop": cfg.dropout,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-        "gptjax": {"bias": cfg.bias, "vocab_multiple": cfg.vocab_multiple},
-    }
-
-
-# ---- Weights -------------------------------------------------------------------------------------
 
 
 def open_folder(
@@ -182,7 +81,7 @@ def open_folder(
         drop_zero_biases(cfg, table, readers, folder)
     # transformers reads that folder alike only if it chooses the file and knows its names.
     alike = file is None and all(
-        stored in (tensor, f"transformer.{tensor}") for stored, tensor in names.items()
+        stored in (tensor, stored_name(tensor)) for stored, tensor in names.items()
     )
     where = str(file or folder)
     return Source(
@@ -293,7 +192,7 @@ def write_folder(folder: Path, cfg: GPTConfig, params: Params, eot: int | None) 
     """Write config.json and model.safetensors, in float32, as transformers reads them."""
     text = json.dumps(format_config(cfg, eot), indent=2) + "\n"
     (folder / "config.json").write_text(text)
-    tensors = {f"transformer.{name}": array for name, array in named_tensors(cfg, params)}
+    tensors = {stored_name(name): array for name, array in named_tensors(cfg, params)}
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # its word for whatever the disk said

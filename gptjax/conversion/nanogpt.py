@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.conversion.fields import check_fields
-from gptjax.conversion.tensors import HEAD, LIMITS, Source, is_linear, make_config, published_names
+from gptjax.conversion.published_names import published_names
+from gptjax.conversion.tensors import HEAD, LIMITS, Source, is_linear, make_config
 from gptjax.conversion.torch_file import load_torch, tensor_table, to_numpy
 from gptjax.errors import DataError
 

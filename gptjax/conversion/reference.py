@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.huggingface import format_config
+from gptjax.conversion.hf_config import format_config, stored_name
 from gptjax.conversion.tensors import HEAD, Source, check_tensors, slots
 from gptjax.errors import UsageError
 
@@ -39,9 +39,10 @@ def load_reference(source: Source) -> Reference:
         for slot in slots(dataclasses.replace(source.cfg, bias=True)):
             stored = slot.name in source.tensors
             array = source.read(slot.name) if stored else np.zeros(slot.shape)
-            state[f"transformer.{slot.name}"] = torch.from_numpy(np.array(array, np.float32))
+            state[stored_name(slot.name)] = torch.from_numpy(np.array(array, np.float32))
         missing, unexpected = reference.load_state_dict(state, strict=False)
-        assert missing == [HEAD] and not unexpected, (missing, unexpected)
+        tied = [HEAD] if source.cfg.tie_head else []
+        assert missing == tied and not unexpected, (missing, unexpected)
         reference.tie_weights()
     return reference.eval()
 

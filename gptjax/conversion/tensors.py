@@ -8,7 +8,7 @@ own file.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from gptjax.settings import architecture, names, require
 
 Table = dict[str, tuple[tuple[int, ...], str]]  # name of a tensor -> shape, dtype
 
+HEAD = "lm_head.weight"  # (V, D); a file may store it although the head is tied to wte
+ROWS = ("wte/embedding", "lm_head/embedding")  # a row for each token, and padding behind them
 # our path -> published name, with # for the layer
 TENSORS = {
     "wte/embedding": "wte.weight",
@@ -41,8 +43,8 @@ TENSORS = {
     "h/mlp/c_proj/bias": "h.#.mlp.c_proj.bias",
     "ln_f/scale": "ln_f.weight",
     "ln_f/bias": "ln_f.bias",
+    "lm_head/embedding": HEAD,
 }
-HEAD = "lm_head.weight"  # (V, D), where a file stores the head apart from wte
 LIMITS = {  # size -> the largest that is believed
     "n_layer": 1000,
     "n_head": 1000,
@@ -50,15 +52,15 @@ LIMITS = {  # size -> the largest that is believed
     "block_size": 1_000_000,
     "vocab_size": 10_000_000,
 }
-SAID = (*LIMITS, "vocab_multiple", "bias", "activation")  # settings that its formats can say
+SAID = (
+    *LIMITS,
+    "vocab_multiple",
+    "bias",
+    "activation",
+    "tie_head",
+)  # settings that its formats can say
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 SHOWN = 6  # problems of one kind
-# What PyTorch's wrappers put into a name, also in the middle of it; GPT-2 has no such part.
-WRAPPERS = re.compile(
-    r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module"
-    r"|_checkpoint_wrapped_module)\."
-)
-PUBLISHED = re.compile(r"((?:.*?\.)??)(?:wte|wpe|ln_f|h\.\d+)\..*", re.DOTALL)
 STRANGE = {  # a tensor's name, what the file is then
     r"lora_|\.base_layer\.": "LoRA's tensors are beside the model's: merge them (peft's "
     "merge_and_unload) and save the model again",
@@ -112,38 +114,6 @@ def make_config(sizes: dict[str, Any], where: object, **settings: Any) -> GPTCon
     return GPTConfig(**sizes, **settings)
 
 
-def published_names(stored: Iterable[str], where: object) -> dict[str, str]:
-    """Return the published name of each stored one, which may have a prefix.
-
-    That may be `transformer.`, which the head lacks, what PyTorch's wrappers add (`module.`,
-    `_orig_mod.`), `base_model.model.` or any other, several of them, or nothing.
-
-    Raises:
-        DataError: no name is GPT-2's, they begin in several ways, or two become one.
-    """
-    plain = {name: WRAPPERS.sub("", name) for name in stored}
-    matches = [match for name in plain.values() if (match := PUBLISHED.fullmatch(name))]
-    prefixes = sorted({match[1] for match in matches} - {""})
-    if not matches:
-        some = ", ".join(name[:100] for name in sorted(plain)[:SHOWN]) or "nothing"
-        raise DataError(f"none of GPT-2's tensors ({where}): it holds {some}")
-    if len(prefixes) > 1:
-        some = ", ".join(repr(prefix[:100]) for prefix in prefixes[:SHOWN])
-        raise DataError(
-            f"cannot use this checkpoint ({where}): the names of its tensors begin in "
-            f"{len(prefixes)} ways ({some}), as of several models; save one of them alone"
-        )
-    prefix, found, taken = "".join(prefixes), {}, set()
-    parents = ["", *(prefix[: match.end()] for match in re.finditer(r"\.", prefix))]
-    heads = {f"{parent}{HEAD}" for parent in parents}
-    for name, rest in plain.items():
-        found[name] = HEAD if rest in heads else rest.removeprefix(prefix)
-        if found[name] in taken:
-            raise DataError(f"cannot use this checkpoint ({where}): {name[:100]} is stored twice")
-        taken.add(found[name])
-    return found
-
-
 def is_linear(name: str) -> bool:
     """Return whether a tensor is a linear layer's kernel, which PyTorch stores as (out, in)."""
     return ".c_" in name and name.endswith(".weight")
@@ -185,7 +155,7 @@ def check_tensors(source: Source) -> None:
 def tensor_problems(source: Source) -> dict[str, str]:
     """Return what is wrong with the source's tensors, by their names, before any is read."""
     expected = {slot.name: slot.shape for slot in slots(source.cfg)}
-    optional = {HEAD: expected["wte.weight"]}
+    optional = {HEAD: expected["wte.weight"]} if source.cfg.tie_head else {}
     problems = {name: "is missing" for name in expected if name not in source.tensors}
     for name, (shape, dtype) in source.tensors.items():
         wanted = expected.get(name) or optional.get(name)
@@ -235,7 +205,7 @@ def read_params(
 
     Raises:
         DataError: a tensor is missing, unknown, misshapen or not of floats, holds NaN or infinity,
-            or a head is stored that differs from wte, to which ours is tied.
+            or a head is stored that differs from wte, to which it is said to be tied.
     """
     cfg, unreadable = source.cfg, tensor_problems(source)
     problems = list(unreadable.items())
@@ -243,7 +213,7 @@ def read_params(
     for path, found in itertools.groupby(slots(cfg), lambda slot: slot.path):
         group = list(found)
         shape = group[0].shape
-        if path == "wte/embedding":
+        if path in ROWS:
             shape = (cfg.padded_vocab_size, cfg.n_embd)
         stacked = group[0].layer is not None
         parameter = np.zeros((cfg.n_layer, *shape) if stacked else shape, np.float32)
@@ -255,13 +225,15 @@ def read_params(
                 target[: slot.shape[0]] = source.read(slot.name)
             if not np.isfinite(target).all():
                 problems.append((slot.name, "holds NaN or infinity"))
-        tied = HEAD in source.tensors and HEAD not in unreadable and group[0].name not in unreadable
-        if path == "wte/embedding" and tied:
+        tied = cfg.tie_head and HEAD in source.tensors
+        if path == "wte/embedding" and tied and not {HEAD, group[0].name} & set(unreadable):
             head = source.read(HEAD).astype(np.float32, copy=False)
             equal = np.array_equal(head, parameter[: len(head)])
             del head  # a third of GPT-2's size
             if not equal:
-                problems.append((HEAD, "differs from wte.weight, and gptjax's head is tied to it"))
+                problems.append(
+                    (HEAD, "differs from wte.weight; tie_word_embeddings=false would take both")
+                )
         node = params
         *parents, leaf = path.split("/")
         for key in parents:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from gptjax import model, sampling
 from gptjax.config import GPTConfig, SampleConfig
+from gptjax.conversion.hf_config import stored_name
 from gptjax.conversion.reference import (
     Reference,
     reference_activations,
@@ -111,11 +112,11 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Reference) -> list[C
         reference: from `load_reference`; its weights are cast to bfloat16 in the end.
 
     Returns:
-        For each tensor whether it is bit-equal, also their head to our wte; for each part of each
-        block its output; for the logits their difference, the same relative to the largest, the KL
-        divergence per token and the share of positions where the likeliest token differs; the
-        gradient of each tensor; the tokens of a greedy continuation that differ; the error of the
-        logits in bfloat16.
+        For each tensor whether it is bit-equal, and their tied head to our wte; for each part of
+        each block its output; for the logits their difference, the same relative to the largest,
+        the KL divergence per token and the share of positions where the likeliest token differs;
+        the gradient of each tensor; the tokens of a greedy continuation that differ; the error of
+        the logits in bfloat16.
     """
     cfg = dataclasses.replace(cfg, dtype="float32", attention="xla", dropout=0.0)
     rows, length = PROBE[0], min(PROBE[1], cfg.block_size)
@@ -147,9 +148,9 @@ def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Reference) 
     """Compare every weight, to the bit, under its published name; their head is our wte."""
     state, path = reference.state_dict(), our_paths(cfg)
     for name, ours in named_tensors(cfg, params):
-        theirs = state[f"transformer.{name}"]
+        theirs = state[stored_name(name)]
         yield compare("tensor", name, ours, theirs, 0.0, path.get(name, ""))
-        if name == "wte.weight":
+        if name == "wte.weight" and cfg.tie_head:
             yield compare("tensor", HEAD, ours, state[HEAD], 0.0, path[name])
 
 

@@ -73,7 +73,7 @@ def flops_per_token(cfg: GPTConfig) -> int:
     Source: Chowdhery et al. 2022 (PaLM), appendix B, as nanoGPT counts it (attention not halved for
     causality, activation recomputation not counted).
     """
-    n = count_params(cfg, without=("wpe",))
+    n = count_params(cfg, without=("wpe",) if cfg.tie_head else ("wpe", "wte"))
     return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
 
