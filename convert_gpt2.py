@@ -43,6 +43,12 @@ class ImportConfig(SourceConfig):
     """The settings of import."""
 
     out_dir: str = once("", "Run folder to create.", section="Result", path=True)
+    vocab_size: int = once(
+        0,
+        "Change the vocabulary to so many tokens: rows that are too many are left out, new ones "
+        "are drawn as the others are distributed. 0 keeps it.",
+    )
+    block_size: int = once(0, "Shorten the context to so many positions. 0 keeps it.")
     debug: bool = once(False, DEBUG)
 
 
@@ -93,7 +99,8 @@ def import_command(name: str, argv: list[str]) -> int:
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the run folder to create")
     began = time.monotonic()
     allocator.return_freed_memory()
-    run, digests = import_run(name, Path(config.out_dir), config, print)
+    sizes = {"vocab_size": config.vocab_size, "block_size": config.block_size}
+    run, digests = import_run(name, Path(config.out_dir), config, print, **sizes)
     for file, digest in digests.items():
         print(f"sha256 {digest} {file}")
     out_dir = config.out_dir if config.out_dir[0] != "-" else f"./{config.out_dir}"  # no flag

@@ -13,6 +13,7 @@ from gptjax.checkpoints.steps import About
 from gptjax.config_file import to_json
 from gptjax.conversion import gguf, huggingface, llmc
 from gptjax.conversion.new_folder import new_folder, refuse_existing
+from gptjax.conversion.resize import resize
 from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
 from gptjax.conversion.sources import SourceConfig, open_source, read_model
 from gptjax.errors import OutputError, Refusal, UsageError, first_line
@@ -26,6 +27,9 @@ def import_run(
     out_dir: Path,
     config: SourceConfig,
     notify: Callable[[str], None] = lambda said: None,
+    *,
+    vocab_size: int = 0,
+    block_size: int = 0,
 ) -> tuple[Run, dict[str, str]]:
     """Create a run folder from a model in any format, whole or not at all.
 
@@ -33,20 +37,25 @@ def import_run(
         name: as of `open_source`.
         out_dir: the folder to make.
         config: how to open the model.
-        notify: is told what the model's file does not say, and what was taken for it.
+        notify: is told what the model's file does not say, and what was taken for it; and what
+            another size does.
+        vocab_size: as of `resize`.
+        block_size: as of `resize`.
 
     Returns:
         The model, and the sha256 of each file that its weights came from.
 
     Raises:
-        UsageError, DataError: the model cannot be opened or read, or no tokenizer fits.
+        UsageError, DataError: the model cannot be opened, read or resized, or no tokenizer fits.
         OutputError: the folder exists already, or cannot be made.
         DiskError: there is not room enough for it.
     """
     refuse_existing(out_dir)
     source = open_source(name, config)
-    if source.assumed:
-        notify(source.assumed)
+    source, notes = resize(source, vocab_size, block_size)
+    for note in [source.assumed, *notes]:
+        if note:
+            notify(note)
     run = read_model(source, name, config)
     digests = {path.name: file_sha256(path) for path in source.files}
     del source  # with the pages of its files, before the writing takes its own memory
