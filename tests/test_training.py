@@ -117,6 +117,17 @@ def test_devices_share_the_state(
         assert np.array_equal(found, leaf)
 
 
+def test_an_untied_head_is_trained_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(tie_head=False)
+    alone = train(PLAIN[:4], cfg=cfg, optimizer="muon")
+    fresh = init_params(cfg, jax.random.key(5))["lm_head"]["embedding"]
+    assert float(jnp.abs(alone[0].params["lm_head"]["embedding"] - fresh).max()) > 1e-3
+    monkeypatch.setitem(sharding.STRATEGIES, "data", split)
+    spread = train(PLAIN[:4], cfg=cfg, optimizer="muon", n_devices=8)
+    assert spread[0].params["lm_head"]["embedding"].addressable_shards[0].data.shape == (8, 32)
+    assert_same(alone, spread)
+
+
 def test_same_devices_same_bits() -> None:
     first, second = (train(PLAIN[:4], n_devices=8)[0] for _ in range(2))
     assert digest(first) == digest(second)
