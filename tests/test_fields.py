@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gptjax.conversion import hf_config, nanogpt
+from gptjax.conversion import hf_config, model_words
 from gptjax.conversion.fields import CHANGING, HARMLESS, MUST_BE_TRUE, SAME_AS
 from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import DataError
@@ -143,9 +143,10 @@ def test_of_another_model_its_name_is_enough() -> None:
 
 def test_nanogpts_model_args_follow_the_same_rules() -> None:
     """As its forks write them."""
-    from gptjax.conversion.fields import check_fields
-
-    check_fields({"flash": True, "n_kv_head": 2, "n_head": 2, "x": None}, nanogpt.ARGS, "here")
-    for change in ({"use_rope": True}, {"n_kv_head": 1, "n_head": 2}, {"tie_weights": False}):
+    sizes = dict.fromkeys(("n_layer", "n_embd", "block_size", "vocab_size"), 2)
+    found = model_words.Found(sizes, bias=True, same_head=True, of_2020=False)
+    fields: dict[str, object] = {"n_head": 2, "flash": True, "n_kv_head": 2, "x": None}
+    model_words.read_words(fields, found, "here")
+    for change in ({"use_rope": True}, {"n_kv_head": 1}, {"tie_lm_head": False}):
         with pytest.raises(DataError):
-            check_fields(change, nanogpt.ARGS, "here", accept=list(change))
+            model_words.read_words(fields | change, found, "here", list(change))

@@ -5,20 +5,21 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from gptjax import programs
 from gptjax.checkpoints.run_folder import Run, load_run
 from gptjax.config import TOKENIZER_DIR, Activation, TrainConfig
-from gptjax.conversion import hub, huggingface, llmc, nanogpt, openai
+from gptjax.conversion import hub, huggingface, llmc, nanogpt, openai, state_dict
+from gptjax.conversion.model_words import about_model, is_hugging_faces
 from gptjax.conversion.source_tokenizer import find_tokenizer
 from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.weight_check import weight_format, why_no_weights
 from gptjax.errors import DataError, InputError, UsageError
 from gptjax.file_kinds import read_head
-from gptjax.files import file_sha256
+from gptjax.files import file_sha256, read_json
 from gptjax.memory import require_memory
 from gptjax.settings import once, require
 
@@ -49,6 +50,13 @@ class SourceConfig:
         "Activation function of the MLP, if the file does not say it: nanoGPT computes gelu, the "
         "exact form, since June 2023, and computed gelu_tanh before. auto is gelu for nanoGPT's "
         "files that have a bias setting, else gelu_tanh.",
+    )
+    config: str = once(
+        "",
+        "JSON file that says what the model is, where its own file does not: in the words of "
+        'nanoGPT, minGPT or Hugging Face, at least {"n_head": 12}. empty is the config.json beside '
+        "the weights, if there is one.",
+        path=True,
     )
     sha256: str = once(
         "", "Expected sha256 of the weight file; without it a flipped bit goes unnoticed."
@@ -128,53 +136,60 @@ def open_source(name: str, config: SourceConfig) -> Source:
 
 
 def open_file(path: Path, config: SourceConfig) -> Source:
-    """Open a file: nanoGPT's, llm.c's, or Hugging Face's weights with config.json beside them."""
-    folder = path.parent
+    """Open a file: a checkpoint of PyTorch, weights in safetensors, or llm.c's."""
     kind, wrong = weight_format(read_head(path)), why_no_weights(path)
     if path.name == "config.json" or path.name.endswith(".index.json") or PART.search(path.name):
         raise UsageError(f"{path} is only a part of a model; give the folder")
     if path.name.startswith("adapter_model."):
-        huggingface.refuse_adapter(folder)
-    has_config = (folder / "config.json").is_file()
-    pickle_of_hf = kind == "pickle" and (
-        path.name in huggingface.WEIGHTS or (path.suffix == ".bin" and has_config)
-    )
-    if (kind == "safetensors" or pickle_of_hf) and not wrong:
-        if not has_config:
-            raise DataError(
-                f"{path} holds weights alone, which do not say how many heads the model has; put "
-                "its config.json beside them"
-            )
-        check_sha256([path], config.sha256)
+        huggingface.refuse_adapter(path.parent)
+    check_sha256([path], config.sha256)
+    given, beside = said_fields(config.config), fields_beside(path) if kind else None
+    if (
+        not given
+        and beside
+        and is_hugging_faces(beside)
+        and not wrong
+        and (
+            kind == "safetensors"
+            or (kind == "pickle" and (path.name in huggingface.WEIGHTS or path.suffix == ".bin"))
+        )
+    ):
+        folder = path.parent
         chosen = huggingface.weight_files(folder)[0] if path.name in huggingface.WEIGHTS else []
         file = None if chosen == [path] else path
         return huggingface.open_folder(folder, config.allow_pickle, config.accepted(), file)
-    check_sha256([path], config.sha256)
+    if kind == "safetensors" and not wrong:
+        tensors = state_dict.of_file(*huggingface.open_file(path, config.allow_pickle))
+        fields = about_model(beside or {}) | about_model(given or {})
+        return state_dict.open_state(tensors, fields, path, config.accepted())
     if kind == "pickle" or path.suffix in NANOGPT_SUFFIXES:
-        return nanogpt.open_file(path, config.allow_pickle, config.accepted())
+        return nanogpt.open_file(path, config.allow_pickle, config.accepted(), given, beside)
     if wrong:
         raise DataError(f"{path} holds no model: it is {wrong}")
     if path.suffix == ".bin":
         return llmc.open_file(path)
     raise UsageError(
-        f"{path}: a file must be nanoGPT's ckpt.pt, llm.c's .bin, or Hugging Face's weights beside "
-        "their config.json; for OpenAI's format give the folder"
+        f"{path}: a file must be a checkpoint of PyTorch such as nanoGPT's ckpt.pt, llm.c's .bin, "
+        "or weights in safetensors; for OpenAI's format give the folder"
     )
 
 
 def open_folder(folder: Path, config: SourceConfig) -> Source:
-    """Open a folder: OpenAI's, Hugging Face's, or nanoGPT's out_dir."""
+    """Open a folder: OpenAI's, Hugging Face's, or where nanoGPT or minGPT saved a checkpoint."""
     if (folder / "hparams.json").is_file():
         check_sha256(sorted(folder.glob("model.ckpt.[id]*")), config.sha256)
         return openai.open_folder(folder, config.accepted())
     if (folder / "checkpoints").is_dir():
         raise UsageError(f"{folder} is a run folder already: sample.py and train.py read it")
     huggingface.refuse_adapter(folder)  # transformers, too, looks at it first
-    if (folder / "config.json").is_file():
+    beside = fields_beside(folder / "config.json")
+    if beside is not None and is_hugging_faces(beside) and not config.config:
         check_sha256(huggingface.weight_files(folder)[0], config.sha256)
         return huggingface.open_folder(folder, config.allow_pickle, config.accepted())
-    if (folder / "ckpt.pt").is_file():
-        return open_file(folder / "ckpt.pt", config)
+    known = ("ckpt.pt", "model.pt", *(huggingface.WEIGHTS if beside or config.config else ()))
+    for name in known:
+        if (folder / name).is_file():
+            return open_file(folder / name, config)
     names = sorted(path.name for path in folder.iterdir())
     holds = f"holds {', '.join(names[:5])}" if names else "is empty"
     if any(name in names for name in huggingface.WEIGHTS):
@@ -182,8 +197,24 @@ def open_folder(folder: Path, config: SourceConfig) -> Source:
     elif any(Path(name).suffix in WEIGHT_SUFFIXES for name in names):
         holds += "; give a file of nanoGPT or llm.c by its own name"
     raise DataError(
-        f"no model in {folder}: it has no config.json, hparams.json or ckpt.pt; it {holds}"
+        f"no model in {folder}: it has no config.json of Hugging Face, hparams.json, ckpt.pt or "
+        f"model.pt; it {holds}"
     )
+
+
+def said_fields(name: str) -> dict[str, Any] | None:
+    """Return what the file that --config names says, None without such a file."""
+    if not name:
+        return None
+    path = Path(name)
+    require(path.is_file(), "config", name, "there is no such file; name one in JSON")
+    return read_json(path)
+
+
+def fields_beside(path: Path) -> dict[str, Any] | None:
+    """Return what the config.json in a file's folder says, None if there is none."""
+    found = path.with_name("config.json")
+    return read_json(found) if found.is_file() else None
 
 
 def with_activation(source: Source, activation: Literal["auto", Activation]) -> Source:
