@@ -119,8 +119,8 @@ def export_command(name: str, argv: list[str]) -> int:
     config = parse(ExportConfig, argv, "Export a run.", "export", "RUN")
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to create")
     allocator.return_freed_memory()
-    export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint)
-    for path in sorted(Path(config.out_dir).iterdir()):
+    export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint, print)
+    for path in sorted(path for path in Path(config.out_dir).rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>14,} {path}")
     return 0
 

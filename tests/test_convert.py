@@ -192,8 +192,8 @@ def test_nothing_is_written_on_failure(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="12 problems"):
         convert.import_run(str(hf), tmp_path / "runs" / "new", BYTE)
     assert not (tmp_path / "runs").exists()
-    make_run(tmp_path / "run", CharTokenizer("abc"))
-    with pytest.raises(UsageError, match="no tokenizer like this"):
+    make_run(tmp_path / "run", CharTokenizer("abc"), activation="gelu")
+    with pytest.raises(UsageError, match="computes GELU by tanh"):
         convert.export_run(tmp_path / "run", "gguf", tmp_path / "runs" / "gguf")
     assert list((tmp_path / "runs").iterdir()) == []
 

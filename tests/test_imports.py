@@ -203,7 +203,7 @@ def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
     assert "gpt2_124M.bin" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "model.onnx", "m.gguf"])
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "model.onnx"])
 def test_weights_of_other_frameworks_alone(hf: Path, name: str) -> None:
     (hf / "model.safetensors").rename(hf / name)
     assert f"it has {name} (" in refusal(hf) and "does not read" in refusal(hf)

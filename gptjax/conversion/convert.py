@@ -53,7 +53,7 @@ def import_run(
     refuse_existing(out_dir)
     source = open_source(name, config)
     source, notes = resize(source, vocab_size, block_size)
-    for note in [source.assumed, *notes]:
+    for note in [source.assumed, *source.notes, *notes]:
         if note:
             notify(note)
     run = read_model(source, name, config)
@@ -96,7 +96,8 @@ def write_hf(folder: Path, run: Run) -> None:
         save_tokenizer(run.tokenizer, folder, OWN_TOKENIZER)
 
 
-EXPORTS = {
+# Each returns sentences on what the format cannot say of the run, if there are any.
+EXPORTS: dict[str, Callable[[Path, Run], list[str] | None]] = {
     "hf": write_hf,
     "llmc": lambda folder, run: llmc.write_file(folder / "model.bin", run.config.model, run.params),
     "gguf": lambda folder, run: gguf.write_file(
@@ -105,7 +106,13 @@ EXPORTS = {
 }
 
 
-def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> None:
+def export_run(
+    run_dir: Path,
+    to: str,
+    out_dir: Path,
+    which: str = "best",
+    notify: Callable[[str], None] = lambda said: None,
+) -> None:
     """Write a run's model in another format, whole or not at all.
 
     Args:
@@ -113,6 +120,7 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
         to: a key of EXPORTS.
         out_dir: the folder to make.
         which: the step, as `load_run` takes it.
+        notify: is told what the format cannot say of the run.
 
     Raises:
         UsageError: there is no such format or run, or the format cannot say what the model is.
@@ -125,4 +133,6 @@ def export_run(run_dir: Path, to: str, out_dir: Path, which: str = "best") -> No
     run = load_run(run_dir, which)
     with new_folder(out_dir) as temporary:
         check_space(temporary, run.params)
-        EXPORTS[to](temporary, run)
+        notes = EXPORTS[to](temporary, run)
+    for said in notes or ():
+        notify(said)

@@ -1,28 +1,57 @@
-"""GGUF, llama.cpp's format, written with the gguf library (an extra)."""
+"""GGUF, llama.cpp's format: a GPT-2 read from it and written to it."""
 
+import dataclasses
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.tensors import is_linear, named_tensors
-from gptjax.errors import UsageError
-from gptjax.gpt2_files import gpt2_merges, gpt2_spelling
+from gptjax.conversion import gguf_file
+from gptjax.conversion.fields import check_fields, is_one_of, shown
+from gptjax.conversion.gguf_file import Header, Tensor
+from gptjax.conversion.gguf_values import check_extents, dtype_name, is_copy, quantised, read_tensor
+from gptjax.conversion.gguf_vocabulary import describe, read_vocabulary
+from gptjax.conversion.huggingface import drop_zero_biases
+from gptjax.conversion.tensors import (
+    HEAD,
+    Source,
+    Table,
+    is_linear,
+    make_config,
+    named_tensors,
+    slots,
+)
+from gptjax.errors import DataError
 from gptjax.model import Params
 from gptjax.settings import require
-from gptjax.tokenizer import GPT2Tokenizer, Tokenizer
+from gptjax.tokenizer import Tokenizer
 
 NAMES = {  # ours, behind h.#. where there is one -> GGUF's for the architecture gpt2
     "wte": "token_embd",
     "wpe": "position_embd",
     "ln_f": "output_norm",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
+    "lm_head": "output",
+    "h.ln_1": "attn_norm",
+    "h.attn.c_attn": "attn_qkv",
+    "h.attn.c_proj": "attn_output",
+    "h.ln_2": "ffn_norm",
+    "h.mlp.c_fc": "ffn_up",
+    "h.mlp.c_proj": "ffn_down",
 }
+OURS = {theirs: ours for ours, theirs in NAMES.items()}
+SIZES = {
+    "n_layer": "gpt2.block_count",
+    "n_head": "gpt2.attention.head_count",
+    "n_embd": "gpt2.embedding_length",
+    "block_size": "gpt2.context_length",
+}
+EPSILON = "gpt2.attention.layer_norm_epsilon"
+HARMLESS = ("general.", "tokenizer.", "quantize.", "split.")  # beginnings of keys
+# Keys of other architectures that check_fields does not know by their words.
+CHANGING = re.compile(r"gpt2\..*(scale|clamp|norm|lora|logit|temperature|interval)")
 
 
 def gguf_name(name: str) -> str:
@@ -31,51 +60,149 @@ def gguf_name(name: str) -> str:
     if not stem.startswith("h."):
         return f"{NAMES[stem]}.{leaf}"
     _, layer, part = stem.split(".", 2)
-    return f"blk.{layer}.{NAMES[part]}.{leaf}"
+    return f"blk.{layer}.{NAMES[f'h.{part}']}.{leaf}"
 
 
-def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
-    """Write the model in float32, and its vocabulary.
+def published_name(name: str) -> str:
+    """Return the published name of one of GGUF's, or one that is nobody's where it is unknown."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    ours = OURS.get(match[2], "") if match else ""
+    if match is None or not ours or ours.startswith("h.") != (match[1] is not None):
+        return f"GGUF's {name}"
+    stem = ours.replace("h.", f"h.{match[1]}.", 1) if match[1] else ours
+    return f"{stem}.{match[3]}"
 
-    The head is tied, so there is no output.weight; llama.cpp reads such a GPT-2 since March 2025.
+
+# ---- In ------------------------------------------------------------------------------------------
+
+
+def open_file(path: Path, accept: Collection[str] = ()) -> Source:
+    """Open a GPT-2 in one GGUF file.
+
+    Args:
+        path: the file.
+        accept: keys that gptjax does not know and the user vouches for.
 
     Raises:
-        UsageError: the gguf library is missing, or the tokenizer or activation is not GPT-2's.
+        DataError: the file is damaged, one of several, or not a GPT-2.
+        UsageError: it is quantised, and the gguf library is missing.
+    """
+    header = gguf_file.read_header(path)
+    cfg = parse_fields(header, path, accept)
+    check_extents(header, path)
+    table: Table = {}
+    readers: dict[str, Callable[[], np.ndarray]] = {}
+    for stored, tensor in header.tensors.items():
+        name = published_name(stored)
+        shape = tensor.shape[::-1] if is_linear(name) else tensor.shape
+        table[name] = shape, dtype_name(tensor)
+        readers[name] = lambda name=name, tensor=tensor: read_tensor(  # type: ignore[misc]
+            path, header.begin, tensor, is_linear(name)
+        )
+    if HEAD in table:  # llama.cpp's converter once wrote the embedding twice for GPT-2
+        if is_copy(header, path, "output.weight", "token_embd.weight"):
+            del table[HEAD], readers[HEAD]
+        else:
+            cfg = dataclasses.replace(cfg, tie_head=False)
+    if not cfg.bias:
+        drop_zero_biases(cfg, table, readers, path)
+    return Source(
+        *(cfg, table, lambda name: readers[name](), str(path), (path,)),
+        notes=quantised(header),
+        tokenizer=lambda: read_vocabulary(header.fields, path),
+    )
+
+
+def parse_fields(header: Header, path: Path, accept: Collection[str]) -> GPTConfig:
+    """Return the model that the values describe.
+
+    Raises:
+        DataError: it is not a GPT-2 of ours, or has keys that gptjax does not know.
+    """
+    fields = header.fields
+    if fields.get("general.architecture") != "gpt2":
+        text = shown("general.architecture", fields.get("general.architecture"))
+        raise DataError(f"cannot use {path}, a GGUF file: {text}, gptjax computes 'gpt2'")
+    if fields.get("split.count", 1) not in (0, 1):
+        raise DataError(
+            f"{path} is one of {fields['split.count']} files of a model; join them by "
+            "llama-gguf-split --merge FIRST WHOLE"
+        )
+    sizes: dict[str, Any] = {ours: fields.get(theirs) for ours, theirs in SIZES.items()}
+    rows = header.tensors.get("token_embd.weight", Tensor((), 0, 0)).shape[:1]
+    cfg = make_config({**sizes, "vocab_size": rows[0] if rows else None}, path)
+    expected: dict[str, Collection[object]] = {
+        "gpt2.vocab_size": [cfg.vocab_size],
+        "gpt2.feed_forward_length": [4 * cfg.n_embd],
+        "gpt2.attention.head_count_kv": [cfg.n_head],
+        "gpt2.attention.key_length": [cfg.head_dim],
+        "gpt2.attention.value_length": [cfg.head_dim],
+        "gpt2.attention.causal": [True],
+        EPSILON: [float(np.float32(1e-5))],
+        "general.type": ["model"],
+        "general.quantization_version": [2],
+        "gptjax.bias": [True, False],
+        "gptjax.vocab_multiple": range(1, 2**16 + 1),
+    }
+    problems = [
+        f"{shown(key, fields[key])}, gptjax computes {' or '.join(map(str, allowed))[:50]}"
+        for key, allowed in expected.items()
+        if key in fields and not is_one_of(fields[key], allowed)
+    ]
+    problems += [
+        f"{shown(key, value)} changes what is computed"
+        for key, value in fields.items()
+        if CHANGING.match(key) and key not in expected and value not in (0, False)
+    ]
+    if EPSILON not in fields:
+        problems.append(f"{EPSILON} is missing")
+    known = {*SIZES.values(), *expected, "gptjax.tokenizer"}
+    known |= {key for key in fields if key.startswith(HARMLESS) or CHANGING.match(key)}
+    check_fields(fields, known, path, problems, accept)
+    said: Any = fields
+    multiple = said.get("gptjax.vocab_multiple", cfg.vocab_multiple)
+    return dataclasses.replace(cfg, bias=said.get("gptjax.bias", True), vocab_multiple=multiple)
+
+
+# ---- Out -----------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer) -> list[str]:
+    """Write the model in float32, and its vocabulary.
+
+    A tied head is not written; llama.cpp reads such a GPT-2 since March 2025.
+
+    Returns:
+        A sentence on what llama.cpp cannot do with the vocabulary, if there is any.
+
+    Raises:
+        UsageError: the activation is not GPT-2's.
     """
     ok = cfg.activation == "gelu_tanh"
     require(
         ok, "to", "gguf", "llama.cpp computes GELU by tanh, but this model by erf; take --to=hf"
     )
-    if not isinstance(tokenizer, GPT2Tokenizer):
-        raise UsageError(
-            f"--to=gguf: this format has no tokenizer like this model's ({tokenizer.kind})"
-        )
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError("--to=gguf: needs the gguf library; pip install 'gptjax[gguf]'") from error
-    writer = gguf.GGUFWriter(str(path), "gpt2")
-    writer.add_name("gptjax")
-    writer.add_block_count(cfg.n_layer)
-    writer.add_context_length(cfg.block_size)
-    writer.add_embedding_length(cfg.n_embd)
-    writer.add_feed_forward_length(4 * cfg.n_embd)
-    writer.add_head_count(cfg.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    words = gpt2_spelling(tokenizer)
-    writer.add_token_list(words)
-    kinds = [gguf.TokenType.NORMAL] * (len(words) - 1) + [gguf.TokenType.CONTROL]
-    writer.add_token_types(kinds)
-    writer.add_token_merges(gpt2_merges(tokenizer))
-    writer.add_bos_token_id(tokenizer.start_id)
-    writer.add_eos_token_id(tokenizer.start_id)
-    for name, tensor in named_tensors(cfg, params):
-        tensor = np.ascontiguousarray(tensor.T) if is_linear(name) else tensor
-        writer.add_tensor(gguf_name(name), tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    vocabulary, notes = describe(tokenizer)
+    fields: dict[str, gguf_file.Value] = {
+        "general.architecture": "gpt2",
+        "general.name": "gptjax",
+        "gpt2.block_count": cfg.n_layer,
+        "gpt2.context_length": cfg.block_size,
+        "gpt2.embedding_length": cfg.n_embd,
+        "gpt2.feed_forward_length": 4 * cfg.n_embd,
+        "gpt2.attention.head_count": cfg.n_head,
+        EPSILON: 1e-5,
+        "general.file_type": 0,  # all tensors in float32
+        **vocabulary,
+        "gptjax.bias": cfg.bias,
+        "gptjax.vocab_multiple": cfg.vocab_multiple,
+    }
+    shapes = {
+        gguf_name(slot.name): slot.shape[::-1] if is_linear(slot.name) else slot.shape
+        for slot in slots(dataclasses.replace(cfg, bias=True))
+    }
+    tensors = (
+        tensor.T if is_linear(name) else tensor for name, tensor in named_tensors(cfg, params)
+    )
+    gguf_file.write(path, fields, shapes, tensors)
+    return notes

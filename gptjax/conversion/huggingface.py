@@ -104,7 +104,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         there = sorted(folder.iterdir())
         if other := [f"{p.name} ({SUFFIXES[p.suffix]})" for p in there if p.suffix in SUFFIXES]:
             text += f"; it has {', '.join(other)}, which gptjax does not read"
-        if loose := [p.name for p in there if p.suffix in (".safetensors", ".bin")]:
+        if loose := [p.name for p in there if p.suffix in (".safetensors", ".bin", ".gguf")]:
             text += f"; it has {', '.join(loose[:5])}: give the weights by their own name"
         raise DataError(text)
     if not name.endswith(".index.json"):
@@ -184,7 +184,7 @@ def drop_zero_biases(
     for name, (shape, dtype) in list(table.items()):
         if name.endswith(".bias") and with_biases.get(name) == shape and dtype in FLOATS:
             if np.any(readers.pop(name)()):
-                raise DataError(f"{name} is not zero, but config.json says bias false ({folder})")
+                raise DataError(f"{name} is not zero, but the model has no biases ({folder})")
             del table[name]
 
 

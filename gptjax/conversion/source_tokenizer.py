@@ -35,6 +35,8 @@ def find_tokenizer(source: Source, wanted: str, vocab_dir: str) -> Tokenizer:
         found: Tokenizer = ByteTokenizer()
     elif wanted not in ("auto", "gpt2"):
         found = load_tokenizer(Path(wanted))
+    elif wanted == "auto" and source.tokenizer is not None:
+        found = source.tokenizer()
     elif wanted == "auto" and (folder / OWN_TOKENIZER).is_file():
         found = load_tokenizer(folder, OWN_TOKENIZER)
     elif wanted == "gpt2" and size != GPT2_VOCAB:

@@ -12,7 +12,16 @@ import jax
 from gptjax import programs
 from gptjax.checkpoints.run_folder import Run, load_run
 from gptjax.config import TOKENIZER_DIR, Activation, TrainConfig
-from gptjax.conversion import hub, huggingface, llmc, nanogpt, openai, state_dict
+from gptjax.conversion import (
+    gguf,
+    gguf_file,
+    hub,
+    huggingface,
+    llmc,
+    nanogpt,
+    openai,
+    state_dict,
+)
 from gptjax.conversion.model_words import about_model, is_hugging_faces
 from gptjax.conversion.source_tokenizer import find_tokenizer
 from gptjax.conversion.tensors import Source, read_params
@@ -24,7 +33,8 @@ from gptjax.memory import require_memory
 from gptjax.settings import once, require
 
 NANOGPT_SUFFIXES = (".pt", ".pth", ".ckpt")
-WEIGHT_SUFFIXES = (*NANOGPT_SUFFIXES, ".bin", ".safetensors")  # of files, not of the Hub's names
+# Of files, not of the Hub's names.
+WEIGHT_SUFFIXES = (*NANOGPT_SUFFIXES, ".bin", ".gguf", ".safetensors")
 PART = re.compile(r"-\d+-of-\d+\.")  # in the name of a shard
 
 
@@ -136,8 +146,12 @@ def open_source(name: str, config: SourceConfig) -> Source:
 
 
 def open_file(path: Path, config: SourceConfig) -> Source:
-    """Open a file: a checkpoint of PyTorch, weights in safetensors, or llm.c's."""
-    kind, wrong = weight_format(read_head(path)), why_no_weights(path)
+    """Open a file: a checkpoint of PyTorch, weights in safetensors, GGUF, or llm.c's."""
+    head = read_head(path)
+    if head.startswith(gguf_file.MAGIC):
+        check_sha256([path], config.sha256)
+        return gguf.open_file(path, config.accepted())
+    kind, wrong = weight_format(head), why_no_weights(path)
     if path.name == "config.json" or path.name.endswith(".index.json") or PART.search(path.name):
         raise UsageError(f"{path} is only a part of a model; give the folder")
     if path.name.startswith("adapter_model."):
@@ -170,7 +184,7 @@ def open_file(path: Path, config: SourceConfig) -> Source:
         return llmc.open_file(path)
     raise UsageError(
         f"{path}: a file must be a checkpoint of PyTorch such as nanoGPT's ckpt.pt, llm.c's .bin, "
-        "or weights in safetensors; for OpenAI's format give the folder"
+        "a .gguf, or weights in safetensors; for OpenAI's format give the folder"
     )
 
 
@@ -190,12 +204,14 @@ def open_folder(folder: Path, config: SourceConfig) -> Source:
     for name in known:
         if (folder / name).is_file():
             return open_file(folder / name, config)
+    if len(found := list(folder.glob("*.gguf"))) == 1:
+        return open_file(found[0], config)
     names = sorted(path.name for path in folder.iterdir())
     holds = f"holds {', '.join(names[:5])}" if names else "is empty"
     if any(name in names for name in huggingface.WEIGHTS):
         holds += "; the config.json of these weights says how many heads the model has"
     elif any(Path(name).suffix in WEIGHT_SUFFIXES for name in names):
-        holds += "; give a file of nanoGPT or llm.c by its own name"
+        holds += "; give one of these files by its own name"
     raise DataError(
         f"no model in {folder}: it has no config.json of Hugging Face, hparams.json, ckpt.pt or "
         f"model.pt; it {holds}"

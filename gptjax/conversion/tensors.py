@@ -20,6 +20,7 @@ from gptjax.config import GPTConfig
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.model import Params, param_shapes
 from gptjax.settings import architecture, names, require
+from gptjax.tokenizer import Tokenizer
 
 Table = dict[str, tuple[tuple[int, ...], str]]  # name of a tensor -> shape, dtype
 
@@ -83,6 +84,8 @@ class Source(NamedTuple):
     is_hf: bool = False  # whether transformers reads that folder by itself
     says_activation: bool = False  # whether the file does
     assumed: str = ""  # a sentence: what the file does not say, and what was taken for it
+    notes: tuple[str, ...] = ()  # further sentences on what was read
+    tokenizer: Callable[[], Tokenizer] | None = None  # reads the vocabulary that the file holds
 
 
 class Slot(NamedTuple):

@@ -13,13 +13,12 @@ REMEDIES = {  # by kind of file
     ),
     "a tar archive": "unpack it",
     "a Git LFS pointer": "fetch the file that it stands for: git lfs pull",
-    "a GGUF file": "gptjax writes this format but does not read it; take the model's safetensors",
+    "a GGUF file": "give it by its own name",
     "a GGML file": "gptjax does not read it",
     "an HDF5 file": "gptjax does not read TensorFlow's or Keras's weights",
 }
 # Files by their names, whose first bytes say little.
 SUFFIXES = {
-    ".gguf": "GGUF, llama.cpp's",
     ".h5": "TensorFlow's or Keras's",
     ".msgpack": "Flax's",
     ".onnx": "ONNX",
