@@ -11,7 +11,7 @@ from gptjax.checkpoints.run_folder import Run, load_run
 from gptjax.checkpoints.save import Saver, check_space
 from gptjax.checkpoints.steps import About
 from gptjax.config_file import to_json
-from gptjax.conversion import gguf, huggingface, llmc
+from gptjax.conversion import gguf, huggingface, llmc, llmc_vocabulary
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.resize import resize
 from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
@@ -96,10 +96,21 @@ def write_hf(folder: Path, run: Run) -> None:
         save_tokenizer(run.tokenizer, folder, OWN_TOKENIZER)
 
 
+def write_llmc(folder: Path, run: Run) -> list[str]:
+    """Write model.bin, and the vocabulary in llm.c's file; in ours too where that holds more."""
+    llmc.write_file(folder / "model.bin", run.config.model, run.params)
+    written, whole = llmc_vocabulary.write(folder / llmc_vocabulary.NAME, run.tokenizer)
+    if not whole:
+        save_tokenizer(run.tokenizer, folder, OWN_TOKENIZER)
+    if written:
+        return []
+    return [f"llm.c can print no text of this model: {llmc_vocabulary.LIMIT}"]
+
+
 # Each returns sentences on what the format cannot say of the run, if there are any.
 EXPORTS: dict[str, Callable[[Path, Run], list[str] | None]] = {
     "hf": write_hf,
-    "llmc": lambda folder, run: llmc.write_file(folder / "model.bin", run.config.model, run.params),
+    "llmc": write_llmc,
     "gguf": lambda folder, run: gguf.write_file(
         folder / "model.gguf", run.config.model, run.params, run.tokenizer
     ),

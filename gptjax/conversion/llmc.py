@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.config import GPTConfig
+from gptjax.conversion import llmc_vocabulary
+from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
 from gptjax.conversion.tensors import Source, is_linear, make_config, named_tensors, slots
 from gptjax.errors import DataError
 from gptjax.model import Params
@@ -80,7 +82,11 @@ def open_file(path: Path) -> Source:
         for name, part in parts.items()
     }
     tensors["wte.weight"] = ((V, D), dtype.name)
-    return Source(cfg, tensors, read, str(path), (path,))
+    vocabulary = path.with_name(llmc_vocabulary.NAME)
+    source = Source(cfg, tensors, read, str(path), (path,))
+    if path.with_name(OWN_TOKENIZER).is_file() or not vocabulary.is_file():
+        return source
+    return source._replace(tokenizer=lambda: llmc_vocabulary.read(vocabulary))
 
 
 def write_file(path: Path, cfg: GPTConfig, params: Params) -> None:
@@ -89,10 +95,12 @@ def write_file(path: Path, cfg: GPTConfig, params: Params) -> None:
     A model without biases gets zeros for them.
 
     Raises:
-        UsageError: its activation is not llm.c's.
+        UsageError: its activation is not llm.c's, or its head is not tied.
     """
     ok = cfg.activation == "gelu_tanh"
     require(ok, "to", "llmc", "llm.c computes GELU by tanh, but this model by erf; take --to=hf")
+    rule = "llm.c has no head besides the embedding, but this model does; take --to=hf or gguf"
+    require(cfg.tie_head, "to", "llmc", rule)
     cfg = dataclasses.replace(cfg, vocab_multiple=128)
     version, dtype = 3, DTYPES[3]
     header = np.zeros(256, np.int32)
