@@ -29,12 +29,12 @@ PROG = "convert_gpt2.py"
 CHECKPOINT = "Step to load: best (by validation loss), latest, or its number."
 T = TypeVar("T")
 USAGE = """usage: {me} import SOURCE --out_dir=RUN
-       {me} export RUN --to=hf|llmc|gguf --out_dir=DIR
+       {me} export RUN --to=hf|llmc|gguf|nanogpt --out_dir=DIR
        {me} verify RUN --against=SOURCE
        {me} verify --self_test
 SOURCE is a name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...),
 a folder of its format or of OpenAI's original one, weights beside their config.json, nanoGPT's
-ckpt.pt or llm.c's .bin. RUN is a run folder, which train.py --init_from=RUN and sample.py
+ckpt.pt, llm.c's .bin or a .gguf. RUN is a run folder, which train.py --init_from=RUN and sample.py
 --out_dir=RUN read. --help after a command lists its flags."""
 
 
@@ -58,7 +58,7 @@ class ExportConfig:
 
     to: str = once(
         "hf",
-        "Format: hf (transformers), llmc (llm.c's .bin) or gguf (llama.cpp).",
+        "Format: hf (transformers), llmc (llm.c), gguf (llama.cpp) or nanogpt (its ckpt.pt).",
         section="Result",
     )
     out_dir: str = once("", "Folder to create.", path=True)

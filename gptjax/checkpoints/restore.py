@@ -10,6 +10,7 @@ from shlex import quote
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
 
@@ -50,6 +51,28 @@ def restore_params(run_dir: Path, step: int, target: Params) -> Params:
     """
     meta = read_meta(run_dir, step)
     return restore_items(run_dir, step, meta, {"params": target})["params"]
+
+
+def restore_extra(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """Return what training saved beside the parameters, by path: the optimizer's state, whichever.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    meta = read_meta(run_dir, step)
+    if not any(path.startswith("extra/") for path in meta["leaves"]):
+        return {}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        path = plain_path(checkpoint_folder(run_dir)) / str(step) / "extra"
+        saved = ocp.StandardCheckpointHandler().metadata(path).tree
+    except Exception as error:  # as of restore_items
+        raise DamagedStep(f"cannot use step {step} ({run_dir}): {first_line(error)}") from error
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
+    )
+    extra = restore_items(run_dir, step, meta, {"extra": target})["extra"]
+    return dict(zip(leaf_paths(extra), map(np.asarray, jax.tree.leaves(extra)), strict=True))
 
 
 def restore_newest(

@@ -24,6 +24,7 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     params: Params
     step: int
+    folder: Path | None = None  # None: it was read from another format
 
 
 def load_run(run_dir: Path, which: str = "best") -> Run:
@@ -49,4 +50,4 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
     params = restore_params(run_dir, step, target)
-    return Run(config, load_tokenizer(run_dir), params, step)
+    return Run(config, load_tokenizer(run_dir), params, step, run_dir)

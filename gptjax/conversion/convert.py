@@ -11,7 +11,7 @@ from gptjax.checkpoints.run_folder import Run, load_run
 from gptjax.checkpoints.save import Saver, check_space
 from gptjax.checkpoints.steps import About
 from gptjax.config_file import to_json
-from gptjax.conversion import gguf, huggingface, llmc, llmc_vocabulary
+from gptjax.conversion import gguf, huggingface, llmc, llmc_vocabulary, nanogpt_export
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.resize import resize
 from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
@@ -114,6 +114,7 @@ EXPORTS: dict[str, Callable[[Path, Run], list[str] | None]] = {
     "gguf": lambda folder, run: gguf.write_file(
         folder / "model.gguf", run.config.model, run.params, run.tokenizer
     ),
+    "nanogpt": nanogpt_export.write_folder,
 }
 
 
