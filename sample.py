@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from gptjax.settings import once, require, require_range
 from gptjax.terminal import cli, flags
 from gptjax.terminal.console import printable
 from gptjax.terminal.output import note
-from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
+from gptjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +108,20 @@ def read_prompt(start: str, tokenizer: Tokenizer, allow_special: bool) -> tuple[
 def default_start(tokenizer: Tokenizer) -> str:
     """Return a newline, or nothing where the vocabulary has none."""
     try:
-        tokenizer.encode("\n")
+        return "\n" if "\n" in decode(tokenizer, tokenizer.encode("\n")) else ""
     except DataError:
         return ""
-    return "\n"
 
 
 class Stream:
     """One sample on its way to the reader, which ends at a stop string or the end of text."""
 
-    def __init__(self, tokenizer: Tokenizer, config: SamplerConfig) -> None:
-        """Begin a sample with nothing shown."""
-        self.decoder = StreamDecoder(tokenizer)
-        self.eot = None if config.ignore_eot else tokenizer.eot
+    def __init__(
+        self, tokenizer: Tokenizer, config: SamplerConfig, prompt: Sequence[int] = ()
+    ) -> None:
+        """Begin a sample behind a prompt, with nothing shown."""
+        self.decoder = StreamDecoder(tokenizer, prompt)
+        self.eos = () if config.ignore_eot else tokenizer.eos
         self.stop = [stop for stop in config.stop if stop]
         self.text = ""  # all that may be shown so far
         self.held = ""  # the end of the text, which a stop string might begin in
@@ -130,8 +131,8 @@ class Stream:
         """Return the text that may be shown after these ids, beside what was shown before."""
         if self.ended:
             return ""
-        if self.eot in ids:
-            ids, self.ended = ids[: ids.index(self.eot)], True
+        if ends := [at for at, i in enumerate(ids) if i in self.eos]:
+            ids, self.ended = ids[: ends[0]], True
         text = self.held + self.decoder.feed(ids)
         return self._release(text + self.decoder.flush() if self.ended else text)
 
@@ -179,7 +180,7 @@ def write_samples(
                 f"only its last {left} {plural(left, 'token')} will be used"
             )
     rows = [(text, ids, i) for text, ids in prompts for i in range(config.num_samples)]
-    streams = [Stream(tokenizer, config) for _ in rows]
+    streams = [Stream(tokenizer, config, ids if text else ()) for text, ids, _ in rows]
     alone = len(rows) == 1
     if alone:
         write(config, rows[0][0])

@@ -35,7 +35,7 @@ sys.exit(code)
 
 def write_random(folder: Path, cfg: GPTConfig) -> None:
     """Write config.json and model.safetensors, a tensor at a time."""
-    (folder / "config.json").write_text(json.dumps(format_config(cfg, 50256)))
+    (folder / "config.json").write_text(json.dumps(format_config(cfg, {"eos_token_id": 50256})))
     header, offset = {}, 0
     for slot in slots(cfg):
         end = offset + 4 * math.prod(slot.shape)

@@ -15,6 +15,7 @@ from gptjax.settings import (
     source,
     state,
 )
+from gptjax.tokens import TOKENIZER_DIR as TOKENIZER_DIR
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu"]
@@ -22,10 +23,6 @@ Attention = Literal["auto", "xla", "cudnn"]
 COMPILE_CACHE = (
     "Folder for compiled programs. auto is the folder xla in the cache folder, which is "
     "~/.cache/gptjax or what the variable GPTJAX_CACHE names; off compiles every time."
-)
-TOKENIZER_DIR = (
-    "Folder with GPT-2's vocab.bpe and encoder.json, or merges.txt and vocab.json, so that gpt2 "
-    "needs no network."
 )
 DEBUG = "Show the traceback of an error instead of one line."
 
@@ -123,8 +120,11 @@ class TrainConfig:
     val_fraction: float = source(
         0.1, "Fraction of the dataset, from its end, to hold back if no file is for validation."
     )
-    tokenizer: Literal["auto", "char", "byte", "gpt2"] = source(
-        "auto", "auto is char for texts; for token files, the tokenizer.json beside them or gpt2."
+    tokenizer: str = source(
+        "auto",
+        "char, byte, gpt2, or a FILE_OR_FOLDER with one (Hugging Face's, a run's, a meta.pkl); "
+        "auto is char for texts, and for token files the tokenizer beside them or gpt2.",
+        path=True,
     )
     tokenizer_dir: str = source("", TOKENIZER_DIR, path=True)
     decode_errors: Literal["strict", "replace"] = run(

@@ -3,14 +3,17 @@
 import importlib.util
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import tiktoken
 
 from gptjax.errors import DataError, UsageError
-from gptjax.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from gptjax.tokenizer import END_OF_TEXT, GPT2_SHA256, GPT2Tokenizer, vocabulary_sha256
+from gptjax.tokens import byte_alphabet
 
 GPT2_FILES = ("encoder.json", "vocab.json", "tokenizer.json")  # OpenAI's, Hugging Face's
+GPT2_VOCAB = 50257  # tokens
 
 
 def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:
@@ -59,25 +62,31 @@ def read_gpt2_files(folder: Path) -> GPT2Tokenizer:
         raise UsageError(f"--tokenizer_dir={folder}: has no encoder.json (nor vocab.json)")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        id_of: dict[str, int] = found["model"]["vocab"] if path.name == GPT2_FILES[-1] else found
-        id_of.pop(END_OF_TEXT, None)
-        byte_of = byte_alphabet()
-        tokens = [
-            bytes(byte_of[c] for c in token) for token in sorted(id_of, key=lambda t: id_of[t])
-        ]
+        tokens = spelt_bytes(found["model"]["vocab"] if path.name == GPT2_FILES[-1] else found)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"not GPT-2's vocabulary ({path}): {error!r}; get it again") from error
     return GPT2Tokenizer(tokens, str(path))
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Return the byte that each printable character of GPT-2's files stands for.
+def spelt_bytes(id_of: Mapping[str, int]) -> list[bytes]:
+    """Return the bytes of each token of a vocabulary file, by id, without <|endoftext|>."""
+    byte_of = byte_alphabet()
+    spelt = sorted((i, token) for token, i in id_of.items() if token != END_OF_TEXT)
+    return [bytes(byte_of[c] for c in token) for _, token in spelt]
 
-    A printable Latin-1 character stands for itself; the others get the characters from U+0100 on.
-    """
-    byte_of = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
-    others = (b for b in range(256) if chr(b) not in byte_of)
-    return byte_of | {chr(256 + n): b for n, b in enumerate(others)}
+
+def gpt2_tokens(id_of: Mapping[str, int]) -> list[bytes] | None:
+    """Return the tokens of a vocabulary file if they are GPT-2's, each with its id; else None."""
+    if (
+        sorted(id_of.values()) != list(range(GPT2_VOCAB))
+        or id_of.get(END_OF_TEXT) != GPT2_VOCAB - 1
+    ):
+        return None
+    try:
+        tokens = spelt_bytes(id_of)
+    except KeyError:  # a character that stands for no byte
+        return None
+    return tokens if vocabulary_sha256(tokens) == GPT2_SHA256 else None
 
 
 def gpt2_spelling(tokenizer: GPT2Tokenizer) -> list[str]:

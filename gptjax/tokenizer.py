@@ -1,4 +1,4 @@
-"""Text to token ids, and back without losing a byte: characters, bytes, or GPT-2's BPE."""
+"""Text to token ids, and back: characters, bytes, GPT-2's BPE, tokenizer.json, or bare ids."""
 
 import base64
 import codecs
@@ -7,15 +7,25 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tiktoken
 
 from gptjax.errors import DataError, plural
 from gptjax.files import replacing
+from gptjax.hf_tokenizer import HFTokenizer
+from gptjax.tokens import (
+    CONFIG,
+    END_OF_TEXT,
+    GENERATION,
+    NO_IDS,
+    Tokenizer,
+    check_ids,
+    fit,
+    to_utf8,
+)
 
-END_OF_TEXT = "<|endoftext|>"
 # Of GPT-2's 50256 byte strings in order of rank, each in base64 and followed by a newline.
 GPT2_SHA256 = "9f5c51677dd3f37bbf0ab2017579262cac437eb5f140a8efb53a235dbdb3ce0b"
 # GPT-2's pattern: contractions, then runs of letters, digits, other signs, and white space.
@@ -24,78 +34,40 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 TOO_MUCH_SPACE = re.compile(r"(?<!\s)\s{900000}")
 
 
-class Tokenizer(Protocol):
-    """The methods of every tokenizer; unknown characters and ids raise DataError."""
-
-    kind: str
-    n_vocab: int
-    start_id: int  # what an empty prompt starts from
-    eot: int | None  # the id that ends a text, where there is one
-
-    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-        """Return ids, (N,) int32; `<|endoftext|>` is text unless special tokens are allowed."""
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the UTF-8 of the tokens; a part of a character may stand at either end."""
-
-    def to_json(self) -> dict[str, object]:
-        """Return everything that `load_tokenizer` needs."""
-
-
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Return the text of the tokens, bytes that are not UTF-8 replaced by U+FFFD."""
     return tokenizer.decode_bytes(ids).decode(errors="replace")
 
 
-def check_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
-    """Return the ids as ints; DataError if one is outside the vocabulary."""
-    ids = [int(i) for i in ids]
-    for position, i in enumerate(ids):
-        if not 0 <= i < n_vocab:
-            size = f"{n_vocab} {plural(n_vocab, 'token')}"
-            raise DataError(f"id {i} at {position} is not in the vocabulary ({size})")
-    return ids
-
-
-def to_utf8(text: str) -> bytes:
-    """Return the text as UTF-8; DataError for half a character, which a broken decoder leaves."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise DataError(
-            f"character U+{code:04X} at {error.start} is a lone surrogate, which no UTF-8 text "
-            "holds; remove it, or read the text with errors='replace'"
-        ) from error
-
-
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One token per character of a fixed set."""
 
     kind = "char"
-    eot: int | None = None
+    cuts = "anywhere"
 
     def __init__(self, chars: str) -> None:
-        """Take the characters, in any order; DataError if there are none, or one occurs twice."""
+        """Take the characters by id; DataError if there are none, or one occurs twice."""
         if not chars or len(set(chars)) != len(chars):
             raise DataError(
                 "a character vocabulary must not be empty, and no character may occur twice"
             )
         to_utf8(chars)
-        self.chars = "".join(sorted(chars))
-        self.n_vocab = len(self.chars)
-        self.start_id = max(0, self.chars.find("\n"))
-        self.codes = code_points(self.chars)
-        self.utf8 = [char.encode() for char in self.chars]
+        self.chars = chars
+        self.n_vocab = len(chars)
+        self.start_id = max(0, chars.find("\n"))
+        self.codes = code_points(chars)
+        self.order = np.argsort(self.codes)  # of the ids, by code point
+        self.utf8 = [char.encode() for char in chars]
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         """Return ids, (N,) int32."""
         codes = code_points(text)
-        ids = np.searchsorted(self.codes, codes).clip(max=self.n_vocab - 1)
+        found = np.searchsorted(self.codes, codes, sorter=self.order)
+        ids = self.order[found.clip(max=len(self.codes) - 1)]
         unknown = np.flatnonzero(self.codes[ids] != codes)
         if unknown.size:
             at = int(unknown[0])
-            size = f"{self.n_vocab} {plural(self.n_vocab, 'char')}"
+            size = f"{len(self.codes)} {plural(len(self.codes), 'char')}"
             raise DataError(
                 f"character {text[at]!r} (U+{ord(text[at]):04X}) at {at} is not in the vocabulary "
                 f"({size}); leave it out, or train with --tokenizer=byte or gpt2"
@@ -104,7 +76,8 @@ class CharTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 of the tokens."""
-        return b"".join(self.utf8[i] for i in check_ids(ids, self.n_vocab))
+        ids = check_ids(ids, self.n_vocab)
+        return b"".join(self.utf8[i] for i in ids if i < len(self.utf8))
 
     def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
@@ -116,13 +89,13 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token per byte of the text's UTF-8."""
 
     kind = "byte"
     n_vocab = 256
     start_id = 10  # the newline
-    eot: int | None = None
+    cuts = "anywhere"
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         """Return ids, (N,) int32."""
@@ -130,21 +103,26 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 of the tokens."""
-        return bytes(check_ids(ids, self.n_vocab))
+        return bytes(i for i in check_ids(ids, self.n_vocab) if i < 256)
 
     def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind}
 
 
-class GPT2Tokenizer:
+def vocabulary_sha256(tokens: Iterable[bytes]) -> str:
+    """Return the sha256 of byte strings as GPT2_SHA256 has it."""
+    return hashlib.sha256(b"".join(base64.b64encode(t) + b"\n" for t in tokens)).hexdigest()
+
+
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, run by tiktoken."""
 
     kind = "gpt2"
 
     def __init__(self, tokens: Sequence[bytes], source: str) -> None:
         """Take the 50256 byte strings in order of rank; DataError if they are not GPT-2's."""
-        digest = hashlib.sha256(b"".join(base64.b64encode(t) + b"\n" for t in tokens)).hexdigest()
+        digest = vocabulary_sha256(tokens)
         if digest != GPT2_SHA256:
             raise DataError(
                 f"not GPT-2's vocabulary ({source}): sha256 {digest}, expected {GPT2_SHA256}; "
@@ -152,7 +130,8 @@ class GPT2Tokenizer:
             )
         self.tokens = tokens
         self.start_id = len(tokens)
-        self.eot: int | None = len(tokens)
+        self.eos = (len(tokens),)
+        self.named = dict.fromkeys(NO_IDS, len(tokens))
         self.n_vocab = len(tokens) + 1
         self.encoding = tiktoken.Encoding(
             "gpt2",
@@ -176,28 +155,83 @@ class GPT2Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 of the tokens."""
-        return self.encoding.decode_bytes(check_ids(ids, self.n_vocab))
+        ids = check_ids(ids, self.n_vocab)
+        return self.encoding.decode_bytes([i for i in ids if i <= len(self.tokens)])
 
     def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
         return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
 
 
+class IdsTokenizer(Tokenizer):
+    """The ids themselves, written as numbers, for a model whose vocabulary is not known."""
+
+    kind = "ids"
+    start_id = 0
+
+    def __init__(self, n_vocab: int) -> None:
+        """Take the number of ids; DataError if there are none."""
+        if type(n_vocab) is not int or n_vocab < 1:
+            raise DataError(f"n_vocab={n_vocab!r}: a vocabulary has one id or more")
+        self.n_vocab = n_vocab
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Return the numbers in a text, white space between them, (N,) int32."""
+        for word in text.split():
+            if not re.fullmatch(r"[0-9]{1,9}", word):
+                raise DataError(
+                    f"{word[:40]!r} is not an id: with --tokenizer=ids a text is numbers, with "
+                    "spaces between them"
+                )
+        return np.array(check_ids(map(int, text.split()), self.n_vocab), np.int32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the numbers, each behind a space, so that texts may be joined."""
+        return "".join(f" {i}" for i in check_ids(ids, self.n_vocab)).encode()
+
+    def to_json(self) -> dict[str, object]:
+        """Return what `load_tokenizer` reads."""
+        return {"kind": self.kind, "n_vocab": self.n_vocab}
+
+
 class StreamDecoder:
     """A decoder of ids as they come, which returns a character once all its bytes are there."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Begin a text."""
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()) -> None:
+        """Begin a text, perhaps behind the ids of another one, which is not returned."""
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.ids = [] if tokenizer.joined else list(before)
+        self.begin, self.shown = 0, len(self.ids)
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that these ids complete."""
-        return self.decoder.decode(self.tokenizer.decode_bytes(ids))
+        if self.tokenizer.joined:
+            return self.decoder.decode(self.tokenizer.decode_bytes(ids))
+        self.ids += ids
+        return self._new_text(final=False)
 
     def flush(self) -> str:
         """Return what an unfinished character at the end becomes."""
-        return self.decoder.decode(b"", final=True)
+        if self.tokenizer.joined:
+            return self.decoder.decode(b"", final=True)
+        return self._new_text(final=True)
+
+    def _new_text(self, *, final: bool) -> str:
+        """Return what the ids that are not shown yet add to those right before them.
+
+        How a token is written may depend on its neighbours: there is a space between words and
+        none before the first, and bytes may wait for others of their character.
+        """
+        waiting = self.tokenizer.waiting
+        known = decode(self.tokenizer, self.ids[self.begin : self.shown])
+        whole = decode(self.tokenizer, self.ids[self.begin :])
+        if not final and (whole.endswith("\ufffd") or (self.ids[-1:] and self.ids[-1] in waiting)):
+            return ""
+        if known:  # else the next token would be written as the first one of a text
+            self.begin = self.shown
+        self.shown = len(self.ids)
+        return whole[len(known) :]
 
 
 # ---- Our own file of a tokenizer -----------------------------------------------------------------
@@ -206,18 +240,45 @@ class StreamDecoder:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.json") -> None:
     """Write the tokenizer's file, whole or not at all."""
     with replacing(folder / name) as file:
-        file.write((json.dumps(tokenizer.to_json()) + "\n").encode())
+        file.write((json.dumps(stored(tokenizer)) + "\n").encode())
+
+
+def stored(tokenizer: Tokenizer) -> dict[str, object]:
+    """Return what the file of a tokenizer holds: itself, and what its model says of it."""
+    said = dict(tokenizer.fitted)
+    return tokenizer.to_json() | ({"model": said} if said else {})
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
-    """Read the tokenizer file of a run or data folder; DataError if it is missing or damaged."""
+    """Read the tokenizer file of a run or data folder; DataError if it is missing or damaged.
+
+    It is our own, or one of the tokenizers library.
+    """
     path = folder / name
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return READERS[fields["kind"]](fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, (OSError, DataError)) else repr(error)
+        text = path.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        reason = str(error) if isinstance(error, OSError) else repr(error)
         raise DataError(f"cannot read the tokenizer ({path}): {reason}") from error
+    return parse_tokenizer(text, str(path))
+
+
+def parse_tokenizer(text: str, where: str) -> Tokenizer:
+    """Return the tokenizer in the JSON text of such a file; DataError if it is damaged."""
+    try:
+        fields = json.loads(text)
+        if "kind" not in fields:
+            return HFTokenizer(text, {"tokenizer.json": text})
+        tokenizer = READERS[fields["kind"]](fields)
+        said = fields.get("model", {})
+        n_ids = said.get("n_ids", tokenizer.n_vocab)
+        if type(n_ids) is not int or n_ids < tokenizer.n_vocab:
+            raise DataError(f"n_ids={n_ids!r}: the vocabulary has {tokenizer.n_vocab} tokens")
+        fit(tokenizer, n_ids, {file: said[file] for file in (CONFIG, GENERATION) if file in said})
+        return tokenizer
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, DataError) else repr(error)
+        raise DataError(f"cannot read the tokenizer ({where}): {reason}") from error
 
 
 READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the file
@@ -226,9 +287,13 @@ READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the 
     "gpt2": lambda fields: GPT2Tokenizer(
         [base64.b64decode(token, validate=True) for token in fields["tokens"]], "tokenizer.json"
     ),
+    "ids": lambda fields: IdsTokenizer(fields["n_vocab"]),
+    "tokenizers": lambda fields: HFTokenizer(
+        fields.get("tokenizer") or fields["files"]["tokenizer.json"], fields["files"]
+    ),
 }
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Return the sha256 of everything that `save_tokenizer` writes."""
-    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(stored(tokenizer), sort_keys=True).encode()).hexdigest()

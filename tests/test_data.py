@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import pickle
 import re
 import shutil
 import threading
@@ -18,7 +19,14 @@ from gptjax.data import text
 from gptjax.data.datasets import Dataset, load_dataset
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import read_gpt2_files
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
+from gptjax.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    IdsTokenizer,
+    Tokenizer,
+    decode,
+)
 
 from .helpers import ROOT
 
@@ -246,10 +254,20 @@ def test_split_shorter_than_a_window_names_the_longest_block(tmp_path: Path) -> 
     assert len(load_dataset(str(path), block_size=9).val[0]) == 10
 
 
-def test_vocabulary_too_large_for_uint16() -> None:
-    with pytest.raises(DataError, match="70000 does not fit"):
-        text.require_uint16(70_000)
-    text.require_uint16(65_536)
+def test_ids_beyond_uint16_take_four_bytes(tmp_path: Path) -> None:
+    for n_vocab, dtype in ((70_001, "<u4"), (65_536, "<u2")):
+        content = "65535 1 " * 20 if dtype == "<u2" else "65535 65536 70000 1 " * 20
+        (tmp_path / "a.txt").write_text(content)
+        for _ in range(2):  # made, and then from the cache
+            made = load_dataset(
+                str(tmp_path / "a.txt"), block_size=2, tokenizer=IdsTokenizer(n_vocab)
+            )
+            assert made.train[0].dtype == np.dtype(dtype)
+            both = np.concatenate([made.train[0], made.val[0]])
+            assert both.tolist() == [int(word) for word in content.split()]
+        copy = shutil.copytree(file_of(made.train[0]).parent, tmp_path / f"copy{n_vocab}")
+        again = load_dataset(str(copy), block_size=2)
+        assert np.array_equal(again.train[0], made.train[0])
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -318,7 +336,7 @@ def test_token_count_differs_from_meta(tmp_path: Path) -> None:
 def test_damaged_meta(tmp_path: Path, content: str) -> None:
     write_bins(tmp_path, [1] * 9, [1] * 9)
     (tmp_path / "meta.json").write_text(content)
-    assert not text.is_complete(tmp_path)
+    assert not text.is_complete(tmp_path, "<u2")
     with pytest.raises(DataError, match=r"meta\.json"):
         load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
@@ -339,13 +357,22 @@ def test_folder_needs_both_files(tmp_path: Path) -> None:
         load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
 
 
-def test_pickles_are_never_read(tmp_path: Path) -> None:
-    write_bins(tmp_path, [1] * 9, [1] * 9)
+def test_a_meta_pickle_says_which_characters_made_the_tokens(tmp_path: Path) -> None:
+    write_bins(tmp_path, [2, 0, 1] * 9, [1] * 9)
+    (tmp_path / "input.txt").write_text("not this " * 20)
+    chars = {"stoi": {"b": 0, "c": 1, "a": 2}, "itos": {0: "b", 1: "c", 2: "a"}, "vocab_size": 3}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(chars))
+    for kind in ("auto", "char"):
+        loaded = load_dataset(str(tmp_path), block_size=4, tokenizer=kind)
+        assert decode(loaded.tokenizer, loaded.train[0]) == "abc" * 9
+    with pytest.raises(DataError, match="has the characters of these tokens"):
+        load_dataset(str(tmp_path), block_size=4, tokenizer="byte")
     (tmp_path / "meta.pkl").write_bytes(b"not even a pickle")
-    with pytest.raises(DataError, match=r"meta.pkl is a pickle"):
+    with pytest.raises(DataError, match=r"cannot read the vocabulary .*pass the text itself"):
         load_dataset(str(tmp_path), block_size=4)
     with pytest.raises(UsageError, match="--tokenizer=char"):
         load_dataset(str(tmp_path), block_size=4, tokenizer="char")
+    assert load_dataset(str(tmp_path), block_size=4, tokenizer="byte").tokenizer.kind == "byte"
 
 
 def test_folder_brings_its_tokenizer(tmp_path: Path) -> None:

@@ -142,16 +142,6 @@ def test_a_name_is_a_folder_in_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load("their")
 
 
-def test_the_text_behind_a_pickled_vocabulary(tmp_path: Path) -> None:
-    """nanoGPT's shakespeare_char: its tokens are those of input.txt."""
-    notes: list[str] = []
-    write_bins(tmp_path, [1] * 20, [2] * 20)
-    (tmp_path / "meta.pkl").write_bytes(b"not even a pickle")
-    (tmp_path / "input.txt").write_text("to be or not " * 9)
-    assert content(load(tmp_path, notes, tokenizer="auto")) == b"to be or not " * 9
-    assert "input.txt instead" in notes[0]
-
-
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "x_train.bin", "x_val.bin"])
 def test_a_token_file_brings_its_neighbour(tmp_path: Path, name: str) -> None:
     write_bins(tmp_path, [1] * 20, [2] * 20)

@@ -221,7 +221,7 @@ def test_bytes_are_proposed_only_where_they_fit(hf: Path, tmp_path: Path) -> Non
     huggingface.write_folder(tmp_path / "chars", cfg, params, None)
     for tokenizer in ("auto", "byte", "gpt2"):
         text = refusal(tmp_path / "chars", SourceConfig(tokenizer=tokenizer))
-        assert "tokenizer=byte" not in text and "--tokenizer=FOLDER" in text
+        assert "tokenizer=byte" not in text and "--tokenizer=ids" in text
 
 
 def test_who_has_no_such_flag_is_told_the_command(hf: Path, tmp_path: Path) -> None:

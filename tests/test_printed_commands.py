@@ -146,7 +146,7 @@ def test_verify_is_given_what_import_was(
         raise CheckpointError(name)
 
     imported = Run(TrainConfig(model=tiny()), ByteTokenizer(), {}, 0)
-    monkeypatch.setattr(convert_gpt2, "import_run", lambda *args: (imported, {}))
+    monkeypatch.setattr(convert_gpt2, "import_run", lambda *args, **sizes: (imported, {}))
     monkeypatch.setattr(convert_gpt2, "open_source", stop)
     argv = ["import", "some/gpt2", "--out_dir=r", *flags.changed(given, SourceConfig())]
     assert cli.run(convert_gpt2.main, argv) == 0

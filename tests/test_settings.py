@@ -17,6 +17,7 @@ from gptjax.checkpoints.record import check_record
 from gptjax.commands import evaluate
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig
 from gptjax.config_file import RENAMED, complete, load_config, to_json
+from gptjax.conversion import source_tokenizer
 from gptjax.data import datasets
 from gptjax.errors import UsageError
 from gptjax.settings import Role, architecture, fields_of, flatten, names, once, run
@@ -85,13 +86,20 @@ def choices(config: Any, name: str) -> set[str]:
         ("optimizer", optimizer.OPTIMIZERS),
         ("schedule", optimizer.SCHEDULES),
         ("strategy", sharding.STRATEGIES),
-        ("tokenizer", tokenizer.READERS),
-        ("tokenizer", datasets.MAKERS),
         ("dtype", {"float32": 4, "bfloat16": 2, "float16": 2}),
     ],
 )
 def test_choices_are_the_keys(name: str, table: dict[str, Any]) -> None:
     assert choices(TrainConfig, name) == set(table)
+
+
+def test_the_kinds_of_tokenizers_are_in_the_help() -> None:
+    """Besides them the flag takes a path, so that no type lists them."""
+    about = fields_of(TrainConfig)["tokenizer"].metadata["help"]
+    assert all(kind in about for kind in ("auto", *datasets.MAKERS))
+    assert set(datasets.MAKERS) < set(tokenizer.READERS)
+    about = fields_of(convert_gpt2.ImportConfig)["tokenizer"].metadata["help"]
+    assert all(kind in about for kind in source_tokenizer.KINDS)
 
 
 def test_every_choice_is_compared_with_its_code() -> None:
@@ -101,7 +109,7 @@ def test_every_choice_is_compared_with_its_code() -> None:
     """
     used = {"decode_errors", "loss_axis", "distributed", *names(TrainConfig, architecture)}
     literals = {n for n, f in fields_of(TrainConfig).items() if get_origin(f.type) is Literal}
-    rows = {"activation", "attention", "optimizer", "schedule", "strategy", "tokenizer", "dtype"}
+    rows = {"activation", "attention", "optimizer", "schedule", "strategy", "dtype"}
     assert literals <= rows | used and rows <= literals
     assert choices(convert_gpt2.VerifyConfig, "activation") == set(functions.ACTIVATIONS)
     assert choices(evaluate.EvaluateConfig, "dtype") < choices(TrainConfig, "dtype")

@@ -71,7 +71,7 @@ def test_stream_never_splits_a_character() -> None:
 def test_gpt2_ids(gpt2: tok.GPT2Tokenizer) -> None:
     assert gpt2.encode("The dog").tolist() == [464, 3290]
     assert gpt2.n_vocab == 50257
-    assert gpt2.eot == gpt2.start_id == 50256
+    assert gpt2.eos == (gpt2.start_id,) == (50256,)
     # OpenAI's pattern, as tiktoken ships it, cuts the same pieces.
     theirs = tiktoken.Encoding(
         "theirs",

@@ -1,7 +1,6 @@
 """From any format of GPT-2 to a run folder, and back."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from gptjax.config_file import to_json
 from gptjax.conversion import gguf, huggingface, llmc, llmc_vocabulary, nanogpt_export
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.resize import resize
-from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
+from gptjax.conversion.source_tokenizer import write_tokenizer
 from gptjax.conversion.sources import SourceConfig, open_source, read_model
 from gptjax.errors import OutputError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256
-from gptjax.gpt2_files import write_gpt2_files
-from gptjax.tokenizer import GPT2Tokenizer, save_tokenizer
+from gptjax.tokenizer import HFTokenizer, save_tokenizer
+from gptjax.tokenizer_files import OWN_TOKENIZER
+from gptjax.tokens import CONFIG, published_ids
 
 
 def import_run(
@@ -57,6 +57,11 @@ def import_run(
         if note:
             notify(note)
     run = read_model(source, name, config)
+    if isinstance(run.tokenizer, HFTokenizer) and (added := run.tokenizer.added_to_a_text()):
+        notify(
+            f"transformers adds {' '.join(added)} to a text for this model; gptjax adds nothing: "
+            "write what a prompt needs, with --allow_special"
+        )
     digests = {path.name: file_sha256(path) for path in source.files}
     del source  # with the pages of its files, before the writing takes its own memory
     about: About = {"val_loss": None, "imported": name, "files": digests}
@@ -83,17 +88,10 @@ def import_run(
 
 
 def write_hf(folder: Path, run: Run) -> None:
-    """Write a folder for transformers, with GPT-2's tokenizer files or gptjax's of another one."""
-    huggingface.write_folder(folder, run.config.model, run.params, run.tokenizer.eot)
-    if isinstance(run.tokenizer, GPT2Tokenizer):
-        write_gpt2_files(run.tokenizer, folder)
-        fields = {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": run.config.model.block_size,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(fields) + "\n")
-    else:
-        save_tokenizer(run.tokenizer, folder, OWN_TOKENIZER)
+    """Write a folder for transformers, with its tokenizer's files, or gptjax's own file."""
+    special = published_ids(run.tokenizer)[CONFIG]
+    huggingface.write_folder(folder, run.config.model, run.params, special)
+    write_tokenizer(run.tokenizer, folder, run.config.model.block_size)
 
 
 def write_llmc(folder: Path, run: Run) -> list[str]:

@@ -9,11 +9,12 @@ from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import byte_alphabet, gpt2_merges, gpt2_spelling
 from gptjax.tokenizer import (
     END_OF_TEXT,
-    READERS,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    parse_tokenizer,
+    stored,
 )
 
 OWN = "gptjax.tokenizer"  # the JSON of our own file: what is exported is read back equal
@@ -25,7 +26,7 @@ def describe(tokenizer: Tokenizer) -> tuple[dict[str, Value], list[str]]:
 
     llama.cpp knows byte-level BPEs. Bytes, and characters of one byte each, are such with no merge.
     """
-    values: dict[str, Value] = {OWN: json.dumps(tokenizer.to_json())}
+    values: dict[str, Value] = {OWN: json.dumps(stored(tokenizer))}
     letter = {byte: character for character, byte in byte_alphabet().items()}
     notes = []
     if isinstance(tokenizer, GPT2Tokenizer):
@@ -69,11 +70,7 @@ def read_vocabulary(fields: Mapping[str, Value], path: Path) -> Tokenizer:
         DataError: it is damaged.
     """
     if OWN in fields:
-        try:
-            own = json.loads(str(fields[OWN]))
-            return READERS[own["kind"]](own)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"cannot read {OWN} ({path}): {error!r}") from error
+        return parse_tokenizer(str(fields[OWN]), f"{OWN} of {path}")
     kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
     if kind != "gpt2" or not isinstance(tokens, list):
         raise UsageError(

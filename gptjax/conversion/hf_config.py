@@ -1,11 +1,12 @@
 """Hugging Face's config.json: the model that it describes, read and written."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gptjax.config import GPTConfig
 from gptjax.conversion.fields import ACTIVATIONS, check_fields, is_one_of, says_nothing, shown
 from gptjax.conversion.tensors import HEAD, LIMITS, make_config, size_problems
+from gptjax.tokens import NO_IDS
 
 # What a field may say for the model to be the one that gptjax computes.
 MUST_BE: dict[str, tuple[object, ...]] = {
@@ -85,7 +86,7 @@ def must_be(name: str, value: object) -> str:
     return f"{shown(name, value)}, gptjax computes {' or '.join(map(repr, MUST_BE[name]))}"
 
 
-def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, object]:
+def format_config(cfg: GPTConfig, special: Mapping[str, object] | None) -> dict[str, object]:
     """Return config.json for transformers; its field `gptjax` has what the format cannot say."""
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -100,8 +101,7 @@ def format_config(cfg: GPTConfig, eot: int | None) -> dict[str, object]:
         "attn_pdrop": cfg.dropout,
         "embd_pdrop": cfg.dropout,
         "resid_pdrop": cfg.dropout,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **(NO_IDS if special is None else special),  # as the tokenizer's model had them
         "tie_word_embeddings": cfg.tie_head,
         "dtype": "float32",
         "gptjax": {"bias": cfg.bias, "vocab_multiple": cfg.vocab_multiple},

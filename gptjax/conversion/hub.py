@@ -10,8 +10,10 @@ from pathlib import Path
 
 from gptjax.errors import DataError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256, read_json
+from gptjax.hf_tokenizer import FILES
+from gptjax.tokenizer_files import OWN_TOKENIZER
 
-BESIDE = ("adapter_config.json", "gptjax_tokenizer.json", "vocab.json", "tokenizer.json")
+BESIDE = ("adapter_config.json", OWN_TOKENIZER, *FILES)
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # that a model may have there
 
 

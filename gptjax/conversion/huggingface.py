@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +188,11 @@ def drop_zero_biases(
             del table[name]
 
 
-def write_folder(folder: Path, cfg: GPTConfig, params: Params, eot: int | None) -> None:
+def write_folder(
+    folder: Path, cfg: GPTConfig, params: Params, special: Mapping[str, object] | None
+) -> None:
     """Write config.json and model.safetensors, in float32, as transformers reads them."""
-    text = json.dumps(format_config(cfg, eot), indent=2) + "\n"
+    text = json.dumps(format_config(cfg, special), indent=2) + "\n"
     (folder / "config.json").write_text(text)
     tensors = {stored_name(name): array for name, array in named_tensors(cfg, params)}
     try:

@@ -16,6 +16,7 @@ from gptjax.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    stored,
 )
 
 NAME = "gpt2_tokenizer.bin"  # which llm.c looks for, whatever the model
@@ -38,12 +39,12 @@ def write(path: Path, tokenizer: Tokenizer) -> Written:
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
     if not all(0 < len(token) <= 255 for token in tokens):
         return Written(False, False)
-    end = tokenizer.start_id if tokenizer.eot is None else tokenizer.eot
+    end = tokenizer.eos[0] if tokenizer.eos else tokenizer.start_id
     header = np.zeros(HEADER, "<u4")
     header[:4] = MAGIC, 2, len(tokens), end
     path.write_bytes(header.tobytes() + b"".join(bytes([len(t)]) + t for t in tokens))
     try:
-        return Written(True, read(path).to_json() == tokenizer.to_json())
+        return Written(True, stored(read(path)) == stored(tokenizer))
     except UsageError:
         return Written(True, False)
 

@@ -45,9 +45,10 @@ def open_file(
     if fields.get("n_head") is None and "model_type" not in fields:
         fields |= about_model(beside or {})
     fields |= about_model(given or {})
+    dataset = str(plain(content.get("config")).get("dataset", ""))
     tensors = of_torch(state, path)
     del saved, content, state
-    return open_state(tensors, fields, path, accept)
+    return open_state(tensors, fields, path, accept)._replace(dataset=dataset)
 
 
 def instead(saved: object) -> str:

@@ -2,8 +2,8 @@
 
 import json
 import math
+import pickle
 import re
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from gptjax.conversion.tensors import HEAD, is_linear, named_tensors, slots
 from gptjax.errors import DiskError, UsageError, first_line
 from gptjax.model import Params
 from gptjax.settings import require
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, stored
 
 DATASET = "gptjax"  # the folder in nanoGPT's data/ where sample.py looks for meta.pkl
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -84,7 +84,7 @@ def write_folder(folder: Path, run: Run) -> list[str]:
         "gptjax": {
             "activation": cfg.activation,
             "vocab_multiple": cfg.vocab_multiple,
-            "tokenizer": json.dumps(run.tokenizer.to_json()),
+            "tokenizer": json.dumps(stored(run.tokenizer)),
         },
     }
     try:
@@ -188,19 +188,8 @@ def write_characters(folder: Path, tokenizer: Tokenizer) -> bool:
         "itos": dict(enumerate(characters)),
         "stoi": {character: i for i, character in enumerate(characters)},
     }
-    (place / "meta.pkl").write_bytes(b"\x80\x02" + pickled(meta) + b".")
+    (place / "meta.pkl").write_bytes(pickle.dumps(meta, 2))
     return True
-
-
-def pickled(value: object) -> bytes:
-    """Return dicts, texts and numbers in the words of pickle, protocol 2, without its machinery."""
-    if isinstance(value, dict):
-        return b"}(" + b"".join(pickled(k) + pickled(v) for k, v in value.items()) + b"u"
-    if isinstance(value, str):
-        text = value.encode()
-        return b"X" + struct.pack("<I", len(text)) + text
-    assert type(value) is int
-    return b"J" + struct.pack("<i", value)
 
 
 def notes(run: Run, moments: bool, characters: bool) -> list[str]:

@@ -50,8 +50,9 @@ class SourceConfig:
     )
     tokenizer: str = once(
         "auto",
-        "gpt2, byte, or a run folder whose tokenizer is taken. auto is the source's own, or gpt2 "
-        "if the vocabulary has its size.",
+        "auto, gpt2, byte, ids (which reads and prints numbers), or a FILE_OR_FOLDER that has a "
+        "tokenizer: a tokenizer.json, one of Hugging Face's folders, nanoGPT's meta.pkl, a run "
+        "folder. auto is the source's own, or gpt2 if the vocabulary has its size.",
         path=True,
     )
     tokenizer_dir: str = once("", TOKENIZER_DIR, path=True)
@@ -120,7 +121,8 @@ def read_model(source: Source, name: str, config: SourceConfig) -> Run:
     check_memory(source)
     # Waiting for each copy, or several would be held twice.
     params = read_params(source, lambda array: jax.block_until_ready(jax.device_put(array)))
-    settings = TrainConfig(model=source.cfg, tokenizer=tokenizer.kind, init_from=name)  # type: ignore[arg-type]
+    kind = tokenizer.kind if tokenizer.kind in ("char", "byte", "gpt2") else "auto"
+    settings = TrainConfig(model=source.cfg, tokenizer=kind, init_from=name)
     return Run(settings, tokenizer, params, 0)
 
 

@@ -83,6 +83,7 @@ class Source(NamedTuple):
     files: tuple[Path, ...]  # that hold the weights, all in one folder
     is_hf: bool = False  # whether transformers reads that folder by itself
     says_activation: bool = False  # whether the file does
+    dataset: str = ""  # that nanoGPT trained it on; its folder may have the vocabulary
     assumed: str = ""  # a sentence: what the file does not say, and what was taken for it
     notes: tuple[str, ...] = ()  # further sentences on what was read
     tokenizer: Callable[[], Tokenizer] | None = None  # reads the vocabulary that the file holds

@@ -77,12 +77,6 @@ def folder_files(folder: Path, flag: str, both: bool, notify: Callable[[str], No
     except OSError as error:
         raise UsageError(f"--{flag}={folder}: cannot be read: {error.strerror}") from error
     bins = [files[name] for name in ("train.bin", "val.bin") if name in files]
-    if bins and "meta.pkl" in files and "input.txt" in files and "tokenizer.json" not in files:
-        notify(
-            f"{folder}: using input.txt instead of the .bin files made from it, because their "
-            "vocabulary is in meta.pkl, a pickle, which gptjax never reads"
-        )
-        return [files["input.txt"]]
     if len(bins) == 1 and both:
         missing = "val.bin" if bins[0].name == "train.bin" else "train.bin"
         raise UsageError(

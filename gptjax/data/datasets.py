@@ -1,10 +1,11 @@
 """Datasets: named texts, files of text, nanoGPT's .bin folders, llm.c's shards.
 
-A text is tokenised once, streaming, into uint16 files in the cache; token files are memmapped where
+A text is tokenised once, streaming, into files in the cache; token files are memmapped where
 they are. `notify(line)` takes lines for the user, `progress(what, done, total)` the bytes of a
 download or tokenisation.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -26,13 +27,9 @@ from gptjax.files import (
     writing_to_cache,
 )
 from gptjax.gpt2_files import load_gpt2_tokenizer
-from gptjax.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    fingerprint,
-    load_tokenizer,
-)
+from gptjax.meta_pickle import META, read_meta
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.tokenizer_files import named_tokenizer, read_folder
 
 Notify = Callable[[str], None]
 
@@ -177,7 +174,7 @@ def make_tokenizer(
     """Return a tokenizer of this kind, or the one given.
 
     Args:
-        kind: auto, char, byte or gpt2, or a tokenizer.
+        kind: auto, char, byte, gpt2, a file or folder that has a tokenizer, or a tokenizer.
         tokenizer_dir: as of `load_gpt2_tokenizer`.
         auto: the kind that "auto" means here.
         chars: the vocabulary of a char tokenizer.
@@ -185,6 +182,8 @@ def make_tokenizer(
     if not isinstance(kind, str):
         return kind
     kind = auto if kind == "auto" else kind
+    if kind not in MAKERS:
+        return named_tokenizer(kind, ("auto", *MAKERS))
     if kind == "char" and not chars:
         raise UsageError(
             "--tokenizer=char: token files need the vocabulary they were made with; put its "
@@ -194,33 +193,50 @@ def make_tokenizer(
 
 
 MAKERS: dict[str, Callable[[str, str], Tokenizer]] = {  # (chars, tokenizer_dir) -> tokenizer
-    "char": lambda chars, _: CharTokenizer(chars),
+    "char": lambda chars, _: CharTokenizer("".join(sorted(chars))),
     "byte": lambda *_: ByteTokenizer(),
     "gpt2": lambda _, tokenizer_dir: load_gpt2_tokenizer(tokenizer_dir),
 }
 
 
 def tokenizer_beside(folder: Path, kind: str | Tokenizer, tokenizer_dir: str) -> Tokenizer:
-    """Return the tokenizer asked for, or the one in the folder of token files, or GPT-2's."""
-    if kind == "auto" and (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    if kind == "auto" and (folder / "meta.pkl").is_file():
-        raise DataError(
-            f"{folder / 'meta.pkl'} is a pickle, which may run any code, so gptjax never reads it; "
-            "pass the text itself as --dataset, or --tokenizer=gpt2 if that made the tokens"
-        )
+    """Return the tokenizer asked for, or the one in the folder of token files, or GPT-2's.
+
+    Raises:
+        DataError: it cannot be read, or nanoGPT's meta.pkl says that another made the tokens.
+    """
+    if kind == "auto" and (found := read_beside(folder)):
+        return found
+    if kind in MAKERS and not (folder / "tokenizer.json").is_file():
+        found = None
+        with contextlib.suppress(DataError):  # then the user knows better
+            found = read_beside(folder)
+        if found and kind == "char":
+            return found
+        if found:
+            raise DataError(
+                f"--tokenizer={kind}: {folder / META} has the characters of these tokens; leave "
+                "the flag out, or pass the text itself as --dataset"
+            )
     return make_tokenizer(kind, tokenizer_dir, auto="gpt2")
+
+
+def read_beside(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that lies with the token files of a folder, None if none does."""
+    if (folder / "tokenizer.json").is_file():
+        return read_folder(folder)
+    return read_meta(folder / META) if (folder / META).is_file() else None
 
 
 def require_same(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise an error if another tokenizer made the validation tokens in a folder."""
-    beside = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    beside = read_beside(folder)
     if beside is None and tokenizer.kind == "char":
         raise UsageError(
             f"--val_dataset: no tokenizer.json says what made the tokens in {folder}, and the "
             "training data's are characters; pass the text itself"
         )
-    if beside is not None and fingerprint(beside) != fingerprint(tokenizer):
+    if beside is not None and beside.to_json() != tokenizer.to_json():
         raise DataError(
             f"--val_dataset: the tokens in {folder} were made with another tokenizer "
             f"({beside.kind}) than the training data's ({tokenizer.kind}); pass the text itself"

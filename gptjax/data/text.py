@@ -22,7 +22,6 @@ from gptjax.tokenizer import Tokenizer, fingerprint, save_tokenizer
 CHUNK = 2**20  # bytes read, and characters encoded, at a time
 # Texts with marks that a model will learn as well.
 MARKED = re.compile(r"\.(jsonl?|csv|tsv|html?|xml)(\.\w+)?$", re.IGNORECASE)
-CUT_ANYWHERE = ("char", "byte")  # tokenizers that encode each character on its own
 
 
 def tokenise(
@@ -83,13 +82,13 @@ def tokenise(
             few = few if hold_back else "a split"
             raise DataError(f"{total} {plural(total, 'character')} ({where}): too few for {few}")
     tokenizer = make(chars="".join(chars))
-    require_uint16(tokenizer.n_vocab)
+    dtype = id_type(tokenizer)
 
     hashes = {split: [file_sha256(path) for path in paths] for split, paths in files.items()}
     made_from = (hashes, hold_back, fingerprint(tokenizer), decode_errors, allow_special)
     identity = repr((2, *made_from))  # 2: the format's version
     folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if not is_complete(folder):
+    if not is_complete(folder, dtype):
         for text in every:
             text.done = 0
         splits = {
@@ -98,7 +97,7 @@ def tokenise(
         }
         with writing_to_cache():
             write_tokens(folder, splits, tokenizer, lambda: show("tokenising"))
-    return tokenizer, {split: [np.memmap(folder / f"{split}.bin", "<u2", "r")] for split in spans}
+    return tokenizer, {split: [np.memmap(folder / f"{split}.bin", dtype, "r")] for split in spans}
 
 
 class TextFile:
@@ -156,13 +155,9 @@ class TextFile:
         return text, used
 
 
-def require_uint16(n_vocab: int) -> None:
-    """Raise DataError if an id does not fit uint16; numpy would wrap 70000 to 4464."""
-    if n_vocab > 2**16:
-        raise DataError(
-            f"a vocabulary of {n_vocab} does not fit the 65,536 ids of uint16; take another "
-            "tokenizer"
-        )
+def id_type(tokenizer: Tokenizer) -> str:
+    """Return the type of ids in a file: uint16, or uint32 where numpy would wrap 70000 to 4464."""
+    return "<u2" if tokenizer.n_vocab <= 2**16 else "<u4"
 
 
 def encode_stream(
@@ -222,12 +217,14 @@ def encode_texts(
     """Yield the ids of texts in pieces, the end-of-text token between texts if there is one."""
     encode = functools.partial(tokenizer.encode, allow_special=allow_special)
     for i, pieces in enumerate(texts):
-        if i and tokenizer.eot is not None:
-            yield np.array([tokenizer.eot])
-        if tokenizer.kind in CUT_ANYWHERE:
+        if i and tokenizer.eos:
+            yield np.array(tokenizer.eos[:1])
+        if tokenizer.cuts == "anywhere":
             yield from map(encode, pieces)
-        else:
+        elif tokenizer.cuts == "spaces":
             yield from encode_stream(encode, pieces)
+        else:
+            yield encode("".join(pieces))
 
 
 def write_tokens(
@@ -241,29 +238,30 @@ def write_tokens(
     Others may do the same meanwhile. All write the same bytes, so a file may take the place of
     another's; none is ever removed, and a complete folder is left as it is.
     """
+    dtype = id_type(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as name:
         temporary, counts = Path(name), dict.fromkeys(splits, 0)
         for split, chunks in splits.items():
             with (temporary / f"{split}.bin").open("wb") as file:
                 for ids in chunks:
-                    file.write(ids.astype("<u2").tobytes())
+                    file.write(ids.astype(dtype).tobytes())
                     counts[split] += len(ids)
                     progress()
         save_tokenizer(tokenizer, temporary)
         (temporary / "meta.json").write_text(json.dumps({"tokens": counts}))
-        if not is_complete(folder):
+        if not is_complete(folder, dtype):
             folder.mkdir(exist_ok=True)
             for file_name in (*(f"{split}.bin" for split in splits), "tokenizer.json", "meta.json"):
                 (temporary / file_name).replace(folder / file_name)
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether a folder holds the tokens that its meta.json promises."""
+def is_complete(folder: Path, dtype: str) -> bool:
+    """Return whether a folder holds the tokens that its meta.json promises, of this type."""
     try:
         counts = json.loads((folder / "meta.json").read_text())["tokens"]
         sizes = {split: (folder / f"{split}.bin").stat().st_size for split in counts}
         (folder / "tokenizer.json").stat()
-        return all(sizes[split] == 2 * n for split, n in counts.items())
+        return all(sizes[split] == np.dtype(dtype).itemsize * n for split, n in counts.items())
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return False

@@ -20,7 +20,7 @@ from gptjax.checkpoints.save import check_space
 from gptjax.checkpoints.steps import Meta, saved_steps, set_aside, step_folder
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.config_file import load_config, to_json
-from gptjax.data.datasets import Dataset, load_dataset
+from gptjax.data.datasets import MAKERS, Dataset, load_dataset
 from gptjax.errors import UsageError
 from gptjax.terminal import cli, output
 from gptjax.terminal.console import TrainConsole, show_progress
@@ -103,7 +103,8 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
             "leave the flag out"
         )
     stored = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
-    if source is not None:  # whose tokenizer counts, also when this run is resumed
+    if source is not None or config.tokenizer not in MAKERS:
+        # The run folder's own counts when this run is resumed, also if a file is gone by then.
         stored = dataclasses.replace(stored, tokenizer="auto")
     if steps and (run_dir / "config.json").is_file():
         # What it was started from: a replay may have to start there again.
