@@ -127,7 +127,9 @@ def test_the_vocabulary_that_llamacpp_reads(tmp_path: Path, params: model.Params
     assert found["tokenizer.ggml.tokens"][10:12] == ["Ċ", "ċ"] and not said
     assert found["tokenizer.ggml.tokens"][97] == "a" and found["tokenizer.ggml.merges"] == []
     found, said = fields("char")
-    assert sorted(found["tokenizer.ggml.tokens"]) == ["a", "b", "Ċ", "Ġ"] and "--ignore-eos" in said[0]
+    assert (
+        sorted(found["tokenizer.ggml.tokens"]) == ["a", "b", "Ċ", "Ġ"] and "--ignore-eos" in said[0]
+    )
     found, said = fields("char beyond ASCII")
     assert found["tokenizer.ggml.model"] == "none" and found["gpt2.vocab_size"] == 3
     assert "token ids only" in said[0]

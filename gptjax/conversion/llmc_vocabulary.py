@@ -63,7 +63,7 @@ def read(path: Path) -> Tokenizer:
         characters = [token.decode() for token in tokens]
     except UnicodeDecodeError:  # as GPT-2's, many of which are parts of a character
         characters = []
-    if all(len(c) == 1 for c in characters) and characters == sorted(set(characters)) != []:
+    if characters and all(len(c) == 1 for c in characters) and len(set(characters)) == len(tokens):
         return CharTokenizer("".join(characters))
     if tokens[-1:] == [END_OF_TEXT.encode()]:
         try:
