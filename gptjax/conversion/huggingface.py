@@ -119,19 +119,6 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     return paths, mapped
 
 
-def refuse_adapter(folder: Path) -> None:
-    """Raise DataError for a folder with an adapter, which changes a model that is elsewhere."""
-    if not (folder / ADAPTER).is_file():
-        return
-    fields = read_json(folder / ADAPTER)
-    base, kind = fields.get("base_model_name_or_path"), fields.get("peft_type")
-    raise DataError(
-        f"{folder} holds an adapter ({kind}) of the model {base}, not a model ({ADAPTER}); merge "
-        "them by peft's AutoPeftModelForCausalLM: from_pretrained(ADAPTER).merge_and_unload()"
-        ".save_pretrained(FOLDER), and give that folder"
-    )
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return the file of this name in the folder; raise DataError if it is anywhere else."""
     root = folder.resolve()

@@ -1,6 +1,7 @@
 """What a model is, in the words of nanoGPT, minGPT and their kin."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import GPTConfig
@@ -9,6 +10,8 @@ from gptjax.conversion.hf_config import parse_config
 from gptjax.conversion.tensors import LIMITS, make_config
 from gptjax.conversion.torch_file import plain
 from gptjax.errors import DataError
+from gptjax.files import read_json
+from gptjax.settings import require
 
 # Where programs keep the model's settings, in a checkpoint or in their configuration.
 SECTIONS = ("model_args", "model_config", "gpt_config", "config", "hyper_parameters", "args")
@@ -57,6 +60,21 @@ def about_model(fields: Mapping[str, Any]) -> dict[str, Any]:
         inside = plain(found.pop(sections[0]))
         found |= {str(name): value for name, value in inside.items()}
     return found
+
+
+def said_fields(name: str) -> dict[str, Any] | None:
+    """Return what the file that --config names says, None without such a file."""
+    if not name:
+        return None
+    path = Path(name)
+    require(path.is_file(), "config", name, "there is no such file; name one in JSON")
+    return read_json(path)
+
+
+def fields_beside(path: Path) -> dict[str, Any] | None:
+    """Return what the config.json in a file's folder says, None if there is none."""
+    found = path.with_name("config.json")
+    return read_json(found) if found.is_file() else None
 
 
 def is_hugging_faces(fields: Mapping[str, Any]) -> bool:

@@ -1,11 +1,9 @@
 """Models in any format, opened by name as a `Source` or loaded as a `Run`."""
 
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -18,19 +16,21 @@ from gptjax.conversion import (
     hub,
     huggingface,
     llmc,
+    lora,
     nanogpt,
     openai,
     state_dict,
 )
-from gptjax.conversion.model_words import about_model, is_hugging_faces
+from gptjax.conversion.model_words import about_model, fields_beside, is_hugging_faces, said_fields
+from gptjax.conversion.other_heads import leave_out_other_heads
+from gptjax.conversion.source_checks import check_memory, check_sha256, with_activation
 from gptjax.conversion.source_tokenizer import find_tokenizer
 from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.weight_check import weight_format, why_no_weights
 from gptjax.errors import DataError, InputError, UsageError
 from gptjax.file_kinds import read_head
-from gptjax.files import file_sha256, read_json
-from gptjax.memory import require_memory
-from gptjax.settings import once, require
+from gptjax.files import read_json
+from gptjax.settings import once
 
 NANOGPT_SUFFIXES = (".pt", ".pth", ".ckpt")
 # Of files, not of the Hub's names.
@@ -68,6 +68,16 @@ class SourceConfig:
         'nanoGPT, minGPT or Hugging Face, at least {"n_head": 12}. empty is the config.json beside '
         "the weights, if there is one.",
         path=True,
+    )
+    base: str = once(
+        "",
+        "Model that a LoRA adapter changes, as any SOURCE; the two are merged. empty is the one "
+        "that adapter_config.json names, if it is a path.",
+        path=True,
+    )
+    drop_heads: bool = once(
+        False,
+        "Import a model with the head of another task, such as classification, without that head.",
     )
     sha256: str = once(
         "", "Expected sha256 of the weight file; without it a flipped bit goes unnoticed."
@@ -127,7 +137,9 @@ def read_model(source: Source, name: str, config: SourceConfig) -> Run:
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
-    """Open a model that is not a run folder, in the format that it has; no tensor is read.
+    """Open a model that is not a run folder, in the format that it has.
+
+    Of the tensors, only those are read that decide what the model is: masks, wte beside a head.
 
     Args:
         name: a folder or file in one of the formats, or a name on the Hub.
@@ -144,7 +156,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
         weights = huggingface.WEIGHTS[: 2 if config.allow_pickle else 1]
         path = hub.download_model(name, weights, config.revision or None)
     opened = open_folder(path, config) if path.is_dir() else open_file(path, config)
-    return with_activation(opened, config.activation)
+    return leave_out_other_heads(with_activation(opened, config.activation), config.drop_heads)
 
 
 def open_file(path: Path, config: SourceConfig) -> Source:
@@ -156,8 +168,8 @@ def open_file(path: Path, config: SourceConfig) -> Source:
     kind, wrong = weight_format(head), why_no_weights(path)
     if path.name == "config.json" or path.name.endswith(".index.json") or PART.search(path.name):
         raise UsageError(f"{path} is only a part of a model; give the folder")
-    if path.name.startswith("adapter_model."):
-        huggingface.refuse_adapter(path.parent)
+    if path.name in lora.FILES:
+        return open_adapter(path.parent, config)
     check_sha256([path], config.sha256)
     given, beside = said_fields(config.config), fields_beside(path) if kind else None
     if (
@@ -197,7 +209,8 @@ def open_folder(folder: Path, config: SourceConfig) -> Source:
         return openai.open_folder(folder, config.accepted())
     if (folder / "checkpoints").is_dir():
         raise UsageError(f"{folder} is a run folder already: sample.py and train.py read it")
-    huggingface.refuse_adapter(folder)  # transformers, too, looks at it first
+    if (folder / huggingface.ADAPTER).is_file():  # transformers, too, looks at it first
+        return open_adapter(folder, config)
     beside = fields_beside(folder / "config.json")
     if beside is not None and is_hugging_faces(beside) and not config.config:
         check_sha256(huggingface.weight_files(folder)[0], config.sha256)
@@ -220,55 +233,19 @@ def open_folder(folder: Path, config: SourceConfig) -> Source:
     )
 
 
-def said_fields(name: str) -> dict[str, Any] | None:
-    """Return what the file that --config names says, None without such a file."""
-    if not name:
-        return None
-    path = Path(name)
-    require(path.is_file(), "config", name, "there is no such file; name one in JSON")
-    return read_json(path)
-
-
-def fields_beside(path: Path) -> dict[str, Any] | None:
-    """Return what the config.json in a file's folder says, None if there is none."""
-    found = path.with_name("config.json")
-    return read_json(found) if found.is_file() else None
-
-
-def with_activation(source: Source, activation: Literal["auto", Activation]) -> Source:
-    """Return the source with the activation asked for; UsageError if its file says another."""
-    if activation == "auto":
-        return source
-    require(
-        not source.says_activation or activation == source.cfg.activation,
-        "activation",
-        activation,
-        f"config.json ({source.where}) means {source.cfg.activation}; leave the flag out, or "
-        "set activation_function there",
-    )
-    cfg = dataclasses.replace(source.cfg, activation=activation)
-    return source._replace(cfg=cfg, assumed="")
-
-
-def check_sha256(files: Sequence[Path], expected: str) -> None:
-    """Check that a weight file has the expected sha256, unless that is empty.
-
-    Raises:
-        UsageError: there are several files.
-        DataError: the hash is another.
-    """
-    if not expected:
-        return
-    if len(files) != 1:
-        raise UsageError(f"--sha256={expected}: the weights are in {len(files)} files, not one")
-    found = file_sha256(files[0])
-    if found != expected.lower():
-        raise DataError(f"{files[0]} has sha256 {found}, expected {expected}")
-
-
-def check_memory(source: Source) -> None:
-    """Raise DataError if the model cannot fit, before anything is allocated for it."""
-    parameters = sum(math.prod(shape) for shape, _ in source.tensors.values())
-    require_memory(
-        4 * parameters, f"{source.where} has {parameters:,} parameters in float32, which"
-    )
+def open_adapter(folder: Path, config: SourceConfig) -> Source:
+    """Open a folder with a LoRA adapter, merged into its base: --base, or the one it names."""
+    named = read_json(folder / huggingface.ADAPTER).get("base_model_name_or_path")
+    base = config.base or lora.path_of(named)
+    if not base:
+        known = isinstance(named, str) and len(named) < 100 and hub.NAME.fullmatch(named)
+        raise UsageError(
+            f"{folder} holds an adapter of the model {str(named)[:100]!r}, not a model",
+            f"--base={named if known else 'SOURCE'}",
+            "which names that model: a folder, a file, or a name on the Hub",
+        )
+    if (Path(base) / huggingface.ADAPTER).is_file():
+        raise UsageError(f"--base={base}: it is an adapter itself; name the model that it changes")
+    check_sha256([f for name in lora.FILES if (f := folder / name).is_file()][:1], config.sha256)
+    source = open_source(base, dataclasses.replace(config, base="", sha256=""))
+    return lora.open_adapter(folder, source, config.allow_pickle, config.accepted())
