@@ -59,6 +59,7 @@ def find_tokenizer(source: Source, wanted: str, vocab_dir: str) -> Tokenizer:
     if wanted == "auto":
         inside = source.tokenizer and source.tokenizer()
         found = inside or read_folder(folder, size) or read_nanogpt(source)
+        room = 1 if inside and not inside.fitted else size  # a file holds its own model's tokens
         if found is None and size == GPT2_VOCAB:
             found = load_gpt2_tokenizer(vocab_dir)
         if found is None:
