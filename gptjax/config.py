@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from gptjax.sample_config import SampleConfig as SampleConfig
 from gptjax.settings import (
     architecture,
     experiment,
@@ -271,30 +272,3 @@ class TrainConfig:
         require_range(self, "min_lr", 0, self.learning_rate)
         rule = "training in float16 would need loss scaling; take bfloat16 or float32"
         require(self.model.dtype != "float16", "dtype", self.model.dtype, rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """The settings of sampling: how the next token is drawn from the model's logits."""
-
-    temperature: float = once(
-        0.8,
-        "Divide the logits by this; 0 takes the likeliest token each time.",
-        section="Sampling",
-    )
-    top_k: int = once(0, "Keep only this many of the likeliest tokens; 0 = all.")
-    top_p: float = once(1.0, "Keep the fewest tokens that together hold this probability; 1 = all.")
-    min_p: float = once(
-        0.0, "Keep tokens at least this likely, relative to the likeliest; 0 = all."
-    )
-    repetition_penalty: float = once(
-        1.0, "Divide positive logits of earlier tokens by this, multiply negative ones; 1 = off."
-    )
-
-    def __post_init__(self) -> None:
-        require_range(self, "top_k", 0)
-        require_range(self, "min_p", 0, 1)
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
-        # Far beyond what changes a text; further out float32 cannot tell the logits apart.
-        require_range(self, "temperature", 0, 10**6)
-        require_range(self, "repetition_penalty", 1e-6, 10**6)

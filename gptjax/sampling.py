@@ -8,7 +8,6 @@ does so on its own, so what it says does not depend on its neighbours.
 """
 
 import functools
-import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from jax import Array
 
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError
+from gptjax.filters import History, make_history, narrow, penalize, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, next_logits
 
@@ -27,76 +27,45 @@ CHUNK = 16  # tokens per call into JAX: few enough to stream, enough to make the
 SMALLEST = float(np.finfo(np.float32).tiny)  # what float32 can divide by
 
 
-# ---- Logits filters: logits_BV -> logits_BV, with -inf for what must not be drawn ----------------
-
-
-def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: float) -> Array:
-    """Make the tokens marked in seen_BV less likely.
-
-    Source: Keskar et al. 2019, "CTRL", extended to negative logits by Hugging Face.
-    """
-    penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, penalized, logits_BV)
-
-
-def keep_top_k(logits_BV: Array, k: int) -> Array:
-    """Keep the k likeliest tokens, more only where the k-th is tied.
-
-    Source: Fan et al. 2018, "Hierarchical Neural Story Generation".
-    """
-    threshold_B1 = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
-
-
-def keep_top_p(logits_BV: Array, p: float) -> Array:
-    """Keep the fewest tokens that together hold probability p, and at least one.
-
-    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
-    """
-    sorted_BV = -jnp.sort(-logits_BV)
-    probability_BV = jax.nn.softmax(sorted_BV)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    last_B1 = jnp.sum(before_BV[:, 1:] < p, axis=-1, keepdims=True)  # p may be 0 in float32
-    threshold_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
-
-
-def keep_min_p(logits_BV: Array, p: float) -> Array:
-    """Keep the tokens that are at least p times as likely as the likeliest.
-
-    Source: Nguyen et al. 2024, "Turning Up the Heat".
-    """
-    threshold_B1 = logits_BV.max(axis=-1, keepdims=True) + math.log(p)  # of p in float64
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+# ---- One token -----------------------------------------------------------------------------------
 
 
 def sample_token(
-    logits_BV: Array, keys_B: Array, seen_BV: Array | None, how: SampleConfig
+    logits_BV: Array, keys_B: Array, history: History | None, how: SampleConfig
 ) -> Array:
-    """Draw one token per row, after penalty, temperature, top-k, top-p and min-p.
+    """Draw one token per row, after the filters (see `filters` for their order).
 
     Args:
         logits_BV: float32, -inf where a token cannot occur.
         keys_B: a random key per row.
-        seen_BV: tokens that the repetition penalty makes less likely; None without one.
+        history: what the filters remember of each row; None where they need nothing.
         how: temperature and filters.
 
     Returns:
         (B,) int32.
     """
-    if seen_BV is not None:
-        logits_BV = penalize_repetition(logits_BV, seen_BV, how.repetition_penalty)
+    if history is not None:
+        logits_BV = penalize(logits_BV, history, how)
     if how.temperature < SMALLEST:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # The likeliest is 0 whatever the temperature: the others may become -inf, it cannot overflow.
-    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / how.temperature
-    if how.top_k:
-        logits_BV = keep_top_k(logits_BV, how.top_k)
-    if how.top_p < 1:
-        logits_BV = keep_top_p(logits_BV, how.top_p)
-    if how.min_p > 0:
-        logits_BV = keep_min_p(logits_BV, how.min_p)
+    logits_BV = narrow(logits_BV, how)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+class Scores(NamedTuple):
+    """Log-probabilities by the model itself: in nats, before the temperature and all filters."""
+
+    logprob: Array  # (B,) of the token drawn
+    likeliest: Array  # (B, N) the N likeliest tokens, the likeliest first
+    likeliest_logprob: Array  # (B, N)
+
+
+def score_token(logits_BV: Array, token_B: Array, n: int) -> Scores:
+    """Return the log-probabilities of the token that was drawn and of the n likeliest ones."""
+    logprobs_BV = jax.nn.log_softmax(logits_BV)
+    logprob_B1 = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)
+    likeliest_logprob, likeliest = jax.lax.top_k(logprobs_BV, n)
+    return Scores(logprob_B1[:, 0], likeliest, likeliest_logprob)
 
 
 # ---- The decoder ---------------------------------------------------------------------------------
@@ -108,22 +77,30 @@ class DecoderState(NamedTuple):
     cache: KVCache
     token_B: Array  # the newest token, not in the cache yet
     n_drawn: Array  # tokens drawn since the prompt, which numbers the random keys
-    seen_BV: Array | None  # tokens of prompt and text, for the repetition penalty
+    history: History | None  # what the filters remember of prompt and text
     finite: Array  # whether all logits so far were
+    scores: Scores | None = None  # of the newest token, where they are asked for
 
 
-def draw(state: DecoderState, logits_BV: Array, keys_B: Array, how: SampleConfig) -> DecoderState:
+def draw(
+    state: DecoderState,
+    logits_BV: Array,
+    keys_B: Array,
+    how: SampleConfig,
+    n_likeliest: int | None = None,
+) -> DecoderState:
     """Return the state after the next token of each row was drawn from its logits."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.n_drawn)
-    token_B = sample_token(logits_BV, keys_B, state.seen_BV, how)
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    token_B = sample_token(logits_BV, keys_B, state.history, how)
+    history = state.history
+    if history is not None:
+        history = remember(history, token_B)
     finite = state.finite & jnp.all(jnp.isfinite(logits_BV.max(axis=-1)))
-    return DecoderState(state.cache, token_B, state.n_drawn + 1, seen_BV, finite)
+    scores = None if n_likeliest is None else score_token(logits_BV, token_B, n_likeliest)
+    return DecoderState(state.cache, token_B, state.n_drawn + 1, history, finite, scores)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "how", "size"))
+@functools.partial(jax.jit, static_argnames=("cfg", "how", "size", "n_likeliest"))
 def prefill(
     cfg: GPTConfig,
     how: SampleConfig,
@@ -133,7 +110,8 @@ def prefill(
     length_B: Array,
     keys_B: Array,
     n_drawn: Array,
-    seen_BV: Array | None,
+    history: History | None,
+    n_likeliest: int | None = None,
 ) -> DecoderState:
     """Read prompts, padded on the right, into a new cache of `size` and draw one token each.
 
@@ -146,12 +124,13 @@ def prefill(
         length_B: their lengths without the padding.
         keys_B: a random key per row.
         n_drawn: tokens drawn so far, which numbers the draws.
-        seen_BV: tokens that the repetition penalty makes less likely; None without one.
+        history: what the filters remember of each row; None where they need nothing.
+        n_likeliest: likeliest tokens to score beside the one drawn; None = score nothing.
     """
     cache = make_cache(cfg, len(tokens_BT), size)
     logits_BV, cache = next_logits(cfg, params, tokens_BT, cache, length_B)
-    start = DecoderState(cache, length_B, n_drawn, seen_BV, jnp.array(True))
-    return draw(start, logits_BV, keys_B, how)
+    start = DecoderState(cache, length_B, n_drawn, history, jnp.array(True))
+    return draw(start, logits_BV, keys_B, how, n_likeliest)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "how", "n_steps"), donate_argnames=("state",))
@@ -162,23 +141,36 @@ def decode(
     params: Params,
     state: DecoderState,
     keys_B: Array,
-) -> tuple[DecoderState, Array]:
-    """Draw n_steps tokens for each row in one scan; return the state and them, (n_steps, B)."""
+) -> tuple[DecoderState, Array, Scores | None]:
+    """Draw n_steps tokens for each row in one scan.
 
-    def step(state: DecoderState, _: None) -> tuple[DecoderState, Array]:
+    Returns:
+        The state, the tokens (n_steps, B), and their scores (n_steps, B, ...) if the state has any.
+    """
+    n_likeliest = None if state.scores is None else state.scores.likeliest.shape[1]
+
+    def step(state: DecoderState, _: None) -> tuple[DecoderState, tuple[Array, Scores | None]]:
         logits_BV, cache = next_logits(cfg, params, state.token_B[:, None], state.cache)
-        state = draw(state._replace(cache=cache), logits_BV, keys_B, how)
-        return state, state.token_B
+        state = draw(state._replace(cache=cache), logits_BV, keys_B, how, n_likeliest)
+        return state, (state.token_B, state.scores)
 
-    return jax.lax.scan(step, state, length=n_steps)
+    state, (new_nB, scores) = jax.lax.scan(step, state, length=n_steps)
+    return state, new_nB, scores
 
 
-def bucket(n: int, limit: int) -> int:
+def bucket(n: int, limit: int = 2**30) -> int:
     """Return the least of 64, 256, 1024 ... that holds n, or the limit: few shapes to compile."""
     size = 64
     while size < n:
         size *= 4
     return min(size, limit)
+
+
+class Piece(NamedTuple):
+    """The next n tokens of each row."""
+
+    ids: np.ndarray  # (B, n) int32
+    scores: Scores | None  # of NumPy arrays (B, n, ...)
 
 
 def generate(
@@ -212,6 +204,37 @@ def generate(
     Raises:
         NonFiniteError: the logits became NaN or infinite.
     """
+    pieces = generate_pieces(
+        cfg,
+        params,
+        prompts,
+        how,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        samples=samples,
+        cache_size=cache_size,
+    )
+    for piece in pieces:
+        yield piece.ids
+
+
+def generate_pieces(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    how: SampleConfig,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    samples: Sequence[int] | None = None,
+    cache_size: int = 0,
+    n_likeliest: int | None = None,
+) -> Iterator[Piece]:
+    """Continue prompts as `generate` does, with the same arguments, and score the tokens.
+
+    Beside each token drawn its n_likeliest alternatives are scored; None scores nothing. Scores are
+    what the decoder saw: once the context was read again, they depend on what was read.
+    """
     assert all(len(prompt) for prompt in prompts), "a prompt must hold at least one token"
     if max_new_tokens < 1:
         return
@@ -221,16 +244,12 @@ def generate(
     keys_B = jnp.stack(
         [row_key(seed, i, prompt) for i, prompt in zip(samples, prompts, strict=True)]
     )
-    seen = None
-    if how.repetition_penalty != 1:
-        seen = np.zeros((len(prompts), cfg.padded_vocab_size), bool)
-        mark(seen, prompts)
-
     # A row that fills it, and starts again, has filled the whole context: one size for all.
     size = cache_size or bucket(max(map(len, contexts)) + max_new_tokens, limit)
-    n_drawn = 0
+    whole = bucket(max(map(len, prompts)) + max_new_tokens)
+    drawn: list[list[int]] = [[] for _ in prompts]
     state: DecoderState | None = None
-    while n_drawn < max_new_tokens:
+    while len(drawn[0]) < max_new_tokens:
         # The newest token is not in the cache yet, so this many forward passes still fit.
         room = size - max(map(len, contexts)) + 1
         if state is None or room == 0:
@@ -239,30 +258,31 @@ def generate(
             for row, context in zip(tokens_BT, contexts, strict=True):
                 row[: len(context)] = context
             length_B = np.array([len(context) for context in contexts], np.int32)
+            history = make_history(how, cfg.padded_vocab_size, prompts, drawn, whole)
+            n_drawn = np.int32(len(drawn[0]))
             state = prefill(
-                cfg, how, size, params, tokens_BT, length_B, keys_B, np.int32(n_drawn), seen
+                cfg, how, size, params, tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest
             )
-            new_Bn = np.asarray(state.token_B)[:, None]
+            new_nB, scores = jax.tree.map(lambda x: x[None], (state.token_B, state.scores))
+            room = 1
         else:
-            state, new_nB = decode(cfg, how, CHUNK, params, state, keys_B)
-            # Steps beyond the room have overwritten the last slot of a cache that is now full, and
-            # will not be used again. Their tokens are dropped.
-            new_Bn = np.asarray(new_nB).T[:, :room]
+            state, new_nB, scores = decode(cfg, how, CHUNK, params, state, keys_B)
         if not state.finite:
             raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged")
-        new_Bn = new_Bn[:, : max_new_tokens - n_drawn]
-        n_drawn += new_Bn.shape[1]
-        for context, new in zip(contexts, new_Bn.tolist(), strict=True):
+        # Steps beyond the room have overwritten the last slot of a cache that is now full, and
+        # will not be used again. Their tokens are dropped.
+        count = min(room, max_new_tokens - len(drawn[0]))
+        turn = functools.partial(first_rows, count=count)
+        piece = Piece(*jax.tree.map(turn, (new_nB, scores)))
+        for context, text, new in zip(contexts, drawn, piece.ids.tolist(), strict=True):
             context.extend(new)
-        if seen is not None:
-            mark(seen, new_Bn)
-        yield new_Bn
+            text.extend(new)
+        yield piece
 
 
-def mark(seen_BV: np.ndarray, tokens: Sequence[Sequence[int]] | np.ndarray) -> None:
-    """Mark in each row the tokens that have occurred."""
-    for row, new in zip(seen_BV, tokens, strict=True):
-        row[np.asarray(new)] = True
+def first_rows(x_nB: Array, count: int) -> np.ndarray:
+    """Return the first `count` of n steps as a NumPy array, rows first: (B, count, ...)."""
+    return np.asarray(x_nB)[:count].swapaxes(0, 1)
 
 
 def row_key(seed: int, sample: int, prompt: Sequence[int]) -> Array:

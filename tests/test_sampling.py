@@ -1,18 +1,19 @@
 """The cached decoder says what the plain model would say, whoever else is in the batch."""
 
 import dataclasses
+import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import kv_cache, model, sampling
+from gptjax import filters, kv_cache, model, sampling, scoring
 from gptjax.config import GPTConfig, SampleConfig
-from gptjax.errors import NonFiniteError, UsageError
+from gptjax.errors import NonFiniteError
 from gptjax.kv_cache import KVCache
-from gptjax.settings import fields_of
 
 from .helpers import count_programs, scaled_params, tiny
 
@@ -79,6 +80,30 @@ def test_seed_and_number_make_the_sample() -> None:
     assert first[1] == text([PROMPT], how, n=20, seed=1, samples=[1])[0]
     assert len({tuple(row) for row in first}) == 3
     assert first[0] != text([PROMPT], how, n=20, seed=2)[0]
+
+
+def test_a_penalty_holds_for_prompt_and_text() -> None:
+    how = SampleConfig(temperature=0, repetition_penalty=1e6)
+    said = text([PROMPT], how, n=10)[0]
+    assert len(set(said)) == 10 and not set(said) & set(PROMPT)
+
+
+def test_no_run_comes_twice() -> None:
+    """Across prompt and text, and where the context was read again."""
+    how = SampleConfig(temperature=1.0, no_repeat_ngram=2)
+    said = [*PROMPT, *text([PROMPT], how, n=60)[0]]
+    pairs = list(itertools.pairwise(said))
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_counts_go_on_when_the_context_is_read_again() -> None:
+    """So heavy a penalty lets every token come once before any comes twice; the prompt is free."""
+    for how in (
+        SampleConfig(temperature=1.0, presence_penalty=1e3),
+        SampleConfig(temperature=1.0, frequency_penalty=1e3),
+    ):
+        said = text([PROMPT], how, n=61)[0]
+        assert sorted(said) == list(range(61))
 
 
 def test_number_of_tokens() -> None:
@@ -161,124 +186,61 @@ def test_in_place_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
     jax.clear_caches()
 
 
-# ---- Filters: which tokens are left --------------------------------------------------------------
-
-PROBABILITIES = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
-LOGITS = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]])) + 3.0
+# ---- Scores --------------------------------------------------------------------------------------
 
 
-SAYS = {  # a value that leaves only the likeliest token, or makes it rare
-    "temperature": 0.0,
-    "top_k": 1,
-    "top_p": 0.1,
-    "min_p": 1.0,
-    "repetition_penalty": 1e6,
-}
-
-
-@pytest.mark.parametrize("name", fields_of(SampleConfig))
-def test_every_setting_has_a_say(name: str) -> None:
-    logits = jnp.tile(LOGITS[:1], (200, 1))
-    seen = jnp.zeros(logits.shape, bool).at[:, 1].set(True)  # the likeliest
-    keys = jax.random.split(jax.random.key(0), 200)
-    plain, drawn = (
-        np.bincount(sampling.sample_token(logits, keys, seen, how), minlength=5)[1]
-        for how in (
-            SampleConfig(temperature=1),
-            SampleConfig(**{"temperature": 1, name: SAYS[name]}),  # type: ignore[arg-type]
+def scored(prompts: list[list[int]], how: SampleConfig, n: int, **kwargs: Any) -> list[Any]:
+    """The ids and the scores of each row, their arrays (n, ...)."""
+    pieces = list(
+        sampling.generate_pieces(
+            CFG, kwargs.pop("params", DECODER), prompts, how, max_new_tokens=n, **kwargs
         )
     )
-    assert 60 < plain < 100
-    assert drawn < 30 if name == "repetition_penalty" else drawn == 200
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *pieces)
+    return [jax.tree.map(lambda x, row=row: x[row], whole) for row in range(len(prompts))]
 
 
-def support(logits_BV: jax.Array) -> list[set[int]]:
-    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in np.asarray(logits_BV)]
+def worst_logprob(n: int) -> float:
+    """The largest difference to what scoring.py says of the same tokens after the same context."""
+    how = SampleConfig(temperature=3.0, top_k=20, repetition_penalty=1.5)
+    worst = [0.0]
+    prompts = [PROMPT, list(range(30))]
+    for prompt, row in zip(prompts, scored(prompts, how, n, n_likeliest=5), strict=True):
+        context = sampling.cut(prompt, CFG.block_size)
+        for token, logprob in zip(row.ids.tolist(), row.scores.logprob.tolist(), strict=True):
+            seen = scoring.Text(np.array([*context, token]), 1)
+            (score,) = scoring.score_texts(CFG, PARAMS, [seen], context=16, batch_size=1)
+            worst.append(abs(score.logprobs[0] - logprob))
+            context = sampling.cut([*context, token], CFG.block_size)
+    return max(worst)
 
 
-@pytest.mark.parametrize(
-    ("filtered", "left"),
-    [
-        (sampling.keep_top_k(LOGITS, 1), {1}),
-        (sampling.keep_top_k(LOGITS, 3), {1, 2, 3}),
-        (sampling.keep_top_k(LOGITS, 99), {0, 1, 2, 3, 4}),
-        (sampling.keep_top_p(LOGITS, 1e-6), {1}),
-        (sampling.keep_top_p(LOGITS, 1e-45), {1}),
-        (sampling.keep_top_p(LOGITS, 5e-324), {1}),
-        (sampling.keep_top_p(LOGITS, 1 - 1e-12), {0, 1, 2, 3, 4}),
-        (sampling.keep_top_p(LOGITS, 0.39), {1}),
-        (sampling.keep_top_p(LOGITS, 0.41), {1, 2}),
-        (sampling.keep_top_p(LOGITS, 0.86), {1, 2, 3, 4}),
-        (sampling.keep_min_p(LOGITS, 1.0), {1}),
-        (sampling.keep_min_p(LOGITS, 0.45), {1, 2, 3}),
-    ],
-)
-def test_support(filtered: jax.Array, left: set[int]) -> None:
-    assert support(filtered) == [left, {4 - i for i in left}]
-    kept = np.isfinite(np.asarray(filtered))
-    assert np.array_equal(np.asarray(filtered)[kept], np.asarray(LOGITS)[kept])
+def test_logprobs_are_those_of_scoring() -> None:
+    """Before temperature and filters; also once the context was read again, twice here."""
+    assert worst_logprob(25) <= 1e-5
 
 
-def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
-    logits = jnp.array([[2.0, -2.0, 2.0]])
-    assert support(sampling.keep_min_p(SPREAD * 9, 1e-300)) == [{1, 2, 3}, {0, 1, 2, 3}]
-    seen = jnp.array([[True, True, False]])
-    assert sampling.penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0]]
-    how = SampleConfig(temperature=0, repetition_penalty=1e6)
-    said = text([PROMPT], how, n=10)[0]
-    assert len(set(said)) == 10 and not set(said) & set(PROMPT)
+def test_logprob_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake: logits after the penalty."""
+    draw = sampling.draw
+
+    def penalized(state: Any, logits: jax.Array, keys: jax.Array, how: Any, n: Any) -> Any:
+        return draw(state, filters.penalize(logits, state.history, how), keys, how, n)
+
+    monkeypatch.setattr(sampling, "draw", penalized)
+    jax.clear_caches()
+    assert worst_logprob(6) > 1e-3
+    jax.clear_caches()
 
 
-def test_draws_have_the_models_probabilities() -> None:
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    logits = jnp.broadcast_to(LOGITS[0], (20_000, 5))
-    drawn = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=1.0)))
-    assert np.abs(np.bincount(drawn, minlength=5) / 20_000 - PROBABILITIES).max() <= 0.015
-    cold = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=0.1)))
-    assert (cold == 1).mean() > 0.98
-
-
-SPREAD = jnp.array([[-90.0, 99.0, 99.00001, 40.0, -jnp.inf], [3e-5, 2e-5, 1e-5, 0.0, -jnp.inf]])
-
-
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 1e-45}])
-@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 1e-38, 1.2e-38, 1e-37, 1e-30, 1e-8])
-def test_the_coldest_is_greedy(temperature: float, filters: dict[str, float]) -> None:
-    """Also where the temperature is 0 in float32, or logits divided by it are infinite."""
-    how = SampleConfig(temperature=temperature, **filters)  # type: ignore[arg-type]
-    draw = jax.jit(sampling.sample_token, static_argnums=3)
-    drawn = [draw(SPREAD, jax.random.split(jax.random.key(i)), None, how) for i in range(3)]
-    assert np.array(drawn).tolist() == [[2, 0]] * 3
-
-
-@pytest.mark.parametrize(
-    ("setting", "worst"),
-    [
-        *[("temperature", value) for value in (1e7, 1e30, 1e38, 1e39, 1e308)],
-        *[("repetition_penalty", value) for value in (5e-324, 1e-45, 1e-38, 1e-7, 1e7, 1e39)],
-        *[("top_p", value) for value in (0.0, -1e-45, float("nan"), 1 + 1e-12)],
-        *[("min_p", value) for value in (-5e-324, float("nan"), 1 + 1e-12)],
-    ],
-)
-def test_what_float32_cannot_compute_is_refused(setting: str, worst: float) -> None:
-    with pytest.raises(UsageError, match=f"--{setting}=.*: must be "):
-        SampleConfig(**{setting: worst})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("penalty", [1e-6, 1e6])
-def test_the_hottest_is_uniform_and_penalties_keep_their_order(penalty: float) -> None:
-    """At the ends of what is allowed."""
-    keys = jax.random.split(jax.random.key(0), 4000)
-    logits = jnp.broadcast_to(SPREAD[0], (4000, 5))
-    hot = SampleConfig(temperature=1e6)
-    drawn = np.bincount(np.asarray(sampling.sample_token(logits, keys, None, hot)), minlength=5)
-    assert drawn[4] == 0 and drawn[:4].min() > 900
-    for filters, only in (({"top_k": 1}, 2), ({"min_p": 1.0}, 2), ({"top_p": 1e-45}, 2)):
-        how = dataclasses.replace(hot, **filters)
-        assert set(sampling.sample_token(logits[:99], keys[:99], None, how).tolist()) == {only}
-    assert support(sampling.keep_min_p(SPREAD * 9, 1e-300)) == [{1, 2, 3}, {0, 1, 2, 3}]
-    seen = jnp.array([[True, True, False, False, True]])
-    greedy = SampleConfig(temperature=0, repetition_penalty=penalty)
-    assert sampling.sample_token(SPREAD[:1], keys[:1], seen, greedy).tolist() == [
-        1 if penalty < 1 else 2
-    ]
+def test_scores_change_no_token_and_hold_the_likeliest() -> None:
+    how = SampleConfig(temperature=2.0)
+    (row,) = scored([PROMPT], how, 30, n_likeliest=61, seed=2)
+    assert row.ids.tolist() == text([PROMPT], how, 30, seed=2)[0]
+    assert (np.sort(row.scores.likeliest, axis=1) == np.arange(61)).all()
+    assert np.abs(np.exp(row.scores.likeliest_logprob).sum(axis=1) - 1).max() <= 1e-5
+    assert (np.diff(row.scores.likeliest_logprob, axis=1) <= 0).all()
+    at = row.scores.likeliest == row.ids[:, None]
+    assert (row.scores.likeliest_logprob[at] == row.scores.logprob).all()
+    (none,) = scored([PROMPT], how, 3, n_likeliest=0)
+    assert none.scores.likeliest.shape == (3, 0) and none.scores.logprob.shape == (3,)
