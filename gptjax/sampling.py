@@ -246,7 +246,6 @@ def generate_pieces(
     )
     # A row that fills it, and starts again, has filled the whole context: one size for all.
     size = cache_size or bucket(max(map(len, contexts)) + max_new_tokens, limit)
-    whole = bucket(max(map(len, prompts)) + max_new_tokens)
     drawn: list[list[int]] = [[] for _ in prompts]
     state: DecoderState | None = None
     while len(drawn[0]) < max_new_tokens:
@@ -258,8 +257,9 @@ def generate_pieces(
             for row, context in zip(tokens_BT, contexts, strict=True):
                 row[: len(context)] = context
             length_B = np.array([len(context) for context in contexts], np.int32)
-            history = make_history(how, cfg.padded_vocab_size, prompts, drawn, whole)
             n_drawn = np.int32(len(drawn[0]))
+            most = bucket(max(map(len, prompts)) + len(drawn[0]) + size)  # until it is read again
+            history = make_history(how, cfg.padded_vocab_size, prompts, drawn, most)
             state = prefill(
                 cfg, how, size, params, tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest
             )

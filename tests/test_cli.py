@@ -16,7 +16,7 @@ import pytest
 
 import sample
 import train
-from gptjax import errors
+from gptjax import errors, sampling
 from gptjax.commands.machine_checks import plugins
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig
 from gptjax.config_file import load_config, to_json
@@ -183,16 +183,6 @@ def test_stop_string_ends_the_sample(run_dir: Path, capsys: pytest.CaptureFixtur
     assert said == whole[: whole.index(stop, 2)] + "\n"
 
 
-def test_stream_holds_back_what_may_become_a_stop_string() -> None:
-    tokenizer = sample.ByteTokenizer()
-    stream = sample.Stream(tokenizer, sample.SamplerConfig(stop=("END", "\n\n")))
-    pieces = [stream.feed(tokenizer.encode(part).tolist()) for part in ("aE", "Nb E", "ND", "x")]
-    assert pieces == ["a", "ENb ", "", ""]
-    assert stream.ended and stream.finish() == ""
-    open_end = sample.Stream(tokenizer, sample.SamplerConfig(stop=("END",)))
-    assert open_end.feed(tokenizer.encode("is E").tolist()) + open_end.finish() == "is E"
-
-
 def test_scratch_speaks_gibberish(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(say(["--init_from=scratch", "--max_new_tokens=9"], capsys)) > 3
 
@@ -229,19 +219,19 @@ def test_ctrl_c_stops_the_text_and_at_the_prompt_the_session(
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def interrupted(*args: object, **kwargs: object) -> Iterator[np.ndarray]:
+    def interrupted(*args: object, **kwargs: object) -> Iterator[sampling.Piece]:
         signal.raise_signal(signal.SIGINT)  # as a terminal sends it
-        yield np.full((1, 1), 5)
+        yield sampling.Piece(np.full((1, 1), 5), None)
         pytest.fail("goes on")
 
-    def interrupted_twice(*args: object, **kwargs: object) -> Iterator[np.ndarray]:
+    def interrupted_twice(*args: object, **kwargs: object) -> Iterator[sampling.Piece]:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        yield np.full((1, 1), 5)
+        yield sampling.Piece(np.full((1, 1), 5), None)
 
-    generate = sample.sampling.generate
+    generate = sampling.generate_pieces
     kinds = iter([interrupted, generate, interrupted_twice, generate])
-    monkeypatch.setattr(sample.sampling, "generate", lambda *args, **kw: next(kinds)(*args, **kw))
+    monkeypatch.setattr(sampling, "generate_pieces", lambda *args, **kw: next(kinds)(*args, **kw))
     assert talk(["to", "or not", "be", "that", EOFError()], run_dir, monkeypatch) == 0
     written = capsys.readouterr().out.split("\n")
     assert [len(line) for line in written[:2]] == [len("to") + 1, len("or not") + 3]

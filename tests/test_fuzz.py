@@ -34,7 +34,7 @@ from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
 from gptjax.conversion.sources import SourceConfig
 from gptjax.data.datasets import load_dataset
 from gptjax.errors import DataError, Refusal
-from gptjax.terminal import cli, flags
+from gptjax.terminal import cli, flags, prompts
 
 from .helpers import need, scaled_params, tiny
 from .test_data import write_bins, write_shard
@@ -327,7 +327,8 @@ def test_prompts(tmp_path: Path) -> None:
     def attempt(case: tuple[tok.Tokenizer, bool, str, bytes]) -> None:
         tokenizer, allow_special, start, content = case
         file.write_bytes(content)
-        text, ids = sample.read_prompt(start, tokenizer, allow_special)
+        text = prompts.read_start(start)
+        ids = prompts.encode_prompt(text, tokenizer, allow_special)
         stream = tok.StreamDecoder(tokenizer)
         assert text == "" or stream.feed(ids) + stream.flush() == text
 

@@ -20,6 +20,7 @@ from gptjax.config_file import RENAMED, complete, load_config, to_json
 from gptjax.conversion import source_tokenizer
 from gptjax.data import datasets
 from gptjax.errors import UsageError
+from gptjax.sampler_config import SamplerConfig
 from gptjax.settings import Role, architecture, fields_of, flatten, names, once, run
 from gptjax.terminal import flags, nanogpt_flags
 from gptjax.training import optimizer
@@ -28,7 +29,7 @@ from gptjax.training.run_settings import read_settings
 from .test_resume import record
 
 MODULES = [importlib.import_module(module) for module in COMMANDS.values()]
-PROGRAMS: list[Any] = [TrainConfig]  # and what each command has of its own
+PROGRAMS: list[Any] = [TrainConfig, SamplerConfig]  # and what each command has of its own
 PROGRAMS += [
     config
     for module in MODULES

@@ -65,7 +65,9 @@ def read(
         if not values:
             raise UsageError(f"--{name}: its value is missing; write --{name}=VALUE")
         if several:
-            given[name] = (*given.get(name, ()), *values)
+            each = get_args(kind)[0]
+            read = (read_value(name, each, value) for value in values)
+            given[name] = (*given.get(name, ()), *read)
         else:
             given[name] = read_value(name, kind, values[0])
     return given
@@ -130,7 +132,7 @@ def print_help(default: Any, description: str, prog: str | None = None) -> None:
         choices = ("True", "False") if field.type is bool else get_args(field.type)
         kind = getattr(field.type, "__name__", "").upper()
         if get_origin(field.type) is tuple:
-            kind = "STR ..."
+            kind = f"{get_args(field.type)[0].__name__.upper()} ..."
         elif choices:
             kind = f"{{{','.join(choices)}}}"
         text = f"{field.metadata['help']} (default: {show(values[name])})".replace("%", "%%")

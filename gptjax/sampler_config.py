@@ -1,0 +1,118 @@
+"""The settings of `sample.py`, and which of them contradict each other."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from gptjax.config import COMPILE_CACHE, DEBUG, DType
+from gptjax.sample_config import SampleConfig
+from gptjax.settings import flatten, once, require, require_range
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """The settings of `sample.py`."""
+
+    out_dir: str = once("out", "Run folder to sample from.", section="Model", path=True)
+    init_from: str = once(
+        "resume",
+        "resume takes the run in out_dir, scratch an untrained model of the preset, over bytes. "
+        "Anything else names a model on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what "
+        "convert_gpt2.py imports.",
+        path=True,
+    )
+    preset: str = once("quickstart", "Preset whose model --init_from=scratch makes.")
+    checkpoint: str = once(
+        "best", "Step to load: best (by validation loss), latest, or its number."
+    )
+    dtype: DType = once(
+        "auto", "Type to compute in. auto is bfloat16 on a GPU or TPU, and float32 on a CPU."
+    )
+    start: tuple[str, ...] = once(
+        (),
+        "One or several prompts. FILE:path reads a prompt from a file, and - reads it from "
+        "standard input. With an empty prompt the model begins by itself. The default is a "
+        "newline, or an empty prompt if the vocabulary has no newline.",
+        section="Text",
+    )
+    prompts: str = once(
+        "",
+        "File of prompts, one a line; - is standard input. Empty lines are skipped.",
+        path=True,
+    )
+    num_samples: int = once(1, "Number of samples for each prompt.")
+    max_new_tokens: int = once(500, "Number of tokens to generate for each sample.")
+    seed: int = once(
+        1337, "Random seed. A sample depends only on its prompt, the seed and its number."
+    )
+    stop: tuple[str, ...] = once((), "Strings that end a sample; they are not printed.")
+    stop_id: tuple[int, ...] = once((), "Token ids that end a sample; they are not printed.")
+    ignore_eot: bool = once(False, "Continue after the end-of-text token.")
+    allow_special: bool = once(False, "Read <|endoftext|> in a prompt as that token, not as text.")
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    beams: int = once(
+        1,
+        "Search for the likeliest text with this many beams, and draw nothing at random; 1 = draw. "
+        "Penalties and no_repeat_ngram hold, and stop cuts the text that was found. It ends at the "
+        "latest where the context is full.",
+        section="Beam search",
+    )
+    length_penalty: float = once(
+        1.0, "Compare beams by their log-probability divided by their length to this power."
+    )
+    json: bool = once(
+        False,
+        "Print a line of JSON for each sample: prompt, prompt_ids, sample (its number), ids, text, "
+        "logprobs, ended (by eot, stop, stop_id or length), ended_by (which string or id), and "
+        "score with beams. ids hold each token drawn, also the one that ended the sample, and "
+        "logprobs are theirs by the model itself, before the temperature and all filters.",
+        section="Output",
+    )
+    logprobs: int = once(
+        0, "With --json, add likeliest: this many of the likeliest tokens at each position."
+    )
+    no_echo: bool = once(False, "Print the text without its prompt.")
+    batch_size: int = once(
+        64, "Number of samples to draw at once. It costs memory, and changes no sample."
+    )
+    interactive: bool = once(
+        False,
+        "Ask for one prompt after another. Ctrl-C stops the sample that is being written; an empty "
+        "line, Ctrl-D or Ctrl-C at the prompt ends the program.",
+        section="Terminal and machine",
+    )
+    raw: bool = once(False, "Print control characters unchanged, even to a terminal.")
+    compile_cache: str = once("auto", COMPILE_CACHE, path=True)
+    debug: bool = once(False, DEBUG)
+
+    def __post_init__(self) -> None:
+        require_range(self, "num_samples batch_size", 1)
+        require_range(self, "beams", 1, 1000)
+        require_range(self, "length_penalty", -100, 100)
+        require_range(self, "max_new_tokens logprobs", 0)
+        require_range(self, "seed", 0, 2**32 - 1)
+
+
+# Flags that the first one of each line does not go with.
+CONTRADICTIONS = {
+    "interactive": ("json", "prompts"),
+    "prompts": ("start",),
+    "beams": ("temperature", "top_k", "top_p", "min_p", "num_samples"),
+}
+
+
+def refuse_contradictions(config: SamplerConfig, given: Mapping[str, object]) -> None:
+    """Raise UsageError if two flags contradict each other, or one has no effect by itself."""
+    values, default = flatten(config), flatten(SamplerConfig())
+    on = {name for name in given if values[name] != default[name]}
+    for flag, others in CONTRADICTIONS.items():
+        for other in others:
+            both = flag in on and other in (given if other == "temperature" else on)
+            rule = f"does not go with --{other}={values[other]}; leave one of them out"
+            require(not both, flag, values[flag], rule)
+    stdin = list(config.start).count("-")
+    rule = "both read standard input; leave one of them out"
+    require(not (config.interactive and stdin), "interactive", "True and --start=-", rule)
+    require(stdin < 2, "start", "- and --start=-", rule)
+    for flag, needed in (("logprobs", "json"), ("length_penalty", "beams")):
+        rule = f"has an effect only with --{needed}; add it, or leave --{flag} out"
+        require(flag not in on or needed in on, flag, values[flag], rule)
