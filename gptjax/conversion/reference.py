@@ -9,8 +9,10 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.conversion.hf_config import format_config, stored_name
-from gptjax.conversion.tensors import HEAD, Source, check_tensors, slots
-from gptjax.errors import UsageError
+from gptjax.conversion.reference_files import FORMATS
+from gptjax.conversion.reference_pytorch import Pairs, Stored
+from gptjax.conversion.tensors import HEAD, Source, check_tensors
+from gptjax.errors import DataError, UsageError
 
 Reference = Any  # a GPT2LMHeadModel of transformers, which need not be installed
 
@@ -18,14 +20,15 @@ Reference = Any  # a GPT2LMHeadModel of transformers, which need not be installe
 def load_reference(source: Source) -> Reference:
     """Return transformers' GPT2LMHeadModel of a source, in float32, with eager attention.
 
-    It reads a folder of its own format by itself. Other formats it cannot read: then it is given
-    our reader's tensors, zeros for biases that the source has not, and what is compared is the
-    computation, not the reading.
+    It reads a folder of its own format by itself. Other files are read a second time, by
+    `reference_files`, which shares no mapping with the importer; for a format that has no such
+    reader it is given our importer's tensors (see `how_read`). Biases that a source has not are
+    zeros.
 
     Raises:
         UsageError: transformers or PyTorch is not installed.
         DataError: the source has other tensors than it should (see `check_tensors`), at which
-            transformers would shrug.
+            transformers would shrug, or the second reading finds others.
     """
     torch, transformers = import_reference()
     check_tensors(source)
@@ -33,18 +36,74 @@ def load_reference(source: Source) -> Reference:
         reference = transformers.GPT2LMHeadModel.from_pretrained(
             source.where, attn_implementation="eager", dtype=torch.float32
         )
-    else:
-        reference = transformers.GPT2LMHeadModel(reference_config(source.cfg))
-        state = {}
-        for slot in slots(dataclasses.replace(source.cfg, bias=True)):
-            stored = slot.name in source.tensors
-            array = source.read(slot.name) if stored else np.zeros(slot.shape)
-            state[stored_name(slot.name)] = torch.from_numpy(np.array(array, np.float32))
-        missing, unexpected = reference.load_state_dict(state, strict=False)
-        tied = [HEAD] if source.cfg.tie_head else []
-        assert missing == tied and not unexpected, (missing, unexpected)
-        reference.tie_weights()
+        return reference.eval()
+    stored = FORMATS[source.format](source) if source.format in FORMATS else imported(source)
+    cfg = dataclasses.replace(source.cfg, n_head=stored.n_head)
+    reference = transformers.GPT2LMHeadModel(reference_config(cfg))
+    fill(reference, stored.tensors, source)
     return reference.eval()
+
+
+def how_read(source: Source) -> str:
+    """Return a sentence that says who read the reference's tensors."""
+    if source.is_hf:
+        return "transformers read the source by itself"
+    if source.format in FORMATS:
+        return (
+            "the source was read a second time, by a mapping of its own, and given to transformers"
+        )
+    return (
+        "the reading was not verified, only the computation: transformers was given the tensors "
+        "as the importer read them"
+    )
+
+
+def imported(source: Source) -> Stored:
+    """Return the tensors as our importer reads them."""
+    torch, _ = import_reference()
+    pairs = (
+        (
+            stored_name(name),
+            torch.from_numpy(np.array(source.read(name), np.float32)),
+        )
+        for name in source.tensors
+    )
+    return Stored(pairs, source.cfg.n_head)
+
+
+def fill(reference: Reference, tensors: Pairs, source: Source) -> None:
+    """Copy tensors into a fresh model, one at a time; a head that differs from wte is kept apart.
+
+    Raises:
+        DataError: one is missing, or has another shape than the model's.
+    """
+    torch, _ = import_reference()
+    parameters = dict(reference.named_parameters(remove_duplicate=False))
+    missing, head = set(parameters), None
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in parameters or tensor.shape != parameters[name].shape:
+                raise DataError(
+                    f"the second reading of {source.where} found {name} of shape "
+                    f"{tuple(tensor.shape)}, which the model has not: please report it to gptjax"
+                )
+            missing.discard(name)
+            if name == HEAD:
+                head = tensor.float()
+            else:
+                parameters[name].copy_(tensor)
+        absent = {name for name in missing if name.endswith(".bias") and not source.cfg.bias}
+        for name in absent:
+            parameters[name].zero_()
+        wte, tied = reference.transformer.wte.weight, reference.lm_head.weight
+        if head is not None and not (tied is wte and torch.equal(head, wte)):
+            reference.lm_head.weight = torch.nn.Parameter(head.clone())
+    lost = missing - absent - ({HEAD} if tied is wte else set())
+    if lost:
+        raise DataError(
+            f"the second reading of {source.where} found no {', '.join(sorted(lost)[:6])}: please "
+            "report it to gptjax"
+        )
 
 
 def import_reference() -> tuple[ModuleType, ModuleType]:
