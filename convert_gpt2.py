@@ -1,29 +1,27 @@
 """GPT-2 in and out: `python convert_gpt2.py import|export|verify ...`; `--help` after each."""
 
 import dataclasses
-import json
-import math
 import signal
 import sys
-import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import TypeVar
 
 from gptjax import allocator, model, programs
-from gptjax.checkpoints.run_folder import load_run
 from gptjax.config import DEBUG
+from gptjax.conversion import report
+from gptjax.conversion.compared import compare_random, compare_run
 from gptjax.conversion.convert import export_run, import_run
-from gptjax.conversion.reference import load_reference, write_random_model
-from gptjax.conversion.sources import SourceConfig, open_source
-from gptjax.conversion.tensors import read_params
-from gptjax.conversion.verify import Check, check_sizes, first_failure, verify
+from gptjax.conversion.report import Compared
+from gptjax.conversion.report_html import refuse_page, write_page
+from gptjax.conversion.sources import SourceConfig
+from gptjax.conversion.verify import first_failure
 from gptjax.errors import DataError, UsageError
 from gptjax.files import expand
-from gptjax.presets import PRESETS
 from gptjax.settings import once, require
 from gptjax.terminal import cli, flags
-from gptjax.terminal.console import print_table
+from gptjax.terminal.console import print_table, printable
 
 PROG = "convert_gpt2.py"
 CHECKPOINT = "Step to load: best (by validation loss), latest, or its number."
@@ -83,8 +81,12 @@ class VerifyConfig(SourceConfig):
     size: str = once(
         "gpt2", "Model of the self-test: tiny, distilgpt2, or a preset such as gpt2 or gpt2_xl."
     )
-    verbose: bool = once(False, "Show every comparison, not only those that fail.")
+    resized: bool = once(
+        False, "Compare the tokens and positions that both have, if one has more of them."
+    )
+    verbose: bool = once(False, "Show every comparison, not only a line for each part.")
     json: bool = once(False, "Print the report as JSON, with every comparison.")
+    html: str = once("", "Write the report as a web page to this file.", path=True)
     debug: bool = once(False, DEBUG)
 
 
@@ -105,6 +107,7 @@ def import_command(name: str, argv: list[str]) -> int:
         print(f"sha256 {digest} {file}")
     out_dir = config.out_dir if config.out_dir[0] != "-" else f"./{config.out_dir}"  # no flag
     against = [f"--against={name}", *flags.changed(config, SourceConfig())]
+    against += ["--resized"] if any(sizes.values()) else []
     print(
         f"{model.count_params(run.config.model):,} parameters, {run.tokenizer.kind} tokenizer, "
         f"in {time.monotonic() - began:.1f} s\n"
@@ -132,20 +135,26 @@ def verify_command(name: str, argv: list[str]) -> int:
         DataError: a comparison fails; the first one is named.
     """
     config = parse(VerifyConfig, argv, "Verify a run.", "verify", "RUN")
+    page = Path(config.html) if config.html else None
+    if page:
+        refuse_page(page)
     if config.self_test:
-        name, checks = config.size, self_test(config)
+        name, compared = config.size, compare_random(config.size, config, hashes=bool(page))
     else:
         require(bool(name), "against", config.against, "name a run folder before the flags")
         require(bool(config.against), "against", config.against, "name what to compare with")
-        source = open_source(config.against, config)
-        run = load_run(Path(name), config.checkpoint)
-        check_sizes(run.config.model, source)
-        checks = verify(run.config.model, run.params, load_reference(source))
-    first = first_failure(checks)
+        compared = compare_run(
+            *(name, config.checkpoint, config.against, config),
+            resized=config.resized,
+            hashes=bool(page),
+        )
+    if page:
+        write_page(page, compared)
     if config.json:
-        print(to_json(checks))
+        print(report.to_json(compared.checks))
     else:
-        show(checks, config.verbose)
+        show(compared, config.verbose)
+    first = first_failure(compared.checks)
     if first is not None:
         raise DataError(
             f"{name} is not the model it is compared with: the first that differs is {first.group} "
@@ -154,60 +163,32 @@ def verify_command(name: str, argv: list[str]) -> int:
     return 0
 
 
-def self_test(config: VerifyConfig) -> list[Check]:
-    """Compare a model of this size with random weights, written and read as any source."""
-    sizes = {name: preset.model for name, preset in PRESETS.items() if name != "finetune_gpt2"}
-    sizes["tiny"] = dataclasses.replace(sizes["quickstart"], n_layer=2, vocab_size=256)
-    sizes["distilgpt2"] = dataclasses.replace(sizes["gpt2"], n_layer=6)
-    size = config.size.replace("-", "_")  # as Hugging Face writes them
-    require(size in sizes, "size", config.size, f"must be one of {', '.join(sizes)}")
-    cfg = dataclasses.replace(sizes[size], bias=True)
-    if config.activation != "auto":
-        cfg = dataclasses.replace(cfg, activation=config.activation)
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_model(cfg, Path(folder))
-        source = open_source(folder, config)
-        return verify(source.cfg, read_params(source), load_reference(source))
-
-
-def to_json(checks: list[Check]) -> str:
-    """Return the report as JSON text, with every comparison."""
-    report = [{**check._asdict(), "ok": check.ok} for check in checks]
-    for entry in report:  # JSON has no NaN
-        for key in ("difference", "allowed"):
-            entry[key] = entry[key] if math.isfinite(entry[key]) else None
-    first = first_failure(checks)
-    where = None if first is None else f"{first.group} {first.name}"
-    return json.dumps({"ok": first is None, "first_difference": where, "checks": report})
-
-
-def show(checks: list[Check], verbose: bool) -> None:
-    """Print the report for people: a line for each group, then what fails, or everything.
-
-    A group's numbers are those of its first failure, or of what comes nearest to being one.
-    """
-    groups: dict[str, list[Check]] = {}
-    for check in checks:
-        groups.setdefault(check.group.removesuffix("s") + "s", []).append(check)
-    rows = []
-    for group, members in groups.items():
-        at = first_failure(members) or max(members, key=lambda c: c.difference / (c.allowed or 1))
-        count = f"{sum(check.ok for check in members)} of {len(members)}"
-        rows.append([group, count, f"{at.difference:.2g}", f"{at.allowed:.2g}", at.name])
-    failed = [first_failure(members) is not None for members in groups.values()]
-    print_table(["what", "hold", "difference", "allowed", "at"], rows, failed)
-    for group, members in groups.items():
-        shown = [check for check in members if verbose or not check.ok]
-        rows = [
-            [c.name, c.ours, f"{c.difference:.2g}", f"{c.allowed:.2g}", "ok" if c.ok else "NO"]
-            for c in shown
-        ]
-        if rows:
+def show(compared: Compared, verbose: bool) -> None:
+    """Print the report for people: a line for each part of the computation, or all comparisons."""
+    about = (compared.ours, f"compared with {compared.theirs}", *compared.notes)
+    print(*map(wrapped, about), "", sep="\n")
+    parts = report.parts(compared.checks)
+    failed = [not part.at.ok for part in parts]
+    print_table([*report.HEADER], [part.row for part in parts], failed)
+    if verbose:
+        for group in dict.fromkeys(check.group for check in compared.checks):
+            checks = [check for check in compared.checks if check.group == group]
+            rows = [
+                [c.name, c.ours, f"{c.difference:.2g}", f"{c.allowed:.2g}", "ok" if c.ok else "NO"]
+                for c in checks
+            ]
+            header = [group, "in gptjax" if any(c.ours for c in checks) else ""]
             print()
-            header = [group, "in gptjax" if any(c.ours for c in shown) else ""]
-            failed = [not check.ok for check in shown]
-            print_table([*header, "difference", "allowed", ""], rows, failed)
-    print(f"\n{sum(check.ok for check in checks)} of {len(checks)} comparisons hold")
+            print_table([*header, "difference", "allowed", ""], rows, [not c.ok for c in checks])
+    print()
+    if said := report.parting(compared.checks):
+        print(wrapped(said))
+    print(report.total(compared.checks))
+
+
+def wrapped(sentence: str) -> str:
+    """Return a sentence in lines of 80 columns, names whole."""
+    return textwrap.fill(printable(sentence), 80, break_long_words=False, break_on_hyphens=False)
 
 
 COMMANDS = {"import": import_command, "export": export_command, "verify": verify_command}

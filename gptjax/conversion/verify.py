@@ -5,6 +5,7 @@ N tokens of the probe in all, D width, V vocabulary.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from gptjax import model, sampling
 from gptjax.config import GPTConfig, SampleConfig
+from gptjax.conversion.common_rows import ROWS
 from gptjax.conversion.hf_config import stored_name
 from gptjax.conversion.reference import (
     Reference,
@@ -35,6 +37,8 @@ KL_TOLERANCE = 1e-6  # nats per token; float32's noise gives below 1e-8
 # What no format says: padding is ours, and biases that are missing are zeros there.
 UNSAID = {"vocab_multiple", "bias"}
 HALF_TOLERANCE = 1.5  # times PyTorch's own error in bfloat16
+BFLOAT16 = "in bfloat16"  # the name of that comparison of the logits
+RESIZED = ("--resized", "which compares the tokens and positions that both have")
 
 
 class Check(NamedTuple):
@@ -53,9 +57,25 @@ class Check(NamedTuple):
         return math.isfinite(self.allowed) and self.difference <= self.allowed
 
 
+# The parts of the computation, in their order; there is a block for each layer.
+EMBEDDINGS, BLOCK, HEAD_PART, LOGITS, HALF, GRADIENTS, GREEDY = range(7)
+OUTSIDE = {"wte.weight": EMBEDDINGS, "wpe.weight": EMBEDDINGS, "embeddings": EMBEDDINGS}
+KINDS = {"logits": LOGITS, "gradient": GRADIENTS, "tokens": GREEDY}
+
+
+def place(check: Check) -> tuple[int, int]:
+    """Return the part of the computation that a check is of, and the number of the block."""
+    if check.name == BFLOAT16:
+        return HALF, 0
+    if check.group in KINDS:
+        return KINDS[check.group], 0
+    block = re.match(r"h\.(\d+)", check.name)
+    return (BLOCK, int(block[1])) if block else (OUTSIDE.get(check.name, HEAD_PART), 0)
+
+
 def first_failure(checks: list[Check]) -> Check | None:
     """Return the first check that fails, in the order of computation; None if all hold."""
-    return next((check for check in checks if not check.ok), None)
+    return min((check for check in checks if not check.ok), key=place, default=None)
 
 
 def compare(
@@ -130,18 +150,23 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Reference) -> list[C
     ]
 
 
-def check_sizes(cfg: GPTConfig, source: Source) -> None:
-    """Raise DataError if our model has another architecture than the source's."""
+def check_sizes(cfg: GPTConfig, source: Source, resized: bool = False) -> None:
+    """Raise DataError if our model has another architecture than the source's.
+
+    Args:
+        cfg: our model.
+        source: what it is compared with.
+        resized: whether it may have another number of tokens and positions.
+    """
     compared = [name for name in names(GPTConfig, architecture) if name not in UNSAID]
-    differing = [
-        f"{name} is {getattr(cfg, name)}, there {getattr(source.cfg, name)}"
-        for name in compared
-        if getattr(cfg, name) != getattr(source.cfg, name)
-    ]
-    if differing:
-        assumed = source.assumed if cfg.activation != source.cfg.activation else ""
-        said = f"not the same model as {source.where}: {', '.join(differing)}"
-        raise DataError(f"{said}; {assumed}" if assumed else said)
+    differing = [name for name in compared if getattr(cfg, name) != getattr(source.cfg, name)]
+    if not differing or (resized and set(differing) <= set(ROWS.values())):
+        return
+    each = [f"{n} is {getattr(cfg, n)}, there {getattr(source.cfg, n)}" for n in differing]
+    said = f"not the same model as {source.where}: {', '.join(each)}"
+    if "activation" in differing and source.assumed:
+        said = f"{said}; {source.assumed}"
+    raise DataError(said, *(RESIZED if set(differing) <= set(ROWS.values()) else ()))
 
 
 def compare_tensors(cfg: GPTConfig, params: model.Params, reference: Reference) -> Iterator[Check]:
@@ -237,4 +262,4 @@ def compare_half(
     exact, theirs = reference_half(reference, tokens)
     ours = forward(dataclasses.replace(cfg, dtype="bfloat16"), params, tokens)
     error, their_error = (float(np.max(np.abs(half - exact))) for half in (ours, theirs))
-    return Check("logits", "in bfloat16", exact.shape, error, HALF_TOLERANCE * their_error)
+    return Check("logits", BFLOAT16, exact.shape, error, HALF_TOLERANCE * their_error)
