@@ -153,7 +153,7 @@ def test_nanogpts_activation_is_said_and_kept(
         assert ("gelu is assumed" in said) == (not flags)
         verify = said.partition("convert_gpt2.py verify ")[2].split()
         assert command("verify", *verify, *allow) == 0
-    capsys.readouterr()
+        assert ("gelu is assumed" in capsys.readouterr().out) == (not flags)
     assert command("verify", f"{tmp_path}/old", f"--against={tmp_path}/ckpt.pt", *allow) == 65
     assert "activation is gelu_tanh, there gelu" in capsys.readouterr().err
     assert command("export", f"{tmp_path}/new", f"--out_dir={tmp_path}/hf") == 0

@@ -1,7 +1,9 @@
 """verify reads every format a second time, so that a mistake of the importer shows."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,41 +12,92 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax import model
-from gptjax.conversion import huggingface, llmc, nanogpt, openai, sources, verify
+from gptjax.conversion import (
+    gguf,
+    gguf_file,
+    huggingface,
+    llmc,
+    openai,
+    sources,
+    state_dict,
+    verify,
+)
 from gptjax.conversion.reference import how_read, load_reference
 from gptjax.conversion.reference_files import FORMATS
 from gptjax.conversion.sources import SourceConfig
 from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.verify import Check
+from gptjax.tokenizer import ByteTokenizer
 
 from .helpers import need, scaled_params, tiny
 from .test_formats import TF_GPT2, save_nanogpt
 
-need("torch")
+torch = need("torch")
 need("transformers")
-CFG = tiny(vocab_size=100, vocab_multiple=128)
+from . import torch_twins as twins  # noqa: E402
+
+CFG = tiny(vocab_size=256, vocab_multiple=128)
 ANY = SourceConfig(allow_pickle=True)
 Files = dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """The same model in every format that is written here, and OpenAI's."""
+    """A file in every format: of one model where gptjax writes it, else of another."""
     folder = tmp_path_factory.mktemp("formats")
     params = jax.device_get(scaled_params(CFG, jax.random.key(5)))
     save_nanogpt(folder / "ckpt.pt", dataclasses.replace(CFG, activation="gelu"), params)
     llmc.write_file(folder / "llmc.bin", CFG, params)
-    huggingface.write_folder(folder, CFG, params, None)
-    weights = load_file(folder / "model.safetensors")
-    save_file(
-        {f"_orig_mod.{name}": array for name, array in weights.items()}, folder / "b.safetensors"
-    )
+    (folder / "hf").mkdir()
+    huggingface.write_folder(folder / "hf", CFG, params, None)
+    weights = load_file(folder / "hf" / "model.safetensors")
+    named = {f"_orig_mod.{name}": array for name, array in weights.items()}
+    save_file(named, folder / "hf" / "b.safetensors")
+    gguf.write_file(folder / "a.gguf", CFG, params, ByteTokenizer())
+    quantise(folder / "a.gguf", folder / "q8.gguf")
+    heads = json.dumps({"n_head": twins.H})
+    for name, network in (("mingpt", twins.MinGPT()), ("old", twins.MinGPTOf2020())):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(heads)
+        torch.save(noisy(network), folder / name / "model.pt")
     return {
         "nanogpt": str(folder / "ckpt.pt"),
         "llmc": str(folder / "llmc.bin"),
-        "huggingface": str(folder / "b.safetensors"),
+        "huggingface": str(folder / "hf" / "b.safetensors"),
         "openai": str(TF_GPT2),
+        "gguf": str(folder / "a.gguf"),
+        "quantised gguf": str(folder / "q8.gguf"),
+        "mingpt": str(folder / "mingpt"),
+        "mingpt of 2020": str(folder / "old"),
     }
+
+
+def noisy(network: Any) -> dict[str, Any]:
+    """The tensors of a network in which no two LayerNorms are alike."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dict(network.state_dict())
+
+
+def quantise(path: Path, to: Path) -> None:
+    """Write a GGUF file once more, its matrices in Q8_0, whose blocks are 32 numbers of a row."""
+    library = need("gguf")
+    writer = library.GGUFWriter(to, "gpt2")
+    for key, value in gguf_file.read_header(path).fields.items():
+        if key.startswith("gpt2.") and isinstance(value, int):
+            writer.add_uint32(key, value)
+    writer.add_layer_norm_eps(1e-5)
+    kind = library.GGMLQuantizationType.Q8_0
+    for name, _, *_, data, _ in library.GGUFReader(path).tensors:
+        if data.ndim == 2:
+            writer.add_tensor(name, library.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def compared(source: Source) -> list[Check]:
@@ -58,15 +111,18 @@ def failed(source: Source) -> set[str]:
     return {check.name for check in compared(source) if not check.ok}
 
 
-FORMAT = ("nanogpt", "llmc", "huggingface", "openai")
+FORMAT = (
+    *("nanogpt", "llmc", "huggingface", "openai", "gguf", "quantised gguf", "mingpt"),
+    "mingpt of 2020",
+)
 
 
 @pytest.mark.parametrize("name", FORMAT)
 def test_both_readings_agree(name: str, files: Files) -> None:
     source = sources.open_source(files[name], ANY)
-    assert source.format == name in FORMATS and not source.is_hf
+    assert source.format in FORMATS and not source.is_hf
     assert "second time" in how_read(source)
-    assert FORMATS[name](source).n_head == source.cfg.n_head
+    assert FORMATS[source.format](source).n_head == source.cfg.n_head
     checks = compared(source)
     assert all(check.ok for check in checks) and len(checks) == 12 * source.cfg.n_layer + 5
 
@@ -123,8 +179,8 @@ Named = Callable[[str], str]
 
 
 def exchange_names(names: Named) -> Named:
-    return lambda name: names(
-        name.replace("ln_1", "#").replace("ln_2", "ln_1").replace("#", "ln_2")
+    return lambda name: (
+        names(name).replace("ln_1", "#").replace("ln_2", "ln_1").replace("#", "ln_2")
     )
 
 
@@ -139,12 +195,19 @@ def all_but_c_proj(is_linear: Callable[[str], bool]) -> Callable[[str], bool]:
     return lambda name: is_linear(name) and not name.endswith("attn.c_proj.weight")
 
 
+def reverse_parts(fuse: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    return lambda parts: fuse(parts[::-1])
+
+
 IN_THE_CODE: list[tuple[str, Any, str, Any, str]] = [
     # format, the importer's function, the mistake in it, a tensor that it makes wrong
-    ("nanogpt", nanogpt, "is_linear", all_but_c_proj, "h.1.attn.c_proj.weight"),
-    ("nanogpt", nanogpt, "published_names", exchange_published, "h.0.ln_2.bias"),
+    ("nanogpt", state_dict, "is_linear", all_but_c_proj, "h.1.attn.c_proj.weight"),
+    ("mingpt", state_dict, "published_names", exchange_published, "h.0.ln_2.bias"),
+    ("mingpt of 2020", state_dict, "fuse", reverse_parts, "h.1.attn.c_attn.bias"),
     ("llmc", llmc, "is_linear", all_but_c_proj, "h.1.attn.c_proj.weight"),
     ("openai", openai, "published_name", exchange_names, "h.0.ln_2.bias"),
+    ("gguf", gguf, "is_linear", all_but_c_proj, "h.1.attn.c_proj.weight"),
+    ("gguf", gguf, "published_name", exchange_names, "h.0.ln_2.bias"),
     ("huggingface", huggingface, "published_names", exchange_published, "h.0.ln_2.bias"),
 ]
 

@@ -50,7 +50,7 @@ def compare_run(
     reference = load_reference(source)
     if ours.note:
         cut_reference(reference, ours.cfg)
-    notes = tuple(filter(None, (how_read(source), source.assumed, ours.note)))
+    notes = tuple(filter(None, (how_read(source), source.assumed, *source.notes, ours.note)))
     checks = verify(ours.cfg, ours.params, reference)
     digests = sha256_of(source) if hashes else ()
     return Compared(f"{run_dir}, step {run.step}", against, notes, checks, digests)

@@ -7,6 +7,7 @@ transformers stores linear layers as (in, out). V vocabulary, S context, D width
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from gptjax.conversion.reference_pytorch import Pairs, Stored, Tensor, read_pytorch
 from gptjax.conversion.tensors import Source
 from gptjax.conversion.tf_checkpoint import read_index, read_tensor
+from gptjax.errors import UsageError
 from gptjax.files import read_json
 
 # ---- llm.c ---------------------------------------------------------------------------------------
@@ -129,35 +131,41 @@ GGUF_LINEAR = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")  # stored as (ou
 
 
 def read_gguf(source: Source) -> Stored:
-    """Read a GGUF file; what is quantised there is multiplied out by the gguf library."""
-    import gguf
+    """Read a GGUF file by the gguf library; what is quantised there is multiplied out by it.
 
+    Raises:
+        UsageError: the library is missing.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        text = "verify reads a GGUF file by the gguf library; pip install 'gptjax[gguf]'"
+        raise UsageError(text) from error
     (path,) = source.files
     reader = gguf.GGUFReader(path)
-    return Stored(gguf_tensors(reader), reader.fields["gpt2.attention.head_count"].contents())
+    n_head = reader.fields["gpt2.attention.head_count"].contents()
+    return Stored(gguf_tensors(reader, gguf.quants.dequantize), n_head)
 
 
-def gguf_tensors(reader: Any) -> Pairs:
+def gguf_tensors(reader: Any, dequantize: Callable[[Any, Any], Any]) -> Pairs:
     """Yield the tensors of a GGUF file."""
-    import gguf
     import torch
 
     for stored in reader.tensors:
-        array = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
-        tensor = torch.from_numpy(array)
+        numbers = stored.data.dtype.kind == "f"
+        array = stored.data if numbers else dequantize(stored.data, stored.tensor_type)
+        tensor = torch.from_numpy(array.astype(np.float32))
         block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", stored.name)
         if block is None:
             yield GGUF_OUTSIDE[stored.name], tensor
         else:
             layer, part, leaf = block.groups()
-            is_linear = part in GGUF_LINEAR and leaf == "weight"
             name = f"transformer.h.{layer}.{GGUF_INSIDE[part]}.{leaf}"
-            yield name, tensor.T if is_linear else tensor
+            yield name, tensor.T if part in GGUF_LINEAR and leaf == "weight" else tensor
 
 
 FORMATS = {  # Source.format -> how its files are read here
-    "huggingface": read_pytorch,
-    "nanogpt": read_pytorch,
+    "pytorch": read_pytorch,
     "llmc": read_llmc,
     "openai": read_openai,
     "gguf": read_gguf,

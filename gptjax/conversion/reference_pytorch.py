@@ -1,7 +1,7 @@
 """State dicts of PyTorch's GPT-2s as transformers names them, read apart from the importer.
 
-Names and layouts of transformers, nanoGPT, minGPT and build-nanogpt, in safetensors or pickles. See
-`reference_files` for what this is good for. V vocabulary, S context, D width.
+Names and layouts of transformers, nanoGPT, minGPT and their children, in safetensors or pickles.
+See `reference_files` for what this is good for. V vocabulary, S context, D width.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.conversion.tensors import Source
-from gptjax.conversion.torch_file import load_torch
+from gptjax.conversion.torch_file import load_torch, plain
 
 Tensor = Any  # of PyTorch
 Pairs = Iterator[tuple[str, Tensor]]  # transformers' name, tensor; each is let go once it is used
@@ -41,7 +41,12 @@ INSIDE = {  # in a block: name in transformers, nanoGPT and minGPT -> is it a li
 WRAPPED = {"module", "_orig_mod", "_forward_module"} | {
     f"_{wrapper}_wrapped_module" for wrapper in ("fsdp", "checkpoint")
 }
-STATES = ("model", "state_dict", "model_state_dict")  # where a checkpoint keeps its state dict
+STATES = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+)  # where a checkpoint keeps its state dict
 OLD_OUTSIDE = {  # minGPT of 2020
     "tok_emb.weight": "transformer.wte.weight",
     "pos_emb": "transformer.wpe.weight",
@@ -77,28 +82,16 @@ def open_tensors(path: Path) -> Opened:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             return Opened({name: tuple(file.get_slice(name).get_shape()) for name in names}, read)
-    return open_state(load_torch(path, allow_pickle=True))
-
-
-def open_state(saved: dict[str, Any]) -> Opened:
-    """Return the tensors of a checkpoint that is loaded, or of one of its entries."""
-    state = next((saved[key] for key in STATES if isinstance(saved.get(key), dict)), saved)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Opened(shapes, state.pop)
+    saved = plain(load_torch(path, allow_pickle=True))
+    state = next((found for key in STATES if (found := plain(saved.get(key)))), saved)
+    tensors = {name: tensor for name, tensor in state.items() if hasattr(tensor, "shape")}
+    return Opened({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.pop)
 
 
 def read_pytorch(source: Source) -> Stored:
     """Read files of PyTorch or safetensors with the names of nanoGPT, minGPT or transformers."""
-    n_head, files = source.cfg.n_head, []
-    for path in source.files:
-        if path.suffix == ".safetensors":
-            files.append(open_tensors(path))
-            continue
-        saved = load_torch(path, allow_pickle=True)
-        said = saved.get("model_args")
-        n_head = said["n_head"] if isinstance(said, dict) else n_head
-        files.append(open_state(saved))
-    return Stored(pytorch_tensors(files, source.cfg.vocab_size), n_head)
+    files = [open_tensors(path) for path in source.files]
+    return Stored(pytorch_tensors(files, source.cfg.vocab_size), source.cfg.n_head)
 
 
 def pytorch_tensors(files: list[Opened], vocab_size: int) -> Pairs:
