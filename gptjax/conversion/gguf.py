@@ -110,6 +110,7 @@ def open_file(path: Path, accept: Collection[str] = ()) -> Source:
         *(cfg, table, lambda name: readers[name](), str(path), (path,)),
         notes=quantised(header),
         tokenizer=lambda: read_vocabulary(header.fields, path),
+        format="gguf",
     )
 
 

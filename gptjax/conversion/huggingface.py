@@ -83,11 +83,11 @@ def open_folder(
     alike = file is None and all(
         stored in (tensor, stored_name(tensor)) for stored, tensor in names.items()
     )
-    where = str(file or folder)
     return Source(
-        *(cfg, table, lambda name: readers[name](), where, tuple(paths)),
+        *(cfg, table, lambda name: readers[name](), str(file or folder), tuple(paths)),
         is_hf=alike,
         says_activation=True,
+        format="pytorch",
     )
 
 

@@ -83,7 +83,7 @@ def open_file(path: Path) -> Source:
     }
     tensors["wte.weight"] = ((V, D), dtype.name)
     vocabulary = path.with_name(llmc_vocabulary.NAME)
-    source = Source(cfg, tensors, read, str(path), (path,))
+    source = Source(cfg, tensors, read, str(path), (path,), format="llmc")
     if path.with_name(OWN_TOKENIZER).is_file() or not vocabulary.is_file():
         return source
     return source._replace(tokenizer=lambda: llmc_vocabulary.read(vocabulary))

@@ -58,4 +58,4 @@ def open_folder(folder: Path, accept: Collection[str] = ()) -> Source:
     tensors = {name: (shape(entry.shape), entry.dtype.name) for name, entry in entries.items()}
     shards = {entry.shard for entry in entries.values()}
     files = (folder / "model.ckpt.index", *sorted(shards))
-    return Source(cfg, tensors, read, str(folder), files)
+    return Source(cfg, tensors, read, str(folder), files, format="openai")

@@ -92,7 +92,12 @@ def open_state(
 
     table = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     says = "activation_function" in fields or is_hugging_faces(fields)
-    return Source(cfg, table, read, str(path), (path,), says_activation=says, assumed=assumed)
+    return Source(
+        *(cfg, table, read, str(path), (path,)),
+        says_activation=says,
+        assumed=assumed,
+        format="pytorch",
+    )
 
 
 def find(tensors: Tensors, of_2020: bool) -> Found:
