@@ -148,11 +148,7 @@ def test_verify_is_given_what_import_was(
 
     imported = Run(TrainConfig(model=tiny()), ByteTokenizer(), {}, 0)
     monkeypatch.setattr(convert_gpt2, "import_run", lambda *args, **sizes: (imported, {}))
-<<<<<<< HEAD
-    monkeypatch.setattr(convert_gpt2, "open_source", stop)
-=======
     monkeypatch.setattr(compared, "open_source", stop)
->>>>>>> 7e33e1f (verify reads minGPT's children and GGUF by itself too, and names what it cannot read apart)
     argv = ["import", "some/gpt2", "--out_dir=r", *flags.changed(given, SourceConfig())]
     assert cli.run(convert_gpt2.main, argv) == 0
     (line,) = re.findall(r"^  or: (.*)", capsys.readouterr().out, re.MULTILINE)
