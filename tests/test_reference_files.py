@@ -29,6 +29,7 @@ from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.verify import Check
 from gptjax.tokenizer import ByteTokenizer
 
+from . import test_lora
 from .helpers import need, scaled_params, tiny
 from .test_formats import TF_GPT2, save_nanogpt
 
@@ -224,3 +225,52 @@ def test_a_mistake_in_the_importers_code_turns_red(
 ) -> None:
     monkeypatch.setattr(module, function, mistake(getattr(module, function)))
     assert wrong in failed(sources.open_source(files[name], ANY))
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "base"
+    folder.mkdir()
+    params = jax.device_get(scaled_params(test_lora.CFG, jax.random.key(1)))
+    huggingface.write_folder(folder, test_lora.CFG, params, None)
+    return folder
+
+
+@pytest.mark.parametrize("case", test_lora.CASES)
+def test_adapters_are_merged_by_both_alike(case: str, base: Path) -> None:
+    tensors, changes, _, tied = test_lora.CASES[case]
+    source = sources.open_source(str(test_lora.save(base, tensors, **changes)), ANY)
+    assert "second time" in how_read(source) and source.format == "lora on pytorch"
+    assert failed(source) == set()
+    assert load_reference(source).config.tie_word_embeddings == tied
+
+
+def test_modules_saved_whole_and_biases_replace_the_bases(base: Path) -> None:
+    rng, prefix = np.random.default_rng(0), test_lora.PREFIX
+    tensors = {f"{prefix}lm_head.weight": rng.normal(size=(test_lora.V, test_lora.D))}
+    for i in range(2):
+        name = f"{prefix}transformer.h.{i}.attn.c_attn.base_layer.bias"
+        tensors[name] = rng.normal(size=3 * test_lora.D)
+    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
+    tensors |= test_lora.layers("attn.c_attn")
+    changes = {"modules_to_save": ["lm_head"], "bias": "lora_only"}
+    source = sources.open_source(str(test_lora.save(base, tensors, **changes)), ANY)
+    assert failed(source) == set() and not source.cfg.tie_head
+
+
+@pytest.mark.parametrize("mistake", ["doubled", "transposed", "not merged"])
+def test_a_mistake_in_merging_turns_red(mistake: str, base: Path) -> None:
+    tensors = test_lora.layers("attn.c_proj")
+    folder = test_lora.save(base, tensors, target_modules=["attn.c_proj"])
+    source = sources.open_source(str(folder), ANY)
+    read, unmerged = source.read, sources.open_source(str(base), ANY).read
+    wrong = {
+        "doubled": lambda name: 2 * read(name) - unmerged(name),
+        "transposed": lambda name: forget_to_transpose(read, name),
+        "not merged": unmerged,
+    }
+    source = source._replace(read=wrong[mistake])
+    assert "h.0.attn.c_proj.weight" in failed(source)

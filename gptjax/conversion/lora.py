@@ -108,6 +108,7 @@ def open_adapter(
         files=(*base.files, path),
         is_hf=False,
         notes=tuple(notes),
+        format=f"lora on {base.format}",
     )
 
 

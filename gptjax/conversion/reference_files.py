@@ -8,12 +8,14 @@ transformers stores linear layers as (in, out). V vocabulary, S context, D width
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from gptjax.conversion.reference_lora import read_lora
 from gptjax.conversion.reference_pytorch import Pairs, Stored, Tensor, read_pytorch
 from gptjax.conversion.tensors import Source
 from gptjax.conversion.tf_checkpoint import read_index, read_tensor
@@ -164,9 +166,13 @@ def gguf_tensors(reader: Any, dequantize: Callable[[Any, Any], Any]) -> Pairs:
             yield name, tensor.T if part in GGUF_LINEAR and leaf == "weight" else tensor
 
 
-FORMATS = {  # Source.format -> how its files are read here
+READERS = {  # Source.format -> how its files are read here
     "pytorch": read_pytorch,
     "llmc": read_llmc,
     "openai": read_openai,
     "gguf": read_gguf,
+}
+FORMATS: dict[str, Callable[[Source], Stored]] = {
+    **READERS,
+    **{f"lora on {name}": partial(read_lora, read_base=base) for name, base in READERS.items()},
 }
