@@ -31,9 +31,10 @@ USAGE = """usage: {me} import SOURCE --out_dir=RUN
        {me} verify RUN --against=SOURCE
        {me} verify --self_test
 SOURCE is a name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...),
-a folder of its format or of OpenAI's original one, weights beside their config.json, nanoGPT's
-ckpt.pt, llm.c's .bin or a .gguf. RUN is a run folder, which train.py --init_from=RUN and sample.py
---out_dir=RUN read. --help after a command lists its flags."""
+a folder of its format or of OpenAI's original one, weights beside a config.json, a checkpoint of
+nanoGPT, minGPT, makemore or build-nanogpt, a LoRA adapter, llm.c's .bin or a .gguf. RUN is a run
+folder, which train.py --init_from=RUN and sample.py --out_dir=RUN read. --help after a command
+lists its flags."""
 
 
 @dataclasses.dataclass(frozen=True)

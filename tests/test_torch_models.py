@@ -329,6 +329,16 @@ def test_layouts_are_not_mixed(tmp_path: Path) -> None:
     assert "h.1.mlp.c_fc.weight has shape" in refusal(write(tmp_path, state, config=HEADS))
 
 
+def test_a_tensor_larger_than_memory_is_not_read(tmp_path: Path) -> None:
+    """All its rows are one number of the file, which stays small."""
+    state = trained("mingpt").state_dict()
+    huge = torch.zeros(1, 1).expand(10**7, 10**6)
+    state |= {"transformer.wte.weight": huge, HEAD: huge}
+    path = write(tmp_path, state, config=HEADS)
+    assert path.stat().st_size < 10**6
+    assert "of memory" in refusal(path)
+
+
 # ---- Pickles run nothing -------------------------------------------------------------------------
 
 

@@ -46,9 +46,7 @@ def open_file(
         fields |= about_model(beside or {})
     fields |= about_model(given or {})
     dataset = str(plain(content.get("config")).get("dataset", ""))
-    tensors = of_torch(state, path)
-    del saved, content, state
-    return open_state(tensors, fields, path, accept)._replace(dataset=dataset)
+    return open_state(of_torch(state, path), fields, path, accept)._replace(dataset=dataset)
 
 
 def instead(saved: object) -> str:

@@ -46,7 +46,8 @@ class SourceConfig:
         "", "Branch, tag or commit of a model on the Hub; empty = main.", section="Source"
     )
     allow_pickle: bool = once(
-        False, "Read pickle files (.bin, .pt): only their tensors, with PyTorch 2.10 or newer."
+        False,
+        "Read pickle files (.bin, .pt): tensors and plain settings, with PyTorch 2.10 or newer.",
     )
     tokenizer: str = once(
         "auto",
@@ -60,7 +61,7 @@ class SourceConfig:
         "auto",
         "Activation function of the MLP, if the file does not say it: nanoGPT computes gelu, the "
         "exact form, since June 2023, and computed gelu_tanh before. auto is gelu for nanoGPT's "
-        "files that have a bias setting, else gelu_tanh.",
+        "files that have a bias setting and for minGPT's names of 2020, else gelu_tanh.",
     )
     config: str = once(
         "",

@@ -1,6 +1,7 @@
 """GPT-2 in a state dict of PyTorch, whichever program wrote it: names, layout and sizes."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from gptjax.conversion.model_words import Found, is_hugging_faces, read_words
 from gptjax.conversion.published_names import WRAPPERS, published_names
 from gptjax.conversion.tensors import FLOATS, HEAD, Source, Table, is_linear
 from gptjax.conversion.torch_file import tensor_table, to_numpy
+from gptjax.memory import require_memory
 
 PADDED, GPT2_VOCAB = 50304, 50257  # nanoGPT's default vocabulary, and the tokens in it
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|mask|masked_bias)")
@@ -65,7 +67,7 @@ def open_state(
     drives them to nothing).
 
     Args:
-        stored: the tensors, emptied here, so that the source lets go of what was read.
+        stored: the tensors.
         fields: what is known about the model otherwise, as of `read_words`.
         path: the file.
         accept: fields that the user vouches for.
@@ -73,12 +75,14 @@ def open_state(
     Raises:
         DataError: the names are not GPT-2's, or the fields do not fit.
     """
+    # Shapes are only said: a tensor's rows may all be the same numbers of the file.
+    size = 4 * sum(math.prod(tensor.shape) for tensor in stored.values())
+    require_memory(size, f"{path}: a model of these tensors")
     of_2020 = any(WRAPPERS.sub("", name).endswith("tok_emb.weight") for name in stored)
     if of_2020:
         stored = rename_2020(stored)
     names = published_names(stored, path)
     tensors = {name: stored[old] for old, name in names.items() if not is_mask(name, stored[old])}
-    stored.clear()
     linear = is_out_in(tensors)
     if linear:
         kernels = [n for n in tensors if is_linear(n) and len(tensors[n].shape) == 2]
