@@ -261,6 +261,12 @@ def test_hugging_faces_words_beside_linear_layers(tmp_path: Path) -> None:
     assert parting(source, trained("mingpt")) <= 1
 
 
+def test_a_word_of_hugging_face_makes_no_mingpt(tmp_path: Path) -> None:
+    state = {name: t for name, t in trained("tied").state_dict().items() if "lm_head" not in name}
+    path = write(tmp_path, {"model_state": state}, config={"model_type": "gpt2", **HEADS})
+    assert parting(sources.open_source(str(path), PICKLE), trained("tied")) <= 1
+
+
 def test_a_head_that_is_equal(tmp_path: Path) -> None:
     """It is tied, unless the program has no tied heads, or the file says so."""
     network = twins.MinGPT(tied=True)
@@ -268,7 +274,7 @@ def test_a_head_that_is_equal(tmp_path: Path) -> None:
         (HEADS, True),
         ({**HEADS, "tie_weights": False}, False),
         (
-            {"model_type": "gpt2", "n_layer": 2, "n_embd": twins.D, "block_size": None, **HEADS},
+            {"model_type": "gpt-mini", "n_layer": 2, "n_embd": twins.D, **HEADS},
             False,
         ),
     ):
@@ -284,8 +290,10 @@ def test_nanogpts_padding_is_cut(tmp_path: Path, tied: bool) -> None:
     state = {**network.state_dict(), "transformer.wte.weight": torch.randn(50304, twins.D)}
     wte = state["transformer.wte.weight"]
     state[HEAD] = wte if tied else wte + 1
-    path = write(tmp_path, {"model": state, "model_args": {**HEADS, "vocab_size": 50304}})
-    source = sources.open_source(str(path), PICKLE)
+    for said in (None, 50257, 50304):
+        path = write(tmp_path, {"model": state, "model_args": {**HEADS, "vocab_size": said}})
+        source = sources.open_source(str(path), PICKLE)
+        assert source.cfg.vocab_size == 50257
     assert (source.cfg.vocab_size, source.cfg.tie_head) == (50257, tied)
     params = read_params(source)
     if not tied:

@@ -100,10 +100,12 @@ def read_words(
     """
     if is_hugging_faces(fields):
         return parse_config(dict(fields), str(where), accept), ""
-    kind = fields.get("model_type")
-    of_mingpt = found.of_2020 or (isinstance(kind, str) and kind in MINGPT)
-    said = dict(fields)
-    if isinstance(kind, str) and kind in MINGPT:
+    said, kind = dict(fields), fields.get("model_type")
+    # "gpt2" is Hugging Face's word too, but beside it minGPT leaves n_head out.
+    of_mingpt = found.of_2020 or (
+        isinstance(kind, str) and kind in MINGPT and (kind != "gpt2" or said.get("n_head") is None)
+    )
+    if of_mingpt and isinstance(kind, str) and kind in MINGPT:
         meant = dict(zip(("n_layer", "n_head", "n_embd"), MINGPT[kind], strict=True))
         said |= {name: meant[name] for name in meant if said.get(name) is None}
     if said.get("n_head") is None:

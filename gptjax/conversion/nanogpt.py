@@ -10,7 +10,13 @@ from gptjax.conversion.tensors import Source
 from gptjax.conversion.torch_file import is_state_dict, load_torch, plain
 from gptjax.errors import DataError
 
-STATES = ("model", "state_dict", "model_state_dict", "module")  # where programs keep the tensors
+STATES = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "module",
+)  # where programs keep the tensors
 
 
 def open_file(

@@ -45,6 +45,7 @@ STATES = (
     "model",
     "state_dict",
     "model_state_dict",
+    "model_state",
     "module",
 )  # where a checkpoint keeps its state dict
 OLD_OUTSIDE = {  # minGPT of 2020

@@ -153,7 +153,8 @@ def cut_padding(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Cut wte and the head to GPT-2's tokens, in place, and return the fields that say so."""
     fields = dict(fields)
     wte = tensors.get("wte.weight")
-    if not wte or wte.shape[:1] != (PADDED,) or fields.get("vocab_size", PADDED) != PADDED:
+    said = fields.get("vocab_size")
+    if not wte or wte.shape[:1] != (PADDED,) or said not in (None, PADDED, GPT2_VOCAB):
         return fields
     for name in ("wte.weight", HEAD):
         if name in tensors and tensors[name].shape == wte.shape:

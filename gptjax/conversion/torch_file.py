@@ -15,7 +15,7 @@ from gptjax.errors import DataError, UsageError, first_line
 from gptjax.memory import require_memory
 
 MINIMUM = (2, 10)  # older ones have known holes in weights_only
-CLASSES = 8  # of other programs, that a file may name: each costs another reading
+CLASSES = 16  # of other programs, that a file may name: each costs another reading
 
 # ---- What stands in the place of a class that a file names ---------------------------------------
 
@@ -54,7 +54,7 @@ def numpy_scalar(dtype: object, data: object) -> object:
 
 OF_SETTINGS = (
     *("argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict"),
-    *("torch.torch_version.TorchVersion", "datetime.datetime", "datetime.timedelta"),
+    *("typing.Any", "torch.torch_version.TorchVersion", "datetime.datetime", "datetime.timedelta"),
     *(f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
     *(f"pathlib._local.{kind}" for kind in ("PosixPath", "WindowsPath")),  # of Python 3.13
     *(f"builtins.{kind}" for kind in ("dict", "float", "int", "list", "str")),  # of a defaultdict
