@@ -255,6 +255,15 @@ def test_beams_in_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert say(capsys, *argv[:2], "ab", *argv[4:]) == f"ab{alone['text']}\n"
 
 
+def test_beams_say_where_the_context_ended_them(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--compile_cache=off", "--beams=2", f"--start={'a' * 30}", "--json", "--ignore_eot"]
+    assert cli.run(sample.main, argv) == 0
+    out, err = capsys.readouterr()
+    line = json.loads(out)
+    assert (len(line["ids"]), line["ended"]) == (3, "length")
+    assert err.startswith("note: ") and "32 tokens" in err and err.count("\n") == 1
+
+
 def test_beams_stop_at_ctrl_c(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

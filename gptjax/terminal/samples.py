@@ -10,10 +10,12 @@ import jax
 
 from gptjax import beam_search, sampling
 from gptjax.config import GPTConfig
+from gptjax.errors import plural
 from gptjax.model import Params
 from gptjax.sampler_config import SamplerConfig
 from gptjax.sampling import Scores
 from gptjax.terminal.console import printable
+from gptjax.terminal.output import note
 from gptjax.tokenizer import StreamDecoder, Tokenizer, decode
 
 
@@ -122,6 +124,11 @@ def draw(
     )
     for text in found[:1]:
         sample.score = text.score
+        if len(text.ids) < config.max_new_tokens and text.ids[-1] not in ends:
+            note(
+                f"note: the context of {cfg.block_size} tokens is full after {len(text.ids)} new "
+                f"{plural(len(text.ids), 'token')}: beam search ends there"
+            )
         yield jax.tree.map(lambda x: x[None], sampling.Piece(text.ids, text.scores))
 
 
