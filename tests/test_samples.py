@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import sample
 from gptjax import beam_search, model
 from gptjax.config import SampleConfig
 from gptjax.scoring import Text, score_texts
-from gptjax.terminal import cli, flags, samples
+from gptjax.terminal import cli, flags
 from gptjax.terminal.prompts import read_prompts
 from gptjax.terminal.samples import Sample
 from gptjax.tokenizer import ByteTokenizer
@@ -264,15 +265,18 @@ def test_beams_say_where_the_context_ended_them(capsys: pytest.CaptureFixture[st
     assert err.startswith("note: ") and "32 tokens" in err and err.count("\n") == 1
 
 
-def test_beams_stop_at_ctrl_c(
+def test_ctrl_c_ends_a_search(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     search = beam_search.search
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("stopped")
-        return search(*args, **kwargs, stopped=lambda: True)
+    def interrupted(*args: Any, **kwargs: Any) -> list[beam_search.Found]:
+        signal.raise_signal(signal.SIGINT)  # as a terminal sends it
+        found = search(*args, **kwargs)
+        assert found == []
+        return found
 
-    monkeypatch.setattr(samples.beam_search, "search", interrupted)
-    (line,) = say_json(capsys, "--beams=2", "--start=ab")
-    assert line["ids"] == []
+    monkeypatch.setattr(beam_search, "search", interrupted)
+    assert cli.run(sample.main, ["--compile_cache=off", "--beams=2", "--start=ab"]) == 130
+    assert capsys.readouterr() == ("ab", "error: interrupted\n")
