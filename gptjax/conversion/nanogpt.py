@@ -9,14 +9,11 @@ from gptjax.conversion.state_dict import of_torch, open_state
 from gptjax.conversion.tensors import Source
 from gptjax.conversion.torch_file import is_state_dict, load_torch, plain
 from gptjax.errors import DataError
+from gptjax.tokenizer import parse_tokenizer
 
-STATES = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "module",
-)  # where programs keep the tensors
+OWN = "gptjax"  # in what we export: the model in config.json's words, and the tokenizer's JSON
+# Where programs keep the tensors.
+STATES = ("model", "state_dict", "model_state_dict", "model_state", "module")
 
 
 def open_file(
@@ -47,12 +44,17 @@ def open_file(
         state, sections = content, []
     if not state:
         raise DataError(f"not a checkpoint of GPT-2 ({path}): it has no tensors{instead(saved)}")
-    fields = about_model(sections[0]) if sections else {}
+    own = plain(content.get(OWN))
+    fields = plain(own.get("config")) or (about_model(sections[0]) if sections else {})
     if fields.get("n_head") is None and "model_type" not in fields:
         fields |= about_model(beside or {})
     fields |= about_model(given or {})
     dataset = str(plain(content.get("config")).get("dataset", ""))
-    return open_state(of_torch(state, path), fields, path, accept)._replace(dataset=dataset)
+    source = open_state(of_torch(state, path), fields, path, accept)._replace(dataset=dataset)
+    if "tokenizer" not in own:
+        return source
+    text = str(own["tokenizer"])
+    return source._replace(tokenizer=lambda: parse_tokenizer(text, f"{OWN}.tokenizer of {path}"))
 
 
 def instead(saved: object) -> str:

@@ -14,15 +14,18 @@ from gptjax.checkpoints.run_folder import Run
 from gptjax.checkpoints.save import check_space
 from gptjax.checkpoints.steps import loss_of, read_meta
 from gptjax.config import GPTConfig, TrainConfig
+from gptjax.conversion.hf_config import format_config
+from gptjax.conversion.nanogpt import OWN
 from gptjax.conversion.tensors import HEAD, is_linear, named_tensors, slots
 from gptjax.errors import DiskError, UsageError, first_line
 from gptjax.model import Params
 from gptjax.settings import require
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, stored
+from gptjax.tokens import CONFIG, published_ids
 
 DATASET = "gptjax"  # the folder in nanoGPT's data/ where sample.py looks for meta.pkl
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-CONFIG = (  # settings of the same name and meaning
+SAME = (  # settings of the same name and meaning
     *("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "max_iters", "warmup_iters", "min_lr", "weight_decay", "beta1", "beta2"),
     "grad_clip",
@@ -75,15 +78,14 @@ def write_folder(folder: Path, run: Run) -> list[str]:
         "iter_num": run.step,
         "best_val_loss": loss if math.isfinite(loss) else NEVER,
         "config": {
-            **{name: getattr(config, name) for name in CONFIG},
+            **{name: getattr(config, name) for name in SAME},
             **args,
             "lr_decay_iters": config.lr_decay_iters or config.max_iters,
             "decay_lr": config.schedule == "cosine",
             "dataset": DATASET,
         },
-        "gptjax": {
-            "activation": cfg.activation,
-            "vocab_multiple": cfg.vocab_multiple,
+        OWN: {
+            "config": format_config(cfg, published_ids(run.tokenizer)[CONFIG]),
             "tokenizer": json.dumps(stored(run.tokenizer)),
         },
     }
