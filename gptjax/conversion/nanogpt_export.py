@@ -104,7 +104,7 @@ def torch_tensors(cfg: GPTConfig, params: Params) -> dict[str, Any]:
     import torch
 
     found = {
-        name: torch.tensor(np.ascontiguousarray(array.T) if is_linear(name) else array)
+        name: torch.from_numpy(array.T.copy()) if is_linear(name) else torch.tensor(array)
         for name, array in named_tensors(cfg, params)
         if cfg.bias or not name.endswith(".bias")
     }
