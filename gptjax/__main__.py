@@ -10,6 +10,7 @@ COMMANDS = {  # the module whose main(argv) it is; only one of them is imported
     "train": "gptjax.programs.train",
     "sample": "gptjax.programs.sample",
     "convert": "gptjax.programs.convert_gpt2",
+    "tokenize": "gptjax.commands.tokenize",
     "evaluate": "gptjax.commands.evaluate",
     "doctor": "gptjax.commands.doctor",
 }

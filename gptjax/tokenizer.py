@@ -228,8 +228,8 @@ class StreamDecoder:
         whole = decode(self.tokenizer, self.ids[self.begin :])
         if not final and (whole.endswith("\ufffd") or (self.ids[-1:] and self.ids[-1] in waiting)):
             return ""
-        if known:  # else the next token would be written as the first one of a text
-            self.begin = self.shown
+        if decode(self.tokenizer, self.ids[self.shown :]):
+            self.begin = self.shown  # without a text before it a token is written as the first one
         self.shown = len(self.ids)
         return whole[len(known) :]
 
@@ -238,9 +238,13 @@ class StreamDecoder:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.json") -> None:
-    """Write the tokenizer's file, whole or not at all."""
+    """Write the tokenizer's file, whole or not at all; a tokenizer.json alone stays as it is."""
+    text = json.dumps(stored(tokenizer)) + "\n"
+    if isinstance(tokenizer, HFTokenizer) and not tokenizer.fitted:
+        alone = tokenizer.files == {"tokenizer.json": tokenizer.text}
+        text = tokenizer.text if alone else text
     with replacing(folder / name) as file:
-        file.write((json.dumps(stored(tokenizer)) + "\n").encode())
+        file.write(text.encode())
 
 
 def stored(tokenizer: Tokenizer) -> dict[str, object]:

@@ -28,6 +28,7 @@ HELP = {  # what is typed -> the usage that --help and -h begin with
     "convert export": "python convert_gpt2.py export RUN [--flags]",
     "convert verify": "python convert_gpt2.py verify RUN [--flags]",
     "evaluate": "gptjax evaluate RUN [--flags]",
+    "tokenize": "gptjax tokenize TEXT [--flags]",
     "doctor": "gptjax doctor [RUN] [--flags]",
 }
 

@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from gptjax.file_kinds import HEAD, kind_of, read_head
 from gptjax.files import Progress, cache_dir, file_sha256, show_paths, writing_to_cache
 from gptjax.tokenizer import Tokenizer, fingerprint, save_tokenizer
 
+# The part of each split: its texts, laid end to end, and two characters.
+Spans = dict[str, tuple[list["TextFile"], int, int]]
+T = TypeVar("T")
 CHUNK = 2**20  # bytes read, and characters encoded, at a time
 # Texts with marks that a model will learn as well.
 MARKED = re.compile(r"\.(jsonl?|csv|tsv|html?|xml)(\.\w+)?$", re.IGNORECASE)
@@ -53,16 +57,34 @@ def tokenise(
     Raises:
         DataError: a text cannot be read, or is too short for its split.
     """
+    spans, chars = find_spans(name, files, hold_back, decode_errors, notify, progress)
+    tokenizer = make(chars=chars)
+    dtype = id_type(tokenizer)
+    hashes = {split: [file_sha256(path) for path in paths] for split, paths in files.items()}
+    made_from = (hashes, hold_back, fingerprint(tokenizer), decode_errors, allow_special)
+    identity = repr((2, *made_from))  # 2: the format's version
+    folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if not is_complete(folder, dtype):
+        with writing_to_cache():
+            encode_spans(name, spans, tokenizer, folder, allow_special, progress)
+    return tokenizer, {split: [np.memmap(folder / f"{split}.bin", dtype, "r")] for split in spans}
+
+
+def find_spans(
+    name: str,
+    files: dict[str, list[Path]],
+    hold_back: float,
+    decode_errors: str,
+    notify: Callable[[str], None],
+    progress: Progress,
+) -> tuple[Spans, str]:
+    """Read texts once; return the part of each split, and all characters. See `tokenise`."""
     texts = {split: [TextFile(p, decode_errors) for p in paths] for split, paths in files.items()}
     every = [text for split in texts.values() for text in split]
     chars: set[str] = set()
-    size = sum(text.path.stat().st_size for text in every)
-
-    def show(what: str) -> None:
-        progress(f"{what} {name}", sum(text.done for text in every), size)
-
+    show = shower(f"reading {name}", every, progress)
     for text in every:
-        text.survey(chars, lambda: show("reading"))
+        text.survey(chars, show)
         if text.replaced:
             were = plural(
                 text.replaced, "byte that is not UTF-8 was", "bytes that are not UTF-8 were"
@@ -70,34 +92,45 @@ def tokenise(
             notify(f"{text.path}: {text.replaced} {were} replaced by U+FFFD")
         if MARKED.search(text.path.name):
             notify(f"{text.path.name} is read as plain text, with all its markup")
-    spans = {split: (texts[split], 0, sum(t.length for t in texts[split])) for split in texts}
+    spans: Spans = {
+        split: (texts[split], 0, sum(t.length for t in texts[split])) for split in texts
+    }
     if hold_back:
         those, _, length = spans["train"]
         n_train = int(length * (1 - hold_back))
         spans = {"train": (those, 0, n_train), "val": (those, n_train, length)}
     for those, start, end in spans.values():
         if start == end:
-            total, few = sum(text.length for text in those), "a train and a val split"
+            total = sum(text.length for text in those)
+            few = "a train and a val split" if hold_back else "a split"
             where = show_paths([text.path for text in those]) if len(those) > 1 else those[0].path
-            few = few if hold_back else "a split"
             raise DataError(f"{total} {plural(total, 'character')} ({where}): too few for {few}")
-    tokenizer = make(chars="".join(chars))
-    dtype = id_type(tokenizer)
+    return spans, "".join(chars)
 
-    hashes = {split: [file_sha256(path) for path in paths] for split, paths in files.items()}
-    made_from = (hashes, hold_back, fingerprint(tokenizer), decode_errors, allow_special)
-    identity = repr((2, *made_from))  # 2: the format's version
-    folder = cache_dir() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if not is_complete(folder, dtype):
-        for text in every:
-            text.done = 0
-        splits = {
-            split: encode_texts(tokenizer, cut_texts(*span), allow_special)
-            for split, span in spans.items()
-        }
-        with writing_to_cache():
-            write_tokens(folder, splits, tokenizer, lambda: show("tokenising"))
-    return tokenizer, {split: [np.memmap(folder / f"{split}.bin", dtype, "r")] for split in spans}
+
+def encode_spans(
+    name: str,
+    spans: Spans,
+    tokenizer: Tokenizer,
+    folder: Path,
+    allow_special: bool,
+    progress: Progress,
+) -> None:
+    """Write the tokens of each split into a folder, as `write_tokens` does."""
+    texts = {id(text): text for those, _, _ in spans.values() for text in those}.values()
+    for text in texts:
+        text.done = 0
+    splits = {
+        split: encode_texts(tokenizer, cut_texts(*span), allow_special)
+        for split, span in spans.items()
+    }
+    write_tokens(folder, splits, tokenizer, shower(f"tokenising {name}", list(texts), progress))
+
+
+def shower(what: str, texts: Sequence["TextFile"], progress: Progress) -> Callable[[], None]:
+    """Return a function that tells `progress` how much of these texts is read."""
+    size = sum(text.path.stat().st_size for text in texts)
+    return lambda: progress(what, sum(text.done for text in texts), size)
 
 
 class TextFile:
@@ -161,8 +194,8 @@ def id_type(tokenizer: Tokenizer) -> str:
 
 
 def encode_stream(
-    encode: Callable[[str], np.ndarray], pieces: Iterable[str], chunk: int = CHUNK
-) -> Iterator[np.ndarray]:
+    encode: Callable[[str], T], pieces: Iterable[str], chunk: int = CHUNK
+) -> Iterator[T]:
     """Yield the ids of a text in pieces, the same as those of the whole text at once.
 
     About `chunk` characters are encoded at a time. Such a chunk ends after the last character that
