@@ -18,6 +18,7 @@ from gptjax.hf_tokenizer import (
     read_object,
     refusing,
     special_tokens,
+    vocabulary,
 )
 from gptjax.tokenizer import GPT2Tokenizer, Tokenizer
 from gptjax.tokens import END_OF_TEXT
@@ -52,11 +53,10 @@ def read_hf_folder(folder: Path, n_ids: int | None = None) -> Tokenizer | None:
         if tokens := own_gpt2(files, n_ids):
             return GPT2Tokenizer(tokens, str(folder))
         library = make_library(files)
-        before = library.to_str()
-        add_tokens(library, files, n_ids)
-        after = library.to_str()
-        text = files["tokenizer.json"] if before == after and "tokenizer.json" in files else after
-        return HFTokenizer(text, files)
+        vocabulary(library)
+        changed = add_tokens(library, files, n_ids)
+        as_it_is = "" if changed else files.get("tokenizer.json", "")
+        return HFTokenizer(as_it_is or library.to_str(), files)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = str(error) if isinstance(error, DataError) else repr(error)
         raise DataError(f"cannot read the tokenizer ({folder}): {reason}") from error
@@ -172,12 +172,16 @@ def listed_tokens(files: Mapping[str, str]) -> Iterator[tuple[int | None, dict[s
             yield None, {"content": str(one), "special": True}
 
 
-def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) -> None:
+def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) -> bool:
     """Add the listed tokens that the vocabulary lacks, and mark those in it as added.
+
+    Returns:
+        Whether there were any.
 
     Raises:
         DataError: a token has another id, or cannot have the one that it is listed with.
     """
+    changed = False
     with refusing("cannot add the tokens"):
         for wanted, fields in listed_tokens(files):
             content = fields["content"]
@@ -187,9 +191,11 @@ def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) ->
             if there is None or there not in library.get_added_tokens_decoder():
                 flags = {name: fields[name] for name in AS_IT_IS if name in fields}
                 library.add_tokens([AddedToken(content, **{"normalized": False, **flags})])
+                changed = True
             found = library.token_to_id(content)
             if wanted is not None and found != wanted:
                 raise DataError(f"{content!r} is listed as id {wanted}, but gets id {found}")
+    return changed
 
 
 def own_gpt2(files: Mapping[str, str], n_ids: int | None) -> list[bytes] | None:

@@ -51,10 +51,8 @@ class HFTokenizer(Tokenizer):
             )
         self.text, self.files = text, dict(files)
         self.library = read_library(text)
-        vocab = self.library.get_vocab(with_added_tokens=True)
-        self.n_vocab = self.n_tokens = max(vocab.values(), default=-1) + 1
-        if not 0 < self.n_vocab <= LARGEST:
-            raise DataError(f"a vocabulary of {self.n_vocab} ids; expected 1 to {LARGEST:,}")
+        vocab = vocabulary(self.library)
+        self.n_vocab = self.n_tokens = max(vocab.values()) + 1
         names = special_tokens(files)
         self.named = {f"{name}_id": vocab.get(names.get(name, "")) for name in BOS_EOS}
         if not any(name in names for name in BOS_EOS):  # a tokenizer.json alone
@@ -154,6 +152,15 @@ def read_library(text: str) -> Library:
         if isinstance(library.model, models.BPE):
             library.model.dropout = None  # which would draw the tokens at random
         return library
+
+
+def vocabulary(library: Library) -> dict[str, int]:
+    """Return the id of each token; DataError if there are none, or one is beyond belief."""
+    vocab = library.get_vocab(with_added_tokens=True)
+    size = max(vocab.values(), default=-1) + 1
+    if not 0 < size <= LARGEST:  # the library would write out all ids between, one by one
+        raise DataError(f"a vocabulary of {size} ids; expected 1 to {LARGEST:,}")
+    return vocab
 
 
 def spell(vocab: Mapping[str, int], added: Mapping[int, str]) -> dict[int, bytes]:

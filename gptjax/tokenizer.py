@@ -201,14 +201,14 @@ class StreamDecoder:
         """Begin a text, perhaps behind the ids of another one, which is not returned."""
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.ids = [] if tokenizer.joined else list(before)
+        self.ids = [] if tokenizer.joined else [int(i) for i in before]
         self.begin, self.shown = 0, len(self.ids)
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that these ids complete."""
         if self.tokenizer.joined:
             return self.decoder.decode(self.tokenizer.decode_bytes(ids))
-        self.ids += ids
+        self.ids.extend(int(i) for i in ids)
         return self._new_text(final=False)
 
     def flush(self) -> str:
@@ -223,10 +223,9 @@ class StreamDecoder:
         How a token is written may depend on its neighbours: there is a space between words and
         none before the first, and bytes may wait for others of their character.
         """
-        waiting = self.tokenizer.waiting
         known = decode(self.tokenizer, self.ids[self.begin : self.shown])
         whole = decode(self.tokenizer, self.ids[self.begin :])
-        if not final and (whole.endswith("\ufffd") or (self.ids[-1:] and self.ids[-1] in waiting)):
+        if not final and (whole.endswith("\ufffd") or self.tokenizer.waiting & {*self.ids[-1:]}):
             return ""
         if decode(self.tokenizer, self.ids[self.shown :]):
             self.begin = self.shown  # without a text before it a token is written as the first one
@@ -249,8 +248,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.js
 
 def stored(tokenizer: Tokenizer) -> dict[str, object]:
     """Return what the file of a tokenizer holds: itself, and what its model says of it."""
-    said = dict(tokenizer.fitted)
-    return tokenizer.to_json() | ({"model": said} if said else {})
+    return tokenizer.to_json() | ({"model": dict(tokenizer.fitted)} if tokenizer.fitted else {})
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
@@ -262,8 +260,7 @@ def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
     try:
         text = path.read_bytes().decode()
     except (OSError, ValueError) as error:
-        reason = str(error) if isinstance(error, OSError) else repr(error)
-        raise DataError(f"cannot read the tokenizer ({path}): {reason}") from error
+        raise DataError(f"cannot read the tokenizer ({path}): {error}") from error
     return parse_tokenizer(text, str(path))
 
 
@@ -280,7 +277,7 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
             raise DataError(f"n_ids={n_ids!r}: the vocabulary has {tokenizer.n_vocab} tokens")
         fit(tokenizer, n_ids, {file: said[file] for file in (CONFIG, GENERATION) if file in said})
         return tokenizer
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, DataError) else repr(error)
         raise DataError(f"cannot read the tokenizer ({where}): {reason}") from error
 

@@ -1,6 +1,6 @@
 """The ground of all tokenizers: what each of them has, and what its model says of it."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
     # or newline, or nowhere.
     cuts: Literal["anywhere", "spaces", "nowhere"] = "spaces"
     joined: bool = True  # whether the bytes of a text are those of its tokens, one behind the other
-    waiting: Collection[int] = ()  # if not: ids whose text may depend on those behind them
+    waiting: Set[int] = frozenset()  # if not: ids whose text may depend on those behind them
     named: Mapping[str, Any] = NO_IDS  # bos_token_id and eos_token_id, unless the model says others
     fitted: Mapping[str, Any] = {}  # what the model says, where it differs, as `fit` takes it
 
