@@ -20,6 +20,7 @@ from gptjax.conversion import convert, huggingface, sources
 from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import load_gpt2_tokenizer, write_gpt2_files
+from gptjax.terminal.prompts import default_start
 from gptjax.terminal.samples import Sample
 from gptjax.tokenizer_files import named_tokenizer, read_folder
 from gptjax.tokens import CONFIG, byte_alphabet, fit, published_ids
@@ -205,7 +206,7 @@ def test_a_vocabulary_without_the_unknown_word() -> None:
     made = wrap(Library(models.WordLevel({"a": 0}, unk_token="?")))
     with pytest.raises(DataError, match="cannot encode"):
         made.encode("b")
-    assert sample.default_start(made) == ""
+    assert default_start(made) == ""
 
 
 def test_texts_are_cut_only_where_no_id_changes() -> None:
