@@ -1,6 +1,7 @@
 """verify reads every format a second time, so that a mistake of the importer shows."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,12 @@ from gptjax.conversion import (
     state_dict,
     verify,
 )
-from gptjax.conversion.reference import how_read, load_reference
+from gptjax.conversion.reference import fill, how_read, load_reference, reference_config
 from gptjax.conversion.reference_files import FORMATS
 from gptjax.conversion.sources import SourceConfig
 from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.verify import Check
+from gptjax.errors import DataError
 from gptjax.tokenizer import ByteTokenizer
 
 from . import test_lora
@@ -34,7 +36,7 @@ from .helpers import need, scaled_params, tiny
 from .test_formats import TF_GPT2, save_nanogpt
 
 torch = need("torch")
-need("transformers")
+GPT2LMHeadModel = need("transformers").GPT2LMHeadModel
 from . import torch_twins as twins  # noqa: E402
 
 CFG = tiny(vocab_size=256, vocab_multiple=128)
@@ -126,6 +128,24 @@ def test_both_readings_agree(name: str, files: Files) -> None:
     assert FORMATS[source.format](source).n_head == source.cfg.n_head
     checks = compared(source)
     assert all(check.ok for check in checks) and len(checks) == 12 * source.cfg.n_layer + 5
+
+
+@pytest.mark.parametrize("name", ["mingpt of 2020", "gguf"])
+def test_the_whole_comparison_holds(name: str, files: Files) -> None:
+    source = sources.open_source(files[name], ANY)
+    reference = load_reference(source)
+    checks = verify.verify(source.cfg, read_params(source), reference)
+    assert verify.first_failure(checks) is None
+
+
+def test_a_tensor_that_only_one_of_them_finds_is_refused(files: Files) -> None:
+    source = sources.open_source(files["llmc"], ANY)
+    deeper = dataclasses.replace(source.cfg, n_embd=16)
+    with pytest.raises(DataError, match="second reading"):
+        fill(GPT2LMHeadModel(reference_config(deeper)), FORMATS["llmc"](source).tensors, source)
+    few = itertools.islice(FORMATS["llmc"](source).tensors, 5)
+    with pytest.raises(DataError, match="found no"):
+        fill(GPT2LMHeadModel(reference_config(source.cfg)), few, source)
 
 
 # ---- Planted mistakes ----------------------------------------------------------------------------

@@ -72,11 +72,11 @@ def llmc_tensors(path: Path, header: list[int]) -> Pairs:
 
 # ---- OpenAI --------------------------------------------------------------------------------------
 
-OPENAI_OUTSIDE = {
-    "model/wte": "transformer.wte.weight",
-    "model/wpe": "transformer.wpe.weight",
-    "model/ln_f/g": "transformer.ln_f.weight",
-    "model/ln_f/b": "transformer.ln_f.bias",
+OPENAI_OUTSIDE = {  # behind model/
+    "wte": "transformer.wte.weight",
+    "wpe": "transformer.wpe.weight",
+    "ln_f/g": "transformer.ln_f.weight",
+    "ln_f/b": "transformer.ln_f.bias",
 }
 OPENAI_INSIDE = {  # behind model/hN/
     "ln_1/g": "ln_1.weight",
@@ -105,11 +105,13 @@ def openai_tensors(folder: Path) -> Pairs:
     import torch
 
     for stored, entry in read_index(folder / "model.ckpt").items():
-        block = re.fullmatch(r"model/h(\d+)/(.+)", stored)
-        inside = f"transformer.h.{block[1]}.{OPENAI_INSIDE[block[2]]}" if block else ""
+        name = stored.removeprefix("model/")
+        block = re.fullmatch(r"h(\d+)/(.+)", name)
+        inside = block and f"transformer.h.{block[1]}.{OPENAI_INSIDE.get(block[2], block[2])}"
         array = read_tensor(entry)
         array = array[0] if array.ndim == 3 else array
-        yield inside or OPENAI_OUTSIDE[stored], torch.from_numpy(array.astype(np.float32))
+        # A name that is unknown here is refused by its reader.
+        yield inside or OPENAI_OUTSIDE.get(name, name), torch.from_numpy(array.astype(np.float32))
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------
@@ -159,10 +161,10 @@ def gguf_tensors(reader: Any, dequantize: Callable[[Any, Any], Any]) -> Pairs:
         tensor = torch.from_numpy(array.astype(np.float32))
         block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", stored.name)
         if block is None:
-            yield GGUF_OUTSIDE[stored.name], tensor
+            yield GGUF_OUTSIDE.get(stored.name, stored.name), tensor
         else:
             layer, part, leaf = block.groups()
-            name = f"transformer.h.{layer}.{GGUF_INSIDE[part]}.{leaf}"
+            name = f"transformer.h.{layer}.{GGUF_INSIDE.get(part, part)}.{leaf}"
             yield name, tensor.T if part in GGUF_LINEAR and leaf == "weight" else tensor
 
 

@@ -76,8 +76,11 @@ def share(check: Check) -> float:
 
 
 def worst(checks: list[Check]) -> Check:
-    """Return the check that is farthest from what is allowed, or comes nearest to it."""
-    return max(checks, key=lambda check: (not check.ok, share(check), check.allowed))
+    """Return the check that is farthest from what is allowed, or comes nearest to it.
+
+    Of two that are equally near, such as a difference and the same in other units, the larger.
+    """
+    return max(checks, key=lambda check: (not check.ok, round(share(check), 6), check.allowed))
 
 
 def block_count(checks: Sequence[Check]) -> int:
