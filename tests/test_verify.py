@@ -286,6 +286,11 @@ def test_a_run_against_its_source_and_against_another(
     first = {"group": "tensor", "name": "wte.weight", "shape": [256, 32], "ours": "wte/embedding"}
     assert report["checks"][0] == {**first, "difference": 0.0, "allowed": 0.0, "ok": True}
     assert report["ok"] and report["first_difference"] is None and len(report["checks"]) == 75
+    convert.import_run(str(folder), tmp_path / "short", BYTE, block_size=32)
+    against = str(tmp_path / "short"), f"--against={folder}"
+    assert command(*against, *flags) == 65 and "--resized" in capsys.readouterr().err
+    assert command(*against, *flags, "--resized") == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
     # A head of its own, as a trained-on model may have it: a whole report, and its first place.
     weights = folder / "model.safetensors"
     tensors = load_file(weights)

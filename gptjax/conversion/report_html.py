@@ -45,7 +45,7 @@ Checks = Sequence[Check]
 def refuse_page(path: Path) -> None:
     """Raise UsageError or OutputError if a page cannot be written there, before the long work."""
     plain = path.is_file() or not path.exists()
-    require(plain, "html", path, "must be the name of a file, which is there already or not")
+    require(plain, "html", path, "is no plain file; name one to write, such as report.html")
     if not path.parent.is_dir():
         raise OutputError(f"--html={path}: there is no folder {path.parent}; make it first")
 
