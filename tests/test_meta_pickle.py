@@ -1,5 +1,6 @@
 """nanoGPT's meta.pkl: its characters are read, and nothing in it runs."""
 
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from gptjax.conversion import convert
 from gptjax.conversion.sources import SourceConfig
 from gptjax.conversion.tensors import is_linear, named_tensors
 from gptjax.errors import DataError, UsageError
-from gptjax.meta_pickle import load_plain, read_meta
+from gptjax.meta_pickle import PlainUnpickler, load_plain, read_meta
 
 from .helpers import need, scaled_params, tiny
 
@@ -130,10 +131,15 @@ def test_others_are_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_reader_alone_refuses_what_it_need_not() -> None:
-    assert load_plain(pickle.dumps({"a": [1, 2.5, None, True, "é", 2**70]})) == {
-        "a": [1, 2.5, None, True, "é", 2**70]
-    }
+def test_plain_values_and_no_others() -> None:
+    """Each of the two guards holds alone: what may be in the file, and what it may name."""
+    plain = {"a": [1, 2.5, None, True, "é", 2**70]}
+    assert load_plain(pickle.dumps(plain)) == plain
+    for value in ({(1, 2): 3}, b"x", {1, 2}, os.system, Evil(print, "x")):
+        with pytest.raises(DataError, match="more than dicts"):
+            load_plain(pickle.dumps(value))
+    with pytest.raises(DataError, match="system"):
+        PlainUnpickler(io.BytesIO(pickle.dumps(os.system))).load()
 
 
 def write_checkpoint(folder: Path, dataset: str, n_vocab: int) -> Path:
