@@ -155,11 +155,13 @@ def read_library(text: str) -> Library:
 
 
 def vocabulary(library: Library) -> dict[str, int]:
-    """Return the id of each token; DataError if there are none, or one is beyond belief."""
+    """Return the id of each token; DataError if there are none, or an id is not to be used."""
     vocab = library.get_vocab(with_added_tokens=True)
     size = max(vocab.values(), default=-1) + 1
     if not 0 < size <= LARGEST:  # the library would write out all ids between, one by one
         raise DataError(f"a vocabulary of {size} ids; expected 1 to {LARGEST:,}")
+    if len(set(vocab.values())) < len(vocab):
+        raise DataError("two of its tokens have the same id")
     return vocab
 
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Library
 from gptjax import hf_files
 from gptjax import tokenizer as tok
 from gptjax.conversion import convert, huggingface, sources
+from gptjax.conversion.source_tokenizer import find_tokenizer
 from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import load_gpt2_tokenizer, write_gpt2_files
@@ -495,6 +496,14 @@ def test_a_run_keeps_a_tokenizer_json_as_it_is(tmp_path: Path) -> None:
     assert tok.fingerprint(tok.load_tokenizer(tmp_path)) == tok.fingerprint(ours)
 
 
+@pytest.mark.parametrize("vocab", [{}, {"a": 0, "b": 0}, {"a": 2**31}])
+def test_ids_that_cannot_be_used(vocab: dict[str, int]) -> None:
+    with pytest.raises(DataError):
+        tok.HFTokenizer(
+            json.dumps({"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}}), {}
+        )
+
+
 @pytest.mark.parametrize("name", ["../x", "config.json", "model.safetensors"])
 def test_a_run_folder_cannot_name_other_files_to_write(name: str) -> None:
     text = byte_level().to_str()
@@ -520,10 +529,21 @@ def test_what_is_no_id_is_refused(text: str) -> None:
 
 def test_weights_without_a_vocabulary(tmp_path: Path) -> None:
     write_model(tmp_path, 99)
+    source = sources.open_source(str(tmp_path), SourceConfig())
     with pytest.raises(UsageError, match="pass --tokenizer=ids"):
-        sources.open_source(str(tmp_path), SourceConfig()) and sources.read_model(
-            sources.open_source(str(tmp_path), SourceConfig()), "x", SourceConfig()
-        )
+        sources.read_model(source, "x", SourceConfig())
     run = sources.load_model(str(tmp_path), SourceConfig(tokenizer="ids"))
     assert (run.tokenizer.kind, run.tokenizer.n_vocab) == ("ids", 99)
     assert run.config.tokenizer == "auto" and hf_files.read_hf_folder(tmp_path) is None
+
+
+def test_bytes_are_no_vocabulary_of_a_much_larger_model(tmp_path: Path) -> None:
+    """Rows behind the tokens are padding; a thousand of them are another vocabulary's."""
+    for n_vocab, ok in ((256, True), (300, True), (255, False), (1280, False)):
+        write_model(tmp_path, n_vocab)
+        source = sources.open_source(str(tmp_path), SourceConfig())
+        if ok:
+            assert find_tokenizer(source, "byte", "").n_vocab == n_vocab
+            continue
+        with pytest.raises(DataError, match="its tokenizer"):
+            find_tokenizer(source, "byte", "")
