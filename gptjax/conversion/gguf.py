@@ -89,6 +89,7 @@ def open_file(path: Path, accept: Collection[str] = ()) -> Source:
     """
     header = gguf_file.read_header(path)
     cfg = parse_fields(header, path, accept)
+    rows = cfg.vocab_size
     check_extents(header, path)
     table: Table = {}
     readers: dict[str, Callable[[], np.ndarray]] = {}
@@ -109,7 +110,7 @@ def open_file(path: Path, accept: Collection[str] = ()) -> Source:
     return Source(
         *(cfg, table, lambda name: readers[name](), str(path), (path,)),
         notes=quantised(header),
-        tokenizer=lambda: read_vocabulary(header.fields, path),
+        tokenizer=lambda: read_vocabulary(header.fields, path, rows),
         format="gguf",
     )
 

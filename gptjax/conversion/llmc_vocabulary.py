@@ -21,7 +21,8 @@ from gptjax.tokenizer import (
 
 NAME = "gpt2_tokenizer.bin"  # which llm.c looks for, whatever the model
 MAGIC, HEADER = 20240328, 256
-LIMIT = "its file of tokens has none that are empty or longer than 255 bytes"
+LIMIT = "its file of tokens has none that depend on others, or are longer than 255 bytes"
+NO_TEXT = b"\0"  # of which llm.c prints nothing; it takes no empty token
 
 
 class Written(NamedTuple):
@@ -32,12 +33,12 @@ class Written(NamedTuple):
 
 
 def write(path: Path, tokenizer: Tokenizer) -> Written:
-    """Write a tokenizer's tokens, unless the format has no place for one of them.
+    """Write a tokenizer's tokens, unless the format has no place for them.
 
     llm.c begins a text behind the id that ends one, or else that of an empty prompt.
     """
-    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
-    if not all(0 < len(token) <= 255 for token in tokens):
+    tokens = [tokenizer.decode_bytes([i]) or NO_TEXT for i in range(tokenizer.n_vocab)]
+    if not tokenizer.joined or max(map(len, tokens)) > 255:
         return Written(False, False)
     end = tokenizer.eos[0] if tokenizer.eos else tokenizer.start_id
     header = np.zeros(HEADER, "<u4")
