@@ -13,6 +13,7 @@ from gptjax.tokenizer import CharTokenizer
 
 from .helpers import scaled_params, tiny
 from .test_fuzz import Reader, damaged, fuzz, model, scarce_memory, script  # noqa: F401
+from .test_gguf import rewrite, trained_bpe
 
 IMPORT = script(convert_gpt2.main, "import", "{}/model.gguf", "--out_dir={}/out")
 CHARS = CharTokenizer("\n " + "".join(map(chr, range(97, 121))))
@@ -25,6 +26,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = tiny(vocab_size=CHARS.n_vocab, vocab_multiple=1, n_embd=8)
     params = jax.device_get(scaled_params(cfg, jax.random.key(0)))
     gguf.write_file(place / "model.gguf", cfg, params, CHARS)
+    bpe = trained_bpe(300)
+    larger = tiny(vocab_size=300, vocab_multiple=1, n_embd=8)
+    some = jax.device_get(scaled_params(larger, jax.random.key(0)))
+    gguf.write_file(place / "foreign.gguf", larger, some, bpe)
+    rewrite(place / "foreign.gguf", {"gptjax.tokenizer": None})
     llmc.write_file(place / "model.bin", cfg, params)
     llmc_vocabulary.write(place / llmc_vocabulary.NAME, CHARS)
     return place
@@ -45,7 +51,8 @@ def in_the_header(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 FILES: dict[str, tuple[int, Reader]] = {
-    "model.gguf": (160, model("model.gguf")),
+    "model.gguf": (120, model("model.gguf")),
+    "foreign.gguf": (120, model("foreign.gguf")),
     llmc_vocabulary.NAME: (60, model("model.bin")),
 }
 
