@@ -140,7 +140,7 @@ def test_an_adapter_is_told_and_its_base_named(server: Server) -> None:
     fields = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
     (server.folder / "adapter_config.json").write_text(json.dumps(fields))
     for _ in range(2):  # with a config.json beside it, and without
-        with pytest.raises(DataError, match=r"\(LORA\) of the model gpt2"):
+        with pytest.raises(UsageError, match=r"adapter of the model 'gpt2'.* --base=gpt2"):
             load_model(NAME, BYTE)
         (server.folder / "config.json").unlink(missing_ok=True)
     (server.folder / "adapter_config.json").unlink()

@@ -32,9 +32,9 @@ def weight_format(head: bytes) -> Literal["safetensors", "pickle", ""]:
 
     This accepts more than `kind_of`, so that a damaged file is told by its own reader.
     """
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return "pickle"
-    return "safetensors" if head[8:9] == b"{" and head[5:8] == bytes(3) else ""
+    if head[8:9] == b"{" and head[5:8] == bytes(3):
+        return "safetensors"  # whose first byte, of the header's length, may be that of a pickle
+    return "pickle" if head.startswith((b"PK\x03\x04", b"\x80")) else ""
 
 
 def why_no_weights(path: Path) -> str:
