@@ -1,9 +1,11 @@
 """Models by name, from a local server that answers as the Hub does, and from its cache."""
 
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from safetensors.numpy import save_file
 
 from gptjax import model
 from gptjax.conversion import huggingface
@@ -21,6 +24,7 @@ from gptjax.errors import DataError, UsageError
 
 from .helpers import BYTES
 from .test_formats import shard, to_bin
+from .test_lora import config as adapter_config
 
 BYTE = SourceConfig(tokenizer="byte")
 NAME = "someone/gpt2"
@@ -144,6 +148,30 @@ def test_an_adapter_is_told_and_its_base_named(server: Server) -> None:
             load_model(NAME, BYTE)
         (server.folder / "config.json").unlink(missing_ok=True)
     (server.folder / "adapter_config.json").unlink()
+
+
+def test_an_adapter_is_merged(server: Server, tmp_path: Path, params: model.Params) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(server.folder, base)
+    for old in server.folder.iterdir():
+        old.unlink()
+    fields = adapter_config(base, target_modules=["c_proj"])
+    (server.folder / "adapter_config.json").write_text(json.dumps(fields))
+    layers = [f"h.{i}.{part}.c_proj" for i in range(2) for part in ("attn", "mlp")]
+    width = {"attn": 32, "mlp": 128}
+    tensors = {}
+    for layer in layers:
+        d_in = width[layer.split(".")[2]]
+        tensors[f"base_model.model.transformer.{layer}.lora_A.weight"] = np.ones((4, d_in))
+        tensors[f"base_model.model.transformer.{layer}.lora_B.weight"] = np.ones((32, 4))
+    halves = {name: array.astype(np.float16) for name, array in tensors.items()}
+    save_file(halves, server.folder / "adapter_model.safetensors")
+    for named in ("", str(base)):
+        merged = load_model(NAME, dataclasses.replace(BYTE, base=named)).params
+        change = merged["h"]["mlp"]["c_proj"]["kernel"] - params["h"]["mlp"]["c_proj"]["kernel"]
+        assert np.allclose(change, 4 * 16 / 4, atol=1e-4)
+    with offline(server):
+        load_model(NAME, BYTE)
 
 
 def test_a_model_in_another_format(server: Server) -> None:

@@ -13,7 +13,7 @@ from gptjax.files import file_sha256, read_json
 from gptjax.hf_tokenizer import FILES
 from gptjax.tokenizer_files import OWN_TOKENIZER
 
-BESIDE = ("adapter_config.json", OWN_TOKENIZER, *FILES)
+BESIDE = (OWN_TOKENIZER, *FILES)
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # that a model may have there
 
 
@@ -89,10 +89,10 @@ def download_model(name: str, weights: Sequence[str], revision: str | None = Non
             return None
 
     try:
-        if not optional(get, "config.json"):
-            adapter = optional(get, "adapter_config.json")
-            if adapter:  # by which the folder is told, and refused
-                return adapter.parent
+        if adapter := optional(get, "adapter_config.json"):
+            names = (f"adapter_model{Path(file).suffix}" for file in weights)
+            any(optional(get_weights, name) for name in names)  # the first that is there
+            return adapter.parent
         folder = get("config.json").parent
         for file in weights:
             if optional(get_weights, file):

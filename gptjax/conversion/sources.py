@@ -236,7 +236,8 @@ def open_folder(folder: Path, config: SourceConfig) -> Source:
 
 def open_adapter(folder: Path, config: SourceConfig) -> Source:
     """Open a folder with a LoRA adapter, merged into its base: --base, or the one it names."""
-    named = read_json(folder / huggingface.ADAPTER).get("base_model_name_or_path")
+    fields = read_json(folder / huggingface.ADAPTER)
+    named, revision = fields.get("base_model_name_or_path"), fields.get("revision")
     base = config.base or lora.path_of(named)
     if not base:
         known = isinstance(named, str) and len(named) < 100 and hub.NAME.fullmatch(named)
@@ -248,5 +249,7 @@ def open_adapter(folder: Path, config: SourceConfig) -> Source:
     if (Path(base) / huggingface.ADAPTER).is_file():
         raise UsageError(f"--base={base}: it is an adapter itself; name the model that it changes")
     check_sha256([f for name in lora.FILES if (f := folder / name).is_file()][:1], config.sha256)
-    source = open_source(base, dataclasses.replace(config, base="", sha256=""))
+    revision = revision if isinstance(revision, str) else ""  # of the base, not the adapter's own
+    theirs = dataclasses.replace(config, base="", sha256="", revision=revision)
+    source = open_source(base, theirs)
     return lora.open_adapter(folder, source, config.allow_pickle, config.accepted())
