@@ -113,7 +113,7 @@ def read_header(path: Path) -> Header:
     """
     with path.open("rb") as file:
         reader = Reader(file, path)
-        if reader.left < 8 or reader.take(4) != MAGIC:
+        if reader.take(4) != MAGIC:
             raise DataError(f"not a GGUF file ({path}): it does not begin with GGUF")
         version = reader.count("<u4")
         if version & 0xFFFF == 0:

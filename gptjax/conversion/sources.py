@@ -220,7 +220,7 @@ def open_folder(folder: Path, config: SourceConfig) -> Source:
     for name in known:
         if (folder / name).is_file():
             return open_file(folder / name, config)
-    if len(found := list(folder.glob("*.gguf"))) == 1:
+    if len(found := [path for path in folder.glob("*.gguf") if path.is_file()]) == 1:
         return open_file(found[0], config)
     names = sorted(path.name for path in folder.iterdir())
     holds = f"holds {', '.join(names[:5])}" if names else "is empty"
