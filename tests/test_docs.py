@@ -20,6 +20,17 @@ def test_a_link_leads_to_a_file(page: Path) -> None:
     assert [link for link in ours if not (page.parent / link).exists()] == []
 
 
+def test_every_row_of_the_checkpoints_page_names_its_test() -> None:
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in page.splitlines() if re.match(r"\| (?!source|tokenizer \||format)", line)
+    ]
+    assert len(rows) >= 20
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)`", row.rsplit("|", 2)[1])
+        assert tests and all((ROOT / "tests" / test).is_file() for test in tests), row
+
+
 @pytest.mark.slow
 def test_the_code_of_the_readme_runs(environment: Environment, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
