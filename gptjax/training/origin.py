@@ -84,7 +84,8 @@ def model_of_source(config: TrainConfig, source: Run, given: Container[str]) -> 
         fits = ours <= theirs if name == "block_size" else ours == theirs
         if name in given and not fits:
             rule = f"allows at most {theirs}" if name == "block_size" else f"has {name}={theirs}"
-            raise UsageError(f"--{name}={ours}: {where} {rule}; leave the flag out")
+            resize = ", or import that model with --vocab_size" if name == "vocab_size" else ""
+            raise UsageError(f"--{name}={ours}: {where} {rule}; leave the flag out{resize}")
     kind = source.tokenizer.kind
     if "tokenizer" in given and config.tokenizer not in ("auto", kind):
         raise UsageError(
