@@ -1,15 +1,18 @@
 """The files of a tokenizer in Hugging Face's folders, read as transformers reads them."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Library
+from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from gptjax.errors import DataError
 from gptjax.gpt2_files import gpt2_tokens
 from gptjax.hf_tokenizer import (
+    BOS_EOS,
     FILES,
     SENTENCEPIECE,
     VOCABULARIES,
@@ -29,7 +32,15 @@ BPES = ("GPT2", "Roberta", "Bart", "Longformer", "PreTrainedTokenizerFast", "Tok
 WORDPIECES = ("Bert", "DistilBert", "Electra", "PreTrainedTokenizerFast", "TokenizersBackend")
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # special tokens, in the order of adding
 AS_IT_IS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+BERTS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Of a tokenizer.json: what GPT-2's own says, and options of a BPE that it has not.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+ONLY_ADDED = {
+    "content": END_OF_TEXT,
+    "special": True,
+    **dict.fromkeys(("lstrip", "rstrip", "single_word"), False),
+}
+OTHER_BPES = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 
 
 def read_hf_folder(folder: Path, n_ids: int | None = None) -> Tokenizer | None:
@@ -50,11 +61,14 @@ def read_hf_folder(folder: Path, n_ids: int | None = None) -> Tokenizer | None:
     if not set(files) & set(VOCABULARIES):
         return None
     try:
-        if tokens := own_gpt2(files, n_ids):
-            return GPT2Tokenizer(tokens, str(folder))
+        alone = set(files) & {"tokenizer.json", "vocab.json", "merges.txt"} == {"vocab.json"}
+        if alone and (tokens := gpt2_tokens(read_object(files["vocab.json"], "vocab.json"))):
+            return GPT2Tokenizer(tokens, str(folder), files)  # whose ranks say the merges
         library = make_library(files)
         vocabulary(library)
-        changed = add_tokens(library, files, n_ids)
+        changed = set_prefix(library, files) | add_tokens(library, files, n_ids)
+        if tokens := own_gpt2(library, files):
+            return GPT2Tokenizer(tokens, str(folder), files)
         as_it_is = "" if changed else files.get("tokenizer.json", "")
         return HFTokenizer(as_it_is or library.to_str(), files)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -91,6 +105,22 @@ def make_library(files: Mapping[str, str]) -> Library:
     )
 
 
+def set_prefix(library: Library, files: Mapping[str, str]) -> bool:
+    """Obey add_prefix_space of tokenizer_config.json, as transformers' GPT2Tokenizer does.
+
+    Returns:
+        Whether that changed anything.
+    """
+    said = read_object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
+    wanted, words = said.get("add_prefix_space"), library.pre_tokenizer
+    is_gpt2 = str(said.get("tokenizer_class")).startswith("GPT2")
+    if not is_gpt2 or type(wanted) is not bool or not isinstance(words, pre_tokenizers.ByteLevel):
+        return False
+    changed = words.add_prefix_space != wanted
+    words.add_prefix_space = wanted
+    return changed
+
+
 def require_class(said: Mapping[str, Any], known: tuple[str, ...], file: str) -> None:
     """Raise DataError if tokenizer_config.json names a tokenizer that uses a file otherwise."""
     named = said.get("tokenizer_class")
@@ -107,39 +137,25 @@ def make_bpe(files: Mapping[str, str], add_prefix_space: bool) -> Library:
     lines = [line for line in files["merges.txt"].split("\n") if not line.startswith("#version")]
     merges: Any = [tuple(line.split()) for line in lines if line.strip()]
     with refusing("vocab.json and merges.txt are no BPE"):
-        model = models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="")
-        library = Library(model)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    library.decoder = decoders.ByteLevel()
-    return library
+        made = ByteLevelBPETokenizer(vocab, merges, add_prefix_space=add_prefix_space)
+        return read_library(made.to_str())
 
 
 def make_wordpiece(files: Mapping[str, str], said: Mapping[str, Any]) -> Library:
     """Return a WordPiece as transformers' BertTokenizer makes it."""
     words = files["vocab.txt"].removesuffix("\n").split("\n")
     vocab = {word.rstrip("\r"): i for i, word in enumerate(words)}
-    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    names |= special_tokens(files)
+    named: dict[str, Any] = {n: token for n, token in special_tokens(files).items() if n in BERTS}
     accents = said.get("strip_accents")
     with refusing("vocab.txt is no WordPiece"):
-        library = Library(models.WordPiece(vocab, unk_token=names["unk_token"]))
-        library.normalizer = normalizers.BertNormalizer(
-            clean_text=True,
+        made = BertWordPieceTokenizer(
+            vocab,
+            **named,
             handle_chinese_chars=said.get("tokenize_chinese_chars", True) is not False,
             strip_accents=accents if type(accents) is bool else None,
             lowercase=said.get("do_lower_case", True) is not False,
         )
-        library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        library.decoder = decoders.WordPiece(prefix="##")
-        around = [(names[name], vocab.get(names[name])) for name in ("cls_token", "sep_token")]
-        if all(i is not None for _, i in around):
-            (first, _), (last, _) = around
-            library.post_processor = processors.TemplateProcessing(
-                single=f"{first}:0 $A:0 {last}:0",
-                pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
-                special_tokens=around,
-            )
-    return library
+        return read_library(made.to_str())
 
 
 # ---- Added tokens --------------------------------------------------------------------------------
@@ -153,7 +169,8 @@ def listed_tokens(files: Mapping[str, str]) -> Iterator[tuple[int | None, dict[s
     for content, i in read_object(
         files.get("added_tokens.json", "{}"), "added_tokens.json"
     ).items():
-        same = ids.setdefault(i, {"content": content, "special": content in special.values()})
+        is_special = {"special": True} if content in special.values() else {}
+        same = ids.setdefault(i, {"content": content, **is_special})
         if same["content"] != content:
             raise DataError(f"id {i} is {same['content']!r} in one file and {content!r} in another")
     yield from sorted(ids.items())
@@ -173,10 +190,10 @@ def listed_tokens(files: Mapping[str, str]) -> Iterator[tuple[int | None, dict[s
 
 
 def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) -> bool:
-    """Add the listed tokens that the vocabulary lacks, and mark those in it as added.
+    """Add the listed tokens that the vocabulary lacks, and mark those in it as they are listed.
 
     Returns:
-        Whether there were any.
+        Whether anything changed.
 
     Raises:
         DataError: a token has another id, or cannot have the one that it is listed with.
@@ -188,9 +205,14 @@ def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) ->
             there = library.token_to_id(content)
             if there is None and wanted is None and library.get_vocab_size() >= (n_ids or 0):
                 continue  # the model has no id for it
-            if there is None or there not in library.get_added_tokens_decoder():
-                flags = {name: fields[name] for name in AS_IT_IS if name in fields}
-                library.add_tokens([AddedToken(content, **{"normalized": False, **flags})])
+            added = None if there is None else library.get_added_tokens_decoder().get(there)
+            before = {"normalized": False} if added is None else token_flags(added)
+            flags = dict(before)
+            if wanted is not None or added is None:
+                flags |= {name: fields[name] for name in AS_IT_IS if name in fields}
+            flags["special"] = before.get("special") or flags.get("special", False)
+            if added is None or flags != before:
+                library.add_tokens([AddedToken(content, **flags)])
                 changed = True
             found = library.token_to_id(content)
             if wanted is not None and found != wanted:
@@ -198,24 +220,30 @@ def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) ->
     return changed
 
 
-def own_gpt2(files: Mapping[str, str], n_ids: int | None) -> list[bytes] | None:
-    """Return GPT-2's tokens if that is what the files hold, and nothing beside; else None."""
-    fields: dict[str, Any] = {}
-    if "tokenizer.json" in files:
-        fields = read_object(files["tokenizer.json"], "tokenizer.json")
-        vocab = fields.get("model", {}).get("vocab")
-    elif "vocab.json" in files:
-        vocab = read_object(files["vocab.json"], "vocab.json")
-    else:
+def token_flags(token: AddedToken) -> dict[str, bool]:
+    """Return how an added token is found in a text."""
+    return {name: getattr(token, name) for name in AS_IT_IS}
+
+
+# ---- GPT-2's own vocabulary ----------------------------------------------------------------------
+
+
+def own_gpt2(library: Library, files: Mapping[str, str]) -> list[bytes] | None:
+    """Return GPT-2's tokens if the library would do what tiktoken does with them; else None."""
+    fields = json.loads(library.to_str())
+    model, words, added = fields["model"], fields["pre_tokenizer"] or {}, fields["added_tokens"]
+    special = special_tokens(files)
+    alike = (
+        model["type"] == "BPE"
+        and not any(model[option] for option in OTHER_BPES)
+        and all(words.get(name) == value for name, value in BYTE_LEVEL.items())
+        and fields["normalizer"] is None
+        and all(token == {**token, **ONLY_ADDED} for token in added)
+        and library.num_special_tokens_to_add(False) == 0
+        and {special.get(name, END_OF_TEXT) for name in BOS_EOS} == {END_OF_TEXT}
+    )
+    if not alike:
         return None
-    said = read_object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
-    words = fields.get("pre_tokenizer", BYTE_LEVEL)
-    alike = isinstance(words, dict) and all(words.get(k, v) == v for k, v in BYTE_LEVEL.items())
-    if not alike or fields.get("normalizer") or said.get("add_prefix_space") is True:
-        return None
-    added = [token["content"] for token in fields.get("added_tokens") or []]
-    room = n_ids is not None and n_ids > 50257  # for tokens without an id
-    added += [token["content"] for i, token in listed_tokens(files) if i is not None or room]
-    if set(added) - {END_OF_TEXT} or not isinstance(vocab, dict):
-        return None
-    return gpt2_tokens(vocab)
+    in_order = sorted(model["vocab"], key=model["vocab"].get)
+    merged = ["".join(merge) for merge in model["merges"]]
+    return gpt2_tokens(model["vocab"]) if merged == in_order[256:-1] else None

@@ -45,11 +45,7 @@ class HFTokenizer(Tokenizer):
         Raises:
             DataError: the library cannot read it, or an id is beyond belief.
         """
-        if not set(files) <= set(FILES) or not all(isinstance(f, str) for f in files.values()):
-            raise DataError(
-                f"its files are {', '.join(files)}, expected some of {', '.join(FILES)}"
-            )
-        self.text, self.files = text, dict(files)
+        self.text, self.files = text, checked_files(files)
         self.library = read_library(text)
         vocab = vocabulary(self.library)
         self.n_vocab = self.n_tokens = max(vocab.values()) + 1
@@ -128,6 +124,13 @@ class HFTokenizer(Tokenizer):
         same = self.files.get("tokenizer.json") == self.text
         own = {} if same else {"tokenizer": self.text}
         return {"kind": self.kind, **own, "files": self.files}
+
+
+def checked_files(files: Mapping[str, str]) -> dict[str, str]:
+    """Return the files to export, by name; DataError if one is no text, or no tokenizer's."""
+    if not set(files) <= set(FILES) or not all(isinstance(f, str) for f in files.values()):
+        raise DataError(f"its files are {', '.join(files)}, expected some of {', '.join(FILES)}")
+    return dict(files)
 
 
 @contextlib.contextmanager

