@@ -175,7 +175,7 @@ def keep_top_k(logits_BV: Array, k: int) -> Array:
 
 
 def keep_top_p(logits_BV: Array, p: float) -> Array:
-    """Keep the fewest tokens that together hold probability p, and at least one.
+    """Keep the fewest tokens that together hold probability p, more only where the last is tied.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
     """

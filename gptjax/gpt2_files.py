@@ -1,19 +1,91 @@
-"""GPT-2's vocabulary in the files of OpenAI and of Hugging Face: found, read and written."""
+"""GPT-2's tokenizer, and its vocabulary in the files of OpenAI and of Hugging Face."""
 
+import base64
+import hashlib
 import importlib.util
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from gptjax.errors import DataError, UsageError
-from gptjax.tokenizer import END_OF_TEXT, GPT2_SHA256, GPT2Tokenizer, vocabulary_sha256
-from gptjax.tokens import byte_alphabet
+from gptjax.hf_tokenizer import checked_files
+from gptjax.tokens import END_OF_TEXT, NO_IDS, Tokenizer, byte_alphabet, check_ids, to_utf8
 
 GPT2_FILES = ("encoder.json", "vocab.json", "tokenizer.json")  # OpenAI's, Hugging Face's
 GPT2_VOCAB = 50257  # tokens
+# Of GPT-2's 50256 byte strings in order of rank, each in base64 and followed by a newline.
+GPT2_SHA256 = "9f5c51677dd3f37bbf0ab2017579262cac437eb5f140a8efb53a235dbdb3ce0b"
+# GPT-2's pattern: contractions, then runs of letters, digits, other signs, and white space.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# tiktoken's matcher panics where it would have to take back a million steps.
+TOO_MUCH_SPACE = re.compile(r"(?<!\s)\s{900000}")
+
+
+def vocabulary_sha256(tokens: Iterable[bytes]) -> str:
+    """Return the sha256 of byte strings as GPT2_SHA256 has it."""
+    return hashlib.sha256(b"".join(base64.b64encode(t) + b"\n" for t in tokens)).hexdigest()
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE, run by tiktoken."""
+
+    kind = "gpt2"
+
+    def __init__(
+        self, tokens: Sequence[bytes], source: str, files: Mapping[str, str] | None = None
+    ) -> None:
+        """Take the 50256 byte strings in order of rank, and the files that they came in.
+
+        Raises:
+            DataError: they are not GPT-2's.
+        """
+        digest = vocabulary_sha256(tokens)
+        if digest != GPT2_SHA256:
+            raise DataError(
+                f"not GPT-2's vocabulary ({source}): sha256 {digest}, expected {GPT2_SHA256}; "
+                "get the files again"
+            )
+        self.tokens, self.files = tokens, checked_files(files or {})
+        self.start_id = len(tokens)
+        self.eos = (len(tokens),)
+        self.named = dict.fromkeys(NO_IDS, len(tokens))
+        self.n_vocab = len(tokens) + 1
+        self.encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens={END_OF_TEXT: len(tokens)},
+        )
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Return ids, (N,) int32."""
+        to_utf8(text)  # tiktoken would silently replace a lone surrogate
+        space = TOO_MUCH_SPACE.search(text)
+        if space:
+            raise DataError(
+                f"the 900,000 characters from {space.start()} on are all white space, more than "
+                "GPT-2's tokenizer can take; shorten it, or train with --tokenizer=byte"
+            )
+        if allow_special:
+            return np.array(self.encoding.encode(text, allowed_special="all"), np.int32)
+        return np.array(self.encoding.encode_ordinary(text), np.int32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 of the tokens."""
+        ids = check_ids(ids, self.n_vocab)
+        return self.encoding.decode_bytes([i for i in ids if i <= len(self.tokens)])
+
+    def to_json(self) -> dict[str, object]:
+        """Return what `load_tokenizer` reads."""
+        return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
+
+
+# ---- Its files -----------------------------------------------------------------------------------
 
 
 def load_gpt2_tokenizer(vocab_dir: str = "") -> GPT2Tokenizer:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gptjax import gpt2_files
 from gptjax import tokenizer as tok
 from gptjax.errors import DataError, UsageError
+from gptjax.tokens import END_OF_TEXT
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 HARD = 'naïve café e\u0301 🙂👨‍👩‍👧 \x00\x1b\r\n\ufeff  "don\'t" \n\n 한국어'
@@ -84,8 +85,8 @@ def test_gpt2_ids(gpt2: tok.GPT2Tokenizer) -> None:
 
 
 def test_end_of_text_is_text_unless_allowed(gpt2: tok.GPT2Tokenizer) -> None:
-    assert len(gpt2.encode(tok.END_OF_TEXT)) == 7
-    assert gpt2.encode(tok.END_OF_TEXT, allow_special=True).tolist() == [50256]
+    assert len(gpt2.encode(END_OF_TEXT)) == 7
+    assert gpt2.encode(END_OF_TEXT, allow_special=True).tolist() == [50256]
 
 
 def test_unknown_character_is_named() -> None:

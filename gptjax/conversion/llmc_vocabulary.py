@@ -11,13 +11,13 @@ import numpy as np
 
 from gptjax.errors import DataError, UsageError
 from gptjax.tokenizer import (
-    END_OF_TEXT,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     stored,
 )
+from gptjax.tokens import END_OF_TEXT
 
 NAME = "gpt2_tokenizer.bin"  # which llm.c looks for, whatever the model
 MAGIC, HEADER = 20240328, 256
