@@ -64,6 +64,7 @@ class HFTokenizer(Tokenizer):
         plain = self.joined and self.library.normalizer is None
         words = self.library.pre_tokenizer
         at_spaces = plain and isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex
+        at_spaces = at_spaces and not words.add_prefix_space  # which each part would get
         for token in added.values():
             odd = token.lstrip or token.rstrip or re.search(r"\s", token.content)
             at_spaces = at_spaces and not odd

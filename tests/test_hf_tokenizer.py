@@ -19,6 +19,7 @@ from gptjax import tokenizer as tok
 from gptjax.conversion import convert, huggingface, sources
 from gptjax.conversion.source_tokenizer import find_tokenizer
 from gptjax.conversion.sources import SourceConfig
+from gptjax.data.text import encode_stream
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import load_gpt2_tokenizer, write_gpt2_files
 from gptjax.terminal.prompts import default_start
@@ -215,6 +216,26 @@ def test_texts_are_cut_only_where_no_id_changes() -> None:
     added = cuts.pop("byte-level BPE")
     assert set(cuts.values()) == {"nowhere"} and added == "nowhere"  # "known word" has a space
     assert wrap(Library.from_str(without_added(byte_level()))).cuts == "spaces"
+
+
+@given(
+    text=st.lists(st.sampled_from(["the", " ", "\n", "\t", "é", "🙂", "<|endoftext|>", "x"])),
+    cuts=st.tuples(st.integers(1, 5), st.integers(1, 9)),
+    add_prefix_space=st.booleans(),
+)
+@settings(deadline=None, derandomize=True)
+def test_a_text_in_pieces_has_the_ids_of_the_whole(
+    text: list[str], cuts: tuple[int, int], add_prefix_space: bool
+) -> None:
+    library = Library.from_str(without_added(byte_level(add_prefix_space)))
+    library.add_tokens([AddedToken("<|endoftext|>", special=True), "x"])
+    ours, whole, (size, chunk) = wrap(library), "".join(text), cuts
+    pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
+    if ours.cuts == "nowhere":
+        assert add_prefix_space  # each part would get a space of its own
+        return
+    found = np.concatenate([*encode_stream(ours.encode, pieces, chunk)])
+    assert found.tolist() == ours.encode(whole).tolist()
 
 
 def without_added(library: Library) -> str:

@@ -238,6 +238,20 @@ def test_nanogpts_and_our_own_exports(tmp_path: Path, changes: dict[str, Any]) -
             assert first is not None and (first.group, first.name) == ("activation", "h.0.mlp")
 
 
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_the_smallest_context_and_weights_that_are_all_zero(
+    block_size: int, tmp_path: Path
+) -> None:
+    """No token follows another in a context of one: there are no gradients and no greedy text."""
+    cfg = tiny(vocab_size=20, block_size=block_size, n_layer=1)
+    params = jax.tree.map(jnp.zeros_like, scaled_params(cfg, jax.random.key(0)))
+    huggingface.write_folder(tmp_path, cfg, jax.device_get(params), None)
+    source = sources.open_source(str(tmp_path), BYTE)
+    checks = verify.verify(source.cfg, params, load_reference(source))
+    assert not failing(checks)
+    assert ("gradient" in {check.group for check in checks}) == (block_size == 2)
+
+
 def test_another_size_is_named(run: Run, source: Source) -> None:
     verify.check_sizes(run.config.model, source)
     erf = source._replace(cfg=dataclasses.replace(source.cfg, activation="gelu"), assumed="Why so")

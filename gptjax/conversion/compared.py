@@ -9,7 +9,6 @@ import numpy as np
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.conversion.common_rows import common_rows, cut_reference
 from gptjax.conversion.reference import how_read, load_reference, write_random_model
-from gptjax.conversion.reference_files import FORMATS
 from gptjax.conversion.report import Compared
 from gptjax.conversion.sources import SourceConfig, open_source
 from gptjax.conversion.tensors import Source, read_params
@@ -57,9 +56,8 @@ def compare_run(
 
 
 def open_to_compare(against: str, config: SourceConfig) -> Source:
-    """Open a source; let go what it holds in memory, if it is read a second time anyway."""
-    source = open_source(against, config)
-    return source._replace(read=unread) if source.is_hf or source.format in FORMATS else source
+    """Open a source; let go what it holds in memory: the reference reads it a second time."""
+    return open_source(against, config)._replace(read=unread)
 
 
 def unread(name: str) -> np.ndarray:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.hf_config import format_config, stored_name
+from gptjax.conversion.hf_config import format_config
 from gptjax.conversion.reference_files import FORMATS
-from gptjax.conversion.reference_pytorch import Pairs, Stored
+from gptjax.conversion.reference_pytorch import Pairs
 from gptjax.conversion.tensors import HEAD, Source, check_tensors
 from gptjax.errors import DataError, UsageError
 
@@ -21,8 +21,7 @@ def load_reference(source: Source) -> Reference:
     """Return transformers' GPT2LMHeadModel of a source, in float32, with eager attention.
 
     It reads a folder of its own format by itself. Other files are read a second time, by
-    `reference_files`, which shares no mapping with the importer; for a format that has no such
-    reader it is given our importer's tensors (see `how_read`). Biases that a source has not are
+    `reference_files`, which shares no mapping with the importer. Biases that a source has not are
     zeros.
 
     Raises:
@@ -37,7 +36,7 @@ def load_reference(source: Source) -> Reference:
             source.where, attn_implementation="eager", dtype=torch.float32
         )
         return reference.eval()
-    stored = FORMATS[source.format](source) if source.format in FORMATS else imported(source)
+    stored = FORMATS[source.format](source)
     cfg = dataclasses.replace(source.cfg, n_head=stored.n_head)
     reference = transformers.GPT2LMHeadModel(reference_config(cfg))
     fill(reference, stored.tensors, source)
@@ -48,27 +47,10 @@ def how_read(source: Source) -> str:
     """Return a sentence that says who read the reference's tensors."""
     if source.is_hf:
         return "transformers read the source by itself"
-    if source.format in FORMATS:
-        return (
-            "the source was read a second time, by a mapping of its own, and given to transformers"
-        )
     return (
-        "the reading was not verified, only the computation: transformers was given the tensors "
-        "as the importer read them"
+        "the tensors were read a second time, by a mapping of their own, and given to "
+        "transformers; settings such as the activation function are the importer's"
     )
-
-
-def imported(source: Source) -> Stored:
-    """Return the tensors as our importer reads them."""
-    torch, _ = import_reference()
-    pairs = (
-        (
-            stored_name(name),
-            torch.from_numpy(np.array(source.read(name), np.float32)),
-        )
-        for name in source.tensors
-    )
-    return Stored(pairs, source.cfg.n_head)
 
 
 def fill(reference: Reference, tensors: Pairs, source: Source) -> None:

@@ -87,7 +87,7 @@ class Source(NamedTuple):
     assumed: str = ""  # a sentence: what the file does not say, and what was taken for it
     notes: tuple[str, ...] = ()  # further sentences on what was read
     tokenizer: Callable[[], Tokenizer] | None = None  # reads the vocabulary that the file holds
-    format: str = ""  # a key of reference_files.FORMATS, if verify can read the file by itself
+    format: str = ""  # a key of reference_files.FORMATS, by which verify reads it a second time
 
 
 class Slot(NamedTuple):
