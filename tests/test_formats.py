@@ -78,10 +78,18 @@ def test_hf_names_with_and_without_prefix_and_mask_buffers(
     file = folder / "model.safetensors"
     bare = {name.removeprefix("transformer."): a for name, a in load_file(file).items()}
     for layer in range(CFG.n_layer):
-        bare[f"h.{layer}.attn.bias"] = np.ones((1, 1, 4, 4), np.uint8)
+        bare[f"h.{layer}.attn.bias"] = np.tri(4, dtype=np.uint8)[None, None]
         bare[f"h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     save_file({**bare, HEAD: bare["wte.weight"]}, file)
     assert_same(huggingface.open_folder(folder), params)
+    for name, strange in (
+        ("h.1.attn.bias", np.ones((1, 1, 4, 4), np.uint8)),  # sees the future
+        ("h.0.attn.masked_bias", np.array(-0.5, np.float32)),  # and this a little of it
+        ("h.0.attn.bias", np.zeros(96, np.float32)),
+    ):
+        save_file({**bare, name: strange}, file)
+        with pytest.raises(DataError, match=rf"another mask .* {re.escape(name)} is not GPT-2's"):
+            read_params(huggingface.open_folder(folder))
 
 
 def shard(folder: Path) -> dict[str, str]:

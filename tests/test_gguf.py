@@ -126,6 +126,20 @@ def test_a_round_trip(tmp_path: Path, kind: str, changes: dict[str, Any]) -> Non
         assert_same(sources.open_source(str(name), SourceConfig()), params, cfg)
 
 
+def test_a_head_that_equals_the_embedding_stays_one_of_its_own(
+    tmp_path: Path, params: model.Params
+) -> None:
+    cfg = dataclasses.replace(BYTES, tie_head=False)
+    both = {**params, "lm_head": params["wte"]}
+    file = tmp_path / "model.gguf"
+    gguf.write_file(file, cfg, both, ByteTokenizer())
+    assert_same(sources.open_source(str(file), SourceConfig()), both, cfg)
+    rewrite(file, {"gptjax.tie_head": True}, output__weight=params["wte"]["embedding"] + 1)
+    assert "lm_head.weight differs from wte.weight" in refusal(file)
+    rewrite(file, {"gptjax.tie_head": False}, output__weight=None)
+    assert "lm_head.weight is missing" in refusal(file)
+
+
 def test_the_library_reads_and_writes_the_same_bytes(tmp_path: Path, file: Path) -> None:
     library = need("gguf")
     reader = library.GGUFReader(file)
@@ -288,7 +302,7 @@ def test_types_of_weights(tmp_path: Path, params: model.Params, kind: str) -> No
 
 def test_a_head_that_is_a_copy_is_tied(file: Path, params: model.Params) -> None:
     _, tensors = content(file)
-    rewrite(file, output__weight=tensors["token_embd.weight"])
+    rewrite(file, {"gptjax.tie_head": None}, output__weight=tensors["token_embd.weight"])
     assert_same(sources.open_source(str(file), SourceConfig()), params, BYTES)
     other = tensors["token_embd.weight"].copy()
     other[-1, -1] += 1

@@ -110,10 +110,15 @@ def opened(folder: Path, **changes: Any) -> tuple[Source, dict[str, np.ndarray]]
 
 
 def by_hand(
-    params: model.Params, tensors: dict[str, np.ndarray], scale: Callable[[str], float]
+    params: model.Params,
+    tensors: dict[str, np.ndarray],
+    scale: Callable[[str], float],
+    wte: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The formula, in float64 and NumPy."""
     expected = {name: array.astype(np.float64) for name, array in named_tensors(CFG, params)}
+    if wte is not None:
+        expected["wte.weight"] = wte.astype(np.float64)
     expected[HEAD] = expected["wte.weight"]
     for name, A in tensors.items():
         module = name.removeprefix(PREFIX).removeprefix("transformer.")
@@ -235,6 +240,18 @@ def test_modules_that_are_saved_whole(base: Path, params: model.Params) -> None:
     source, found = opened(save(base, {**layers("attn.c_attn"), **both}))
     assert source.cfg.tie_head
     np.testing.assert_array_equal(found["wte.weight"], head)
+    # As peft stores an adapted embedding: as it was, beside the head and the adapter's matrices.
+    wte = pair("transformer.wte", 4)
+    parts = {f"{PREFIX}transformer.wte.base_layer.weight": head, f"{PREFIX}lm_head.weight": head}
+    source, found = opened(save(base, {**wte, **parts}, target_modules=["wte"]))
+    assert not source.cfg.tie_head
+    assert_close(found, by_hand(params, wte, lambda _: 4.0, head) | {HEAD: head})
+    del parts[f"{PREFIX}lm_head.weight"]  # peft would change a tied head by it, or would not
+    text = refusal(save(base, {**wte, **parts}, target_modules=["wte"]))
+    assert "wte.weight is stored, and modules_to_save does not name it" in text
+    original = {f"{PREFIX}lm_head.original_module.weight": head}
+    text = refusal(save(base, {**tensors, **original}, modules_to_save=["lm_head", "ln_f"]))
+    assert "original_module.weight is not GPT-2's" in text
     del tensors[f"{PREFIX}transformer.ln_f.bias"]
     text = refusal(save(base, tensors, modules_to_save=["lm_head", "ln_f"]))
     assert "ln_f.bias is missing" in text

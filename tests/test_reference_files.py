@@ -220,7 +220,7 @@ IN_THE_CODE: list[tuple[str, Any, str, Any, str]] = [
     ("openai", openai, "published_name", exchange_names, "h.0.ln_2.bias"),
     ("gguf", gguf, "is_linear", all_but_c_proj, "h.1.attn.c_proj.weight"),
     ("gguf", gguf, "published_name", exchange_names, "h.0.ln_2.bias"),
-    ("huggingface", huggingface, "published_names", exchange_published, "h.0.ln_2.bias"),
+    ("huggingface", state_dict, "published_names", exchange_published, "h.0.ln_2.bias"),
 ]
 
 

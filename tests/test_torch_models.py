@@ -232,6 +232,10 @@ CONTRADICTIONS = {
     "tie_weights": True,
     "model_type": "llama",
     "activation_function": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "n_inner": 64,
     "use_rope": True,
     "nobody": 1,
 }
@@ -267,21 +271,36 @@ def test_a_word_of_hugging_face_makes_no_mingpt(tmp_path: Path) -> None:
     assert parting(sources.open_source(str(path), PICKLE), trained("tied")) <= 1
 
 
+MINI = {"model_type": "gpt-mini", "n_layer": 2, "n_embd": twins.D, **HEADS}
+
+
 def test_a_head_that_is_equal(tmp_path: Path) -> None:
     """It is tied, unless the program has no tied heads, or the file says so."""
     network = twins.MinGPT(tied=True)
     for config, tied in (
         (HEADS, True),
         ({**HEADS, "tie_weights": False}, False),
-        (
-            {"model_type": "gpt-mini", "n_layer": 2, "n_embd": twins.D, **HEADS},
-            False,
-        ),
+        (MINI, False),
+        ({**MINI, "tie_weights": True}, True),
     ):
         path = write(tmp_path, network.state_dict(), config=config)
         source = sources.open_source(str(path), PICKLE)
         assert source.cfg.tie_head == tied
         assert ("lm_head" in read_params(source)) != tied
+
+
+def test_one_model_in_one_file(tmp_path: Path) -> None:
+    """Averaged weights beside those of training, and settings that contradict each other."""
+    state, other = trained("mingpt").state_dict(), trained("2020").state_dict()
+    path = write(tmp_path, {"model": state, "ema": state}, config=HEADS)
+    assert "holds 2 models ('model', 'ema')" in refusal(path)
+    averaged = {f"ema.{name}": tensor for name, tensor in state.items()}
+    assert "begin in 2 ways" in refusal(write(tmp_path, {**state, **averaged}))
+    twice = {**other, "wte.weight": other["tok_emb.weight"] + 1}
+    assert "wte.weight is stored twice" in refusal(write(tmp_path, twice))
+    ties = {**HEADS, "tie_weights": False, "tie_head": True}
+    text = refusal(write(tmp_path, twins.MinGPT(tied=True).state_dict(), config=ties))
+    assert "tie_head=True contradicts tie_weights=False" in text
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -293,7 +312,7 @@ def test_nanogpts_padding_is_cut(tmp_path: Path, tied: bool) -> None:
     for said in (None, 50257, 50304):
         path = write(tmp_path, {"model": state, "model_args": {**HEADS, "vocab_size": said}})
         source = sources.open_source(str(path), PICKLE)
-        assert source.cfg.vocab_size == 50257
+        assert source.cfg.vocab_size == 50257 and "rows 50257 to 50303" in source.notes[0]
     assert (source.cfg.vocab_size, source.cfg.tie_head) == (50257, tied)
     params = read_params(source)
     if not tied:

@@ -1,8 +1,9 @@
 """GGUF, llama.cpp's format: a GPT-2 read from it and written to it."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,17 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.conversion import gguf_file
 from gptjax.conversion.fields import check_fields, is_one_of, shown
-from gptjax.conversion.gguf_file import Header, Tensor
+from gptjax.conversion.gguf_file import Header, Place
 from gptjax.conversion.gguf_values import check_extents, dtype_name, is_copy, quantised, read_tensor
 from gptjax.conversion.gguf_vocabulary import describe, read_vocabulary
-from gptjax.conversion.huggingface import drop_zero_biases
-from gptjax.conversion.tensors import (
-    HEAD,
-    Source,
-    Table,
-    is_linear,
-    make_config,
-    named_tensors,
-    slots,
+from gptjax.conversion.stored_tensors import (
+    Tensor,
+    Tensors,
+    drop_zero_biases,
+    table_of,
+    transpose,
 )
+from gptjax.conversion.tensors import HEAD, Source, is_linear, make_config, named_tensors, slots
 from gptjax.errors import DataError
 from gptjax.model import Params
 from gptjax.settings import require
@@ -49,6 +48,7 @@ SIZES = {
     "block_size": "gpt2.context_length",
 }
 EPSILON = "gpt2.attention.layer_norm_epsilon"
+OWN_FIELDS = ("bias", "vocab_multiple", "tie_head")  # what only keys of our own can say
 HARMLESS = ("general.", "tokenizer.", "quantize.", "split.")  # beginnings of keys
 # Keys of other architectures that check_fields does not know by their words.
 CHANGING = re.compile(r"gpt2\..*(scale|clamp|norm|lora|logit|temperature|interval)")
@@ -91,24 +91,23 @@ def open_file(path: Path, accept: Collection[str] = ()) -> Source:
     cfg = parse_fields(header, path, accept)
     rows = cfg.vocab_size
     check_extents(header, path)
-    table: Table = {}
-    readers: dict[str, Callable[[], np.ndarray]] = {}
-    for stored, tensor in header.tensors.items():
-        name = published_name(stored)
-        shape = tensor.shape[::-1] if is_linear(name) else tensor.shape
-        table[name] = shape, dtype_name(tensor)
-        readers[name] = lambda name=name, tensor=tensor: read_tensor(  # type: ignore[misc]
-            path, header.begin, tensor, is_linear(name)
+    tensors: Tensors = {}
+    for stored, place in header.tensors.items():
+        tensor = Tensor(
+            *(place.shape, dtype_name(place)),
+            functools.partial(read_tensor, path, header.begin, place),
         )
-    if HEAD in table:  # llama.cpp's converter once wrote the embedding twice for GPT-2
-        if is_copy(header, path, "output.weight", "token_embd.weight"):
-            del table[HEAD], readers[HEAD]
-        else:
-            cfg = dataclasses.replace(cfg, tie_head=False)
-    if not cfg.bias:
-        drop_zero_biases(cfg, table, readers, path)
+        name = published_name(stored)
+        tensors[name] = transpose(tensor) if is_linear(name) else tensor
+    # llama.cpp's converter once wrote the embedding twice for GPT-2, as its head too.
+    copied = HEAD in tensors and is_copy(header, path, "output.weight", "token_embd.weight")
+    if copied and cfg.tie_head:
+        del tensors[HEAD]
+    elif HEAD in tensors and "gptjax.tie_head" not in header.fields:
+        cfg = dataclasses.replace(cfg, tie_head=False)
+    drop_zero_biases(cfg, tensors, path)
     return Source(
-        *(cfg, table, lambda name: readers[name](), str(path), (path,)),
+        *(cfg, table_of(tensors), lambda name: tensors[name].read(), str(path), (path,)),
         notes=quantised(header),
         tokenizer=lambda: read_vocabulary(header.fields, path, rows),
         format="gguf",
@@ -131,7 +130,7 @@ def parse_fields(header: Header, path: Path, accept: Collection[str]) -> GPTConf
             "llama-gguf-split --merge FIRST WHOLE"
         )
     sizes: dict[str, Any] = {ours: fields.get(theirs) for ours, theirs in SIZES.items()}
-    rows = header.tensors.get("token_embd.weight", Tensor((), 0, 0)).shape[:1]
+    rows = header.tensors.get("token_embd.weight", Place((), 0, 0)).shape[:1]
     cfg = make_config({**sizes, "vocab_size": rows[0] if rows else None}, path)
     expected: dict[str, Collection[object]] = {
         "gpt2.vocab_size": [cfg.vocab_size],
@@ -145,6 +144,7 @@ def parse_fields(header: Header, path: Path, accept: Collection[str]) -> GPTConf
         "general.quantization_version": [2],
         "gptjax.bias": [True, False],
         "gptjax.vocab_multiple": range(1, 2**16 + 1),
+        "gptjax.tie_head": [True, False],
     }
     problems = [
         f"{shown(key, fields[key])}, gptjax computes {' or '.join(map(str, allowed))[:50]}"
@@ -162,8 +162,8 @@ def parse_fields(header: Header, path: Path, accept: Collection[str]) -> GPTConf
     known |= {key for key in fields if key.startswith(HARMLESS) or CHANGING.match(key)}
     check_fields(fields, known, path, problems, accept)
     said: Any = fields
-    multiple = said.get("gptjax.vocab_multiple", cfg.vocab_multiple)
-    return dataclasses.replace(cfg, bias=said.get("gptjax.bias", True), vocab_multiple=multiple)
+    ours = {name: said.get(f"gptjax.{name}", getattr(cfg, name)) for name in OWN_FIELDS}
+    return dataclasses.replace(cfg, **ours)
 
 
 # ---- Out -----------------------------------------------------------------------------------------
@@ -196,8 +196,7 @@ def write_file(path: Path, cfg: GPTConfig, params: Params, tokenizer: Tokenizer)
         EPSILON: 1e-5,
         "general.file_type": 0,  # all tensors in float32
         **vocabulary,
-        "gptjax.bias": cfg.bias,
-        "gptjax.vocab_multiple": cfg.vocab_multiple,
+        **{f"gptjax.{name}": getattr(cfg, name) for name in OWN_FIELDS},
     }
     shapes = {
         gguf_name(slot.name): slot.shape[::-1] if is_linear(slot.name) else slot.shape

@@ -33,7 +33,7 @@ NUMBERS = {
 }
 
 
-class Tensor(NamedTuple):
+class Place(NamedTuple):
     """A tensor's place in the file; the offset is in bytes behind the header."""
 
     shape: tuple[int, ...]  # numpy's order, the reverse of the file's
@@ -45,7 +45,7 @@ class Header(NamedTuple):
     """All of a file but the tensors' values."""
 
     fields: dict[str, Value]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Place]
     begin: int  # where the first tensor is, in bytes
     alignment: int
 
@@ -122,7 +122,7 @@ def read_header(path: Path) -> Header:
             raise DataError(f"GGUF's version {version} ({path}): gptjax reads 2 and {VERSION}")
         n_tensors, n_fields = reader.count(), reader.count()
         fields: dict[str, Value] = {}
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Place] = {}
         for _ in range(n_fields):
             key = reader.text()
             if key in fields:
@@ -133,7 +133,7 @@ def read_header(path: Path) -> Header:
             if name in tensors or n_dims > MAX_DIMS:
                 raise reader.damaged(f"{name[:100]!r} is there twice, or has {n_dims} dimensions")
             shape = tuple(int(size) for size in reader.numbers("<u8", n_dims))[::-1]
-            tensors[name] = Tensor(shape, reader.count("<u4"), reader.count())
+            tensors[name] = Place(shape, reader.count("<u4"), reader.count())
         alignment = fields.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment % 8:
             raise reader.damaged(f"general.alignment={alignment!r}")

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.conversion import gguf_file
-from gptjax.conversion.gguf_file import Header, Tensor
+from gptjax.conversion.gguf_file import Header, Place
 from gptjax.errors import DataError, UsageError, plural
 
 # ggml's number of a type that is not quantised -> numpy's type.
@@ -32,7 +32,7 @@ def library() -> Any:
     return gguf
 
 
-def byte_shape(tensor: Tensor, path: Path) -> tuple[int, ...]:
+def byte_shape(tensor: Place, path: Path) -> tuple[int, ...]:
     """Return the shape of a tensor's bytes, in which a row of values is a row too.
 
     Raises:
@@ -56,7 +56,7 @@ def byte_shape(tensor: Tensor, path: Path) -> tuple[int, ...]:
     return (*rows, width // block * size)
 
 
-def dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Place) -> str:
     """Return the type of the values that `read_tensor` returns."""
     return PLAIN.get(tensor.kind, np.dtype(np.float32)).name
 
@@ -76,14 +76,14 @@ def check_extents(header: Header, path: Path) -> None:
         raise DataError(f"{path} is a damaged GGUF file: {text}; get it again")
 
 
-def read_bytes(path: Path, begin: int, tensor: Tensor) -> np.ndarray:
+def read_bytes(path: Path, begin: int, tensor: Place) -> np.ndarray:
     """Return a tensor's bytes, in the shape of `byte_shape`."""
     shape = byte_shape(tensor, path)
     offset = begin + tensor.offset
     return np.fromfile(path, np.uint8, math.prod(shape), offset=offset).reshape(shape)
 
 
-def read_tensor(path: Path, begin: int, tensor: Tensor, transposed: bool) -> np.ndarray:
+def read_tensor(path: Path, begin: int, tensor: Place) -> np.ndarray:
     """Return a tensor as it was stored, or in float32 if it was quantised."""
     array = read_bytes(path, begin, tensor)
     if tensor.kind in PLAIN:
@@ -92,7 +92,7 @@ def read_tensor(path: Path, begin: int, tensor: Tensor, transposed: bool) -> np.
         gguf = library()
         with np.errstate(all="ignore"):  # what is not finite is refused where it is read
             array = gguf.quants.dequantize(array, gguf.GGMLQuantizationType(tensor.kind))
-    return array.T if transposed else array
+    return array
 
 
 def is_copy(header: Header, path: Path, name: str, of: str) -> bool:

@@ -20,6 +20,7 @@ MUST_BE: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "pruned_heads": ({},),
 }
+CHECKED = {*MUST_BE, "n_inner"}  # what `other_computation` looks at
 
 
 def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = ()) -> GPTConfig:
@@ -41,11 +42,7 @@ def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = (
     sizes["block_size"] = fields.get("n_positions", fields.get("n_ctx"))
     problems = size_problems(sizes)
     ours = fields.get("gptjax") or {}
-    for name, allowed in MUST_BE.items():
-        if name in fields and not is_one_of(fields[name], allowed):
-            if says_nothing(fields[name]) and any(map(says_nothing, allowed)):
-                continue
-            problems.append(must_be(name, fields[name]))
+    problems += other_computation(fields)
     if (
         not isinstance(ours, dict)
         or not set(ours) <= {"bias", "vocab_multiple"}
@@ -59,10 +56,7 @@ def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = (
     tied = fields.get("tie_word_embeddings")
     if tied is not None and type(tied) is not bool:
         problems.append(f"tie_word_embeddings={tied!r}, expected true or false")
-    inner = fields.get("n_inner")
-    if inner is not None and not problems and inner != 4 * sizes["n_embd"]:
-        problems.append(f"n_inner={inner!r}, gptjax computes 4 n_embd")
-    known = {"n_positions", "n_inner", "gptjax", "tie_word_embeddings"} | set(MUST_BE) | set(LIMITS)
+    known = {"n_positions", "gptjax", "tie_word_embeddings", *CHECKED, *LIMITS}
     check_fields(fields, known, where, problems, accept)
     return make_config(
         sizes,
@@ -72,6 +66,21 @@ def parse_config(fields: dict[str, Any], where: str, accept: Collection[str] = (
         tie_head=tied is not False,
         activation=ACTIVATIONS[fields.get("activation_function", "gelu_new")],
     )
+
+
+def other_computation(fields: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with those of the CHECKED fields that are there."""
+    problems = [
+        must_be(name, fields[name])
+        for name, allowed in MUST_BE.items()
+        if name in fields
+        and not is_one_of(fields[name], allowed)
+        and not (says_nothing(fields[name]) and any(map(says_nothing, allowed)))
+    ]
+    inner, width = fields.get("n_inner"), fields.get("n_embd")
+    if inner is not None and type(width) is int and inner != 4 * width:
+        problems.append(f"n_inner={inner!r}, gptjax computes 4 n_embd")
+    return problems
 
 
 def stored_name(name: str) -> str:

@@ -1,9 +1,8 @@
 """Hugging Face's format: a folder with config.json beside safetensors files."""
 
-import dataclasses
+import functools
 import json
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.hf_config import format_config, parse_config, stored_name
+from gptjax.conversion.hf_config import format_config, stored_name
 from gptjax.conversion.published_names import published_names
-from gptjax.conversion.tensors import (
-    FLOATS,
-    Source,
-    Table,
-    named_tensors,
-    slots,
-    some_of_each,
-)
-from gptjax.conversion.torch_file import check_size, load_torch, tensor_table, to_numpy
+from gptjax.conversion.state_dict import open_state
+from gptjax.conversion.stored_tensors import BUFFER, Tensor, Tensors, of_torch
+from gptjax.conversion.tensors import Source, named_tensors, some_of_each
+from gptjax.conversion.torch_file import check_size, load_torch
 from gptjax.conversion.weight_check import AGAIN, SUFFIXES, why_no_weights
 from gptjax.errors import DataError, DiskError
 from gptjax.files import read_json
@@ -30,65 +24,54 @@ from gptjax.model import Params
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"  # peft's
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which is no weight
 
 
-def open_folder(
-    folder: Path, allow_pickle: bool = False, accept: Collection[str] = (), file: Path | None = None
-) -> Source:
+def open_folder(folder: Path, allow_pickle: bool = False, accept: Collection[str] = ()) -> Source:
     """Open the model of a folder, in one file or in shards.
 
     Args:
         folder: holds config.json and the weights.
         allow_pickle: whether to read pytorch_model.bin.
         accept: as of `parse_config`.
-        file: the weights, where they are not those that `weight_files` would choose.
 
     Raises:
         DataError: a file is missing or damaged, or is not GPT-2.
         UsageError: there is only a pickle, and pickles are not allowed.
     """
-    where = str(folder / "config.json")
-    cfg = parse_config(read_json(folder / "config.json"), where, accept)
-    paths, mapped = ([file], None) if file else weight_files(folder)
+    fields = read_json(folder / "config.json")
+    paths, mapped = weight_files(folder)
     check_size([path for path in paths if path.suffix == ".bin"])
-    opened = [(path, *open_file(path, allow_pickle)) for path in paths]
-    stored_names = {name for _, found, _ in opened for name in found} | set(mapped or ())
-    names = published_names(stored_names, folder)
-    table: Table = {}
-    readers: dict[str, Callable[[], np.ndarray]] = {}
+    stored: Tensors = {}
     problems = []
-    for path, found, read in opened:
-        for stored, entry in found.items():
-            tensor = names[stored]
-            if BUFFER.fullmatch(tensor):
-                continue
-            if tensor in table:
-                problems.append((stored, "is stored twice"))
-            if mapped is not None and mapped.get(stored) != path.name:
-                place = f"is in {path.name}, the index says {mapped.get(stored)}"
-                problems.append((stored, place))
-            table[tensor] = entry
-            readers[tensor] = lambda read=read, stored=stored: read(stored)  # type: ignore[misc]
+    for path in paths:
+        for name, tensor in open_file(path, allow_pickle).items():
+            if name in stored:
+                problems.append((name, "is stored twice"))
+            if mapped is not None and mapped.get(name) != path.name:
+                place = f"is in {path.name}, the index says {mapped.get(name)}"
+                problems.append((name, place))
+            stored[name] = tensor
     problems += [
-        (names[name], "is in the index and in no file")
+        (name, "is in the index and in no file")
         for name in sorted(mapped or ())
-        if names[name] not in table and not BUFFER.fullmatch(names[name])
+        if name not in stored and not BUFFER.search(name)
     ]
     if problems:
         raise DataError(f"cannot use this checkpoint ({folder}): {some_of_each(problems)}")
-    if not cfg.bias:
-        drop_zero_biases(cfg, table, readers, folder)
-    # transformers reads that folder alike only if it chooses the file and knows its names.
-    alike = file is None and all(
-        stored in (tensor, stored_name(tensor)) for stored, tensor in names.items()
-    )
-    return Source(
-        *(cfg, table, lambda name: readers[name](), str(file or folder), tuple(paths)),
-        is_hf=alike,
-        says_activation=True,
-        format="pytorch",
-    )
+    source = open_state(stored, fields, folder, accept)
+    return source._replace(files=tuple(paths), is_hf=is_transformers_own(stored, source))
+
+
+def is_transformers_own(stored: Tensors, source: Source) -> bool:
+    """Return whether the names and the layout of a source are those that transformers writes."""
+    for name, published in published_names(stored, source.where).items():
+        shape = source.tensors[published][0] if published in source.tensors else None
+        if name not in (published, stored_name(published)) or shape not in (
+            None,
+            stored[name].shape,
+        ):
+            return False
+    return True
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -135,44 +118,27 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def open_file(path: Path, allow_pickle: bool) -> tuple[Table, Callable[[str], np.ndarray]]:
-    """Return what a weight file holds, and a function that reads one tensor of it."""
+def open_file(path: Path, allow_pickle: bool) -> Tensors:
+    """Return the tensors of a weight file, a pickle's if its name ends in .bin."""
     if path.suffix == ".bin":
-        state = load_torch(path, allow_pickle)
-        return tensor_table(state, path), lambda name: to_numpy(state.pop(name))
+        return of_torch(load_torch(path, allow_pickle), path)
 
     def read(name: str) -> np.ndarray:
         # Opened anew each time: what was read stays in memory until the file is closed.
         with safe_open(path, "np") as file:
             return file.get_tensor(name)
 
+    found: Tensors = {}
     try:
         with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {
-                name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
-                for name, part in slices.items()
-            }
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+                found[name] = Tensor(tuple(part.get_shape()), dtype, functools.partial(read, name))
     except (SafetensorError, OSError) as error:
         wrong = why_no_weights(path) or f"cut short or damaged ({error}); {AGAIN}"
         raise DataError(f"cannot read the weights ({path}): it is {wrong}") from error
-    return found, read
-
-
-def drop_zero_biases(
-    cfg: GPTConfig, table: Table, readers: dict[str, Callable[[], np.ndarray]], folder: Path
-) -> None:
-    """Remove the zeros that `write_folder` stores for biases of a model that has none.
-
-    Raises:
-        DataError: such a bias is not zero.
-    """
-    with_biases = {slot.name: slot.shape for slot in slots(dataclasses.replace(cfg, bias=True))}
-    for name, (shape, dtype) in list(table.items()):
-        if name.endswith(".bias") and with_biases.get(name) == shape and dtype in FLOATS:
-            if np.any(readers.pop(name)()):
-                raise DataError(f"{name} is not zero, but the model has no biases ({folder})")
-            del table[name]
+    return found
 
 
 def write_folder(

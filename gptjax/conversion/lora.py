@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.conversion import huggingface
-from gptjax.conversion.fields import check_fields, is_one_of, says_nothing, shown
+from gptjax.conversion.lora_config import check_adapter, is_named, of_pattern
 from gptjax.conversion.published_names import WRAPPERS
-from gptjax.conversion.state_dict import Tensor, Tensors, is_mask, of_file
+from gptjax.conversion.stored_tensors import Tensor, Tensors, is_mask, table_of
 from gptjax.conversion.tensors import (
     FLOATS,
     HEAD,
@@ -30,23 +30,6 @@ from gptjax.files import read_json
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WTE = "wte.weight"
-MUST_BE: dict[str, tuple[object, ...]] = {  # what a field may say, if it says anything
-    "peft_type": ("LORA",),
-    "bias": ("none", "all", "lora_only"),
-    "fan_in_fan_out": (True,),  # of Conv1D; A and B have the same shapes either way
-    "use_rslora": (True,),
-    # The others begin with another model than the base.
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora", "use_bdlora", "megatron_config"), ()),
-    **dict.fromkeys(("layer_replication", "loftq_config", "trainable_token_indices"), ()),
-    **dict.fromkeys(("target_parameters", "alora_invocation_tokens", "arrow_config"), ()),
-    **dict.fromkeys(("corda_config", "ensure_weight_tying"), ()),
-}
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
-READ |= {"modules_to_save", "layers_to_transform", "base_model_name_or_path"}
-HARMLESS = {"auto_mapping", "eva_config", "inference_mode", "layers_pattern", "lora_dropout"}
-HARMLESS |= {"megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"}
-HARMLESS |= {"task_type"}
 NAME = re.compile(r"(.+?)\.lora_(?:(A|B)(?:\.default)?\.weight|embedding_(A|B)(?:\.default)?)")
 WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)")
 
@@ -83,18 +66,14 @@ def open_adapter(
     if path is None:
         raise DataError(f"no adapter in {folder}: expected {' or '.join(FILES)}")
     check_tensors(base)
-    stored = of_file(*huggingface.open_file(path, allow_pickle))
+    stored = huggingface.open_file(path, allow_pickle)
     adapter = match(stored, fields, base, path)
-    touched = {WTE, HEAD} & {*adapter.pairs, *adapter.whole}
-    alike = touched == {*adapter.whole} & {WTE, HEAD} == {WTE, HEAD} and np.array_equal(
-        adapter.whole[WTE].read(), adapter.whole[HEAD].read()
-    )
-    tied = base.cfg.tie_head and (not touched or alike)
+    tied = base.cfg.tie_head and stays_tied(adapter)
     cfg = dataclasses.replace(base.cfg, tie_head=tied)
     table: Table = dict(base.tensors)
     if base.cfg.tie_head and not tied:
         table[HEAD] = table[WTE]
-    table |= {name: (t.shape, t.dtype) for name, t in adapter.whole.items()}
+    table |= table_of(adapter.whole)
     notes = [*base.notes, f"merged: {len(adapter.pairs)} matrices changed by {path}"]
     if tied != base.cfg.tie_head:
         notes.append(
@@ -110,6 +89,16 @@ def open_adapter(
         notes=tuple(notes),
         format=f"lora on {base.format}",
     )
+
+
+def stays_tied(adapter: Adapter) -> bool:
+    """Return whether embedding and head, if they were one before, are one with the adapter too."""
+    if {WTE, HEAD} & {*adapter.pairs}:
+        return False
+    wte, head = (adapter.whole.get(name) for name in (WTE, HEAD))
+    if wte is None or head is None:
+        return wte is head
+    return np.array_equal(wte.read(), head.read())
 
 
 def reader(base: Source, adapter: Adapter, tied: bool) -> Callable[[str], np.ndarray]:
@@ -146,66 +135,6 @@ def path_of(name: object) -> str:
         return name if isinstance(name, str) and name and Path(name).exists() else ""
     except OSError:  # too long for a name
         return ""
-
-
-# ---- adapter_config.json -------------------------------------------------------------------------
-
-
-def check_adapter(fields: Mapping[str, Any], where: Path, accept: Collection[str]) -> None:
-    """Raise DataError unless an adapter_config.json describes a LoRA that can be merged."""
-    kind = fields.get("peft_type")
-    if kind != "LORA":  # all its fields are another method's
-        raise DataError(f"{shown('peft_type', kind)} ({where}): gptjax merges LORA only")
-    problems = [
-        f"{shown(name, fields[name])}, which gptjax cannot merge"
-        for name, allowed in MUST_BE.items()
-        if not says_nothing(fields.get(name)) and not is_one_of(fields[name], allowed)
-    ]
-    texts = ("target_modules", "exclude_modules", "modules_to_save")
-    for name in texts:
-        value = fields.get(name)
-        several = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        text = name == "target_modules" and isinstance(value, str)
-        if not (several or text or says_nothing(value)):
-            problems.append(f"{shown(name, value)}, expected a list of names")
-    layers = fields.get("layers_to_transform")
-    if not (says_nothing(layers) or type(layers) is int or is_list_of(layers, int)):
-        problems.append(f"{shown('layers_to_transform', layers)}, expected numbers of layers")
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        values = fields.get(pattern) or {}
-        if not isinstance(values, dict) or not all(re.fullmatch(r"\^?[\w.]+", k) for k in values):
-            problems.append(f"{shown(pattern, values)}, expected names of layers")
-            values = {}
-        for value in (fields.get(name), *values.values()):
-            if not is_positive(value):
-                problems.append(f"{shown(name, value)}, expected a positive number")
-    check_fields(fields, {*MUST_BE, *READ, *HARMLESS}, where, problems, accept)
-
-
-def is_list_of(value: object, kind: type) -> bool:
-    """Return whether a value is a list of this type alone, where true is no number."""
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def is_positive(value: object) -> bool:
-    """Return whether a value is a number above 0 that a float can hold."""
-    return type(value) in (int, float) and 0 < value < 1e30  # type: ignore[operator]
-
-
-def is_named(module: str, names: object) -> bool:
-    """Return whether one of the names, if any, is a layer's or the end of it, as peft says it."""
-    path = module if module == "lm_head" else f"transformer.{module}"
-    several = names if isinstance(names, list) else []
-    return any(path == name or path.endswith(f".{name}") for name in several)
-
-
-def of_pattern(module: str, pattern: object, default: float) -> float:
-    """Return what the first matching key of a rank_pattern or alpha_pattern says, or else r."""
-    for key, value in (pattern or {}).items():  # type: ignore[attr-defined]
-        path = module if module == "lm_head" else f"transformer.{module}"
-        if is_named(module, [key]) or key == f"^{path}":
-            return float(value)
-    return default
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -294,7 +223,9 @@ def missing(
         biases = fields.get("bias") or "none"
         if name not in whole and (saved or (biases == "all" and last == "bias")):
             problems.append((name, "is missing"))
-        may = saved or name in (WTE, HEAD) or (last == "bias" and biases != "none")
+        # peft stores both of these where the vocabulary may have grown.
+        may = saved or (name in (WTE, HEAD) and WTE in whole and HEAD in whole)
+        may |= last == "bias" and biases != "none"
         if name in whole and not may:
             problems.append((name, "is stored, and modules_to_save does not name it"))
     return problems

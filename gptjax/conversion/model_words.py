@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config import GPTConfig
 from gptjax.conversion.fields import ACTIVATIONS, check_fields, shown
-from gptjax.conversion.hf_config import parse_config
+from gptjax.conversion.hf_config import CHECKED, other_computation
 from gptjax.conversion.tensors import LIMITS, make_config
 from gptjax.conversion.torch_file import plain
 from gptjax.errors import DataError
@@ -90,7 +90,7 @@ def read_words(
     """Return the model, and a sentence on what was assumed about it, or "" if all was said.
 
     Args:
-        fields: as of `about_model`.
+        fields: as of `about_model`, not in Hugging Face's words.
         found: what the tensors say, which the fields may say too, but not otherwise.
         where: the file, for messages.
         accept: fields that the user vouches for.
@@ -98,8 +98,6 @@ def read_words(
     Raises:
         DataError: the fields contradict the tensors or GPT-2, are unknown, or say no n_head.
     """
-    if is_hugging_faces(fields):
-        return parse_config(dict(fields), str(where), accept), ""
     said, kind = dict(fields), fields.get("model_type")
     # "gpt2" is Hugging Face's word too, but beside it minGPT leaves n_head out.
     of_mingpt = found.of_2020 or (
@@ -115,7 +113,9 @@ def read_words(
             "--config=FILE.json",
             'whose text may be as short as {"n_head": 12}',
         )
-    problems, by_shape = [], {**found.sizes, "bias": found.bias}
+    computed = {name: said[name] for name in CHECKED - {"model_type"} if name in said}
+    problems = other_computation({**computed, "n_embd": found.sizes["n_embd"]})
+    by_shape = {**found.sizes, "bias": found.bias}
     for name, size in by_shape.items():
         value = said.get(name)
         if name == "bias" and name in said and type(value) is not bool:
@@ -123,15 +123,15 @@ def read_words(
         elif None not in (value, size) and (type(value) is not type(size) or value != size):
             problems.append(f"{shown(name, value)}, and the tensors say {size}")
     ties = {name: said[name] for name in TIES if type(said.get(name)) is bool}
-    tied = False if of_mingpt else next(iter(ties.values()), found.same_head)
+    tied = next(iter(ties.values()), found.same_head and not of_mingpt)
+    if len({*ties.values()}) > 1:
+        problems.append(" contradicts ".join(shown(*tie) for tie in ties.items()))
     if not found.same_head and True in ties.values():
         problems.append(f"{shown(*next(iter(ties.items())))}, and the head differs from wte")
     if kind is not None and not of_mingpt and kind not in ("gpt", "gpt2", "transformer"):
         problems.append(f"{shown('model_type', kind)} is none of {', '.join(MINGPT)}")
     activation, assumed = choose_activation(said, found, of_mingpt)
-    if not activation:
-        problems.append(shown("activation_function", said["activation_function"]))
-    known = {*LIMITS, *ties, *OF_TRAINING, "bias", "dropout", "model_type", "activation_function"}
+    known = {*LIMITS, *ties, *OF_TRAINING, *CHECKED, "bias", "dropout"}
     if "model_type" in said:
         known |= {name for name in MINGPT_SECTIONS if isinstance(said.get(name), dict)}
     check_fields(said, known, where, problems, accept)

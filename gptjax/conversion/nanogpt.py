@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.conversion.model_words import SECTIONS, about_model
-from gptjax.conversion.state_dict import of_torch, open_state
+from gptjax.conversion.state_dict import open_state
+from gptjax.conversion.stored_tensors import of_torch
 from gptjax.conversion.tensors import Source
 from gptjax.conversion.torch_file import is_state_dict, load_torch, plain
 from gptjax.errors import DataError
@@ -38,6 +39,11 @@ def open_file(
     """
     saved = load_torch(path, allow_pickle)
     content = plain(saved)
+    models = [repr(key) for key, value in content.items() if is_model(plain(value))]
+    if len(models) > 1:
+        raise DataError(
+            f"{path} holds {len(models)} models ({', '.join(models)[:200]}); save one of them alone"
+        )
     state = next((plain(content[key]) for key in STATES if plain(content.get(key))), {})
     sections = [plain(content[key]) for key in SECTIONS if plain(content.get(key))]
     if not state and is_state_dict(content):
@@ -55,6 +61,13 @@ def open_file(
         return source
     text = str(own["tokenizer"])
     return source._replace(tokenizer=lambda: parse_tokenizer(text, f"{OWN}.tokenizer of {path}"))
+
+
+def is_model(content: dict[str, Any]) -> bool:
+    """Return whether these are a GPT-2's tensors: a model, or a copy with averaged weights."""
+    return is_state_dict(content) and any(
+        name.endswith(("wte.weight", "tok_emb.weight")) for name in content
+    )
 
 
 def instead(saved: object) -> str:

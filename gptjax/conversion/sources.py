@@ -173,22 +173,11 @@ def open_file(path: Path, config: SourceConfig) -> Source:
         return open_adapter(path.parent, config)
     check_sha256([path], config.sha256)
     given, beside = said_fields(config.config), fields_beside(path) if kind else None
-    if (
-        not given
-        and beside
-        and is_hugging_faces(beside)
-        and not wrong
-        and (
-            kind == "safetensors"
-            or (kind == "pickle" and (path.name in huggingface.WEIGHTS or path.suffix == ".bin"))
-        )
-    ):
-        folder = path.parent
-        chosen = huggingface.weight_files(folder)[0] if path.name in huggingface.WEIGHTS else []
-        file = None if chosen == [path] else path
-        return huggingface.open_folder(folder, config.allow_pickle, config.accepted(), file)
+    own = path.name in huggingface.WEIGHTS and beside and is_hugging_faces(beside) and not given
+    if own and huggingface.weight_files(path.parent)[0] == [path]:
+        return huggingface.open_folder(path.parent, config.allow_pickle, config.accepted())
     if kind == "safetensors" and not wrong:
-        tensors = state_dict.of_file(*huggingface.open_file(path, config.allow_pickle))
+        tensors = huggingface.open_file(path, config.allow_pickle)
         fields = about_model(beside or {}) | about_model(given or {})
         return state_dict.open_state(tensors, fields, path, config.accepted())
     if kind == "pickle" or path.suffix in NANOGPT_SUFFIXES:

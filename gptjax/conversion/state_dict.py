@@ -1,23 +1,29 @@
 """GPT-2 in a state dict of PyTorch, whichever program wrote it: names, layout and sizes."""
 
-import functools
-import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from gptjax.conversion.hf_config import parse_config
 from gptjax.conversion.model_words import Found, is_hugging_faces, read_words
 from gptjax.conversion.published_names import WRAPPERS, published_names
-from gptjax.conversion.tensors import FLOATS, HEAD, Source, Table, is_linear
-from gptjax.conversion.torch_file import tensor_table, to_numpy
-from gptjax.memory import require_memory
+from gptjax.conversion.stored_tensors import (
+    Tensor,
+    Tensors,
+    drop_zero_biases,
+    first_rows,
+    fuse,
+    is_mask,
+    table_of,
+    transpose,
+)
+from gptjax.conversion.tensors import FLOATS, HEAD, Source, is_linear
+from gptjax.errors import DataError
 
 PADDED, GPT2_VOCAB = 50304, 50257  # nanoGPT's default vocabulary, and the tokens in it
-BUFFER = re.compile(r"h\.\d+\.attn\.(bias|mask|masked_bias)")
-MASK_TYPES = (*FLOATS, "bool", "uint8", "BOOL", "U8")
 # minGPT's names of 2020 -> published ones. Its query, key and value are c_attn together.
 OF_2020 = {
     r"tok_emb\.weight": "wte.weight",
@@ -33,30 +39,6 @@ OF_2020 = {
 }
 
 
-class Tensor(NamedTuple):
-    """A tensor of a file, not yet read, or made of such."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
-Tensors = dict[str, Tensor]
-
-
-def of_torch(state: dict[str, Any], path: Path) -> Tensors:
-    """Return the tensors of a state dict; raise DataError if it holds anything else."""
-    return {
-        name: Tensor(*entry, functools.partial(to_numpy, state[name]))
-        for name, entry in tensor_table(state, path).items()
-    }
-
-
-def of_file(table: Table, read: Callable[[str], np.ndarray]) -> Tensors:
-    """Return the tensors of a file that is read one tensor at a time."""
-    return {name: Tensor(*table[name], functools.partial(read, name)) for name in table}
-
-
 def open_state(
     stored: Tensors, fields: Mapping[str, Any], path: Path, accept: Collection[str] = ()
 ) -> Source:
@@ -68,38 +50,39 @@ def open_state(
 
     Args:
         stored: the tensors.
-        fields: what is known about the model otherwise, as of `read_words`.
-        path: the file.
+        fields: what is known about the model otherwise, in Hugging Face's words or others.
+        path: the file or folder.
         accept: fields that the user vouches for.
 
     Raises:
         DataError: the names are not GPT-2's, or the fields do not fit.
     """
-    # Shapes are only said: a tensor's rows may all be the same numbers of the file.
-    size = 4 * sum(math.prod(tensor.shape) for tensor in stored.values())
-    require_memory(size, f"{path}: a model of these tensors")
     of_2020 = any(WRAPPERS.sub("", name).endswith("tok_emb.weight") for name in stored)
     if of_2020:
-        stored = rename_2020(stored)
+        stored = rename_2020(stored, path)
     names = published_names(stored, path)
     tensors = {name: stored[old] for old, name in names.items() if not is_mask(name, stored[old])}
     linear = is_out_in(tensors)
     if linear:
         kernels = [n for n in tensors if is_linear(n) and len(tensors[n].shape) == 2]
         tensors |= {name: transpose(tensors[name]) for name in kernels}
-    if linear and not is_hugging_faces(fields):
-        fields = cut_padding(tensors, fields)
-    cfg, assumed = read_words(fields, find(tensors, of_2020), path, accept)
-
-    def read(name: str) -> np.ndarray:
-        return tensors.pop(name).read()
-
-    table = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    says = "activation_function" in fields or is_hugging_faces(fields)
+    assumed, notes = "", []
+    if is_hugging_faces(fields):
+        cfg = parse_config(dict(fields), str(path), accept)
+        drop_zero_biases(cfg, tensors, path)
+    else:
+        if linear and is_padded(tensors, fields):
+            for name in {"wte.weight", HEAD} & set(tensors):
+                tensors[name] = first_rows(tensors[name], GPT2_VOCAB)
+            fields = {**fields, "vocab_size": GPT2_VOCAB}
+            notes = [f"vocab_size is {GPT2_VOCAB}: rows {GPT2_VOCAB} to {PADDED - 1} of the "
+                     "embedding belong to no token of GPT-2's and are left out"]  # fmt: skip
+        cfg, assumed = read_words(fields, find(tensors, of_2020), path, accept)
     return Source(
-        *(cfg, table, read, str(path), (path,)),
-        says_activation=says,
+        *(cfg, table_of(tensors), lambda name: tensors.pop(name).read(), str(path), (path,)),
+        says_activation="activation_function" in fields or is_hugging_faces(fields),
         assumed=assumed,
+        notes=tuple(notes),
         format="pytorch",
     )
 
@@ -118,21 +101,6 @@ def find(tensors: Tensors, of_2020: bool) -> Found:
     return Found(sizes, "ln_f.bias" in tensors, same, of_2020)
 
 
-def is_mask(name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor is the causal mask, or the number that it puts in: no weights.
-
-    A mask must be lower triangular ones, (1, 1, S, S): with another one it is another model.
-    """
-    if not BUFFER.fullmatch(name) or tensor.dtype not in MASK_TYPES:
-        return False
-    if name.endswith("masked_bias"):
-        return tensor.shape in ((), (1,)) and bool((tensor.read() < 0).all())
-    S = tensor.shape[-1] if tensor.shape else 0
-    if tensor.shape != (1, 1, S, S):
-        return False
-    return bool(np.array_equal(tensor.read()[0, 0] != 0, np.tri(S, dtype=bool)))
-
-
 def is_out_in(tensors: Tensors) -> bool:
     """Return whether linear layers are stored (out, in), as nn.Linear does, by c_attn's shape.
 
@@ -144,34 +112,22 @@ def is_out_in(tensors: Tensors) -> bool:
     return len(shape) == 2 and shape[0] == 3 * shape[1]
 
 
-def transpose(tensor: Tensor) -> Tensor:
-    """Return a matrix's transpose."""
-    return Tensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
-
-
-def cut_padding(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut wte and the head to GPT-2's tokens, in place, and return the fields that say so."""
-    fields = dict(fields)
-    wte = tensors.get("wte.weight")
+def is_padded(tensors: Tensors, fields: Mapping[str, Any]) -> bool:
+    """Return whether the vocabulary is GPT-2's, padded to nanoGPT's 50304."""
+    shapes = {tensors[name].shape for name in ("wte.weight", HEAD) if name in tensors}
     said = fields.get("vocab_size")
-    if not wte or wte.shape[:1] != (PADDED,) or said not in (None, PADDED, GPT2_VOCAB):
-        return fields
-    for name in ("wte.weight", HEAD):
-        if name in tensors and tensors[name].shape == wte.shape:
-            tensors[name] = first_rows(tensors[name], GPT2_VOCAB)
-    return {**fields, "vocab_size": GPT2_VOCAB}
-
-
-def first_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Return the first rows of a matrix."""
-    return Tensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:rows])
+    return {shape[:1] for shape in shapes} == {(PADDED,)} and said in (None, PADDED, GPT2_VOCAB)
 
 
 # ---- minGPT of 2020 ------------------------------------------------------------------------------
 
 
-def rename_2020(stored: Tensors) -> Tensors:
-    """Return the tensors of minGPT of 2020 under published names; what is none keeps its own."""
+def rename_2020(stored: Tensors, path: Path) -> Tensors:
+    """Return the tensors of minGPT of 2020 under published names; what is none keeps its own.
+
+    Raises:
+        DataError: two names become one.
+    """
     plain = {WRAPPERS.sub("", name): name for name in stored}
     if len(plain) != len(stored):  # two names became one: `published_names` says so
         return stored
@@ -183,6 +139,8 @@ def rename_2020(stored: Tensors) -> Tensors:
         for form, published in OF_2020.items():
             if match := re.fullmatch(re.escape(prefix) + form, name):
                 found = match.expand(published)
+        if found in renamed:
+            raise DataError(f"cannot use this checkpoint ({path}): {name[:100]} is stored twice")
         renamed[found] = stored[old]
     wpe = renamed.get("wpe.weight")
     if wpe and wpe.shape[:1] == (1,) and len(wpe.shape) == 3:  # (1, S, D)
@@ -190,17 +148,10 @@ def rename_2020(stored: Tensors) -> Tensors:
     for name in [name for name in renamed if ".attn.query." in name]:
         keys = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         parts = [renamed[key] for key in keys if key in renamed]
-        if len({part.shape for part in parts}) == 1 and len(parts) == 3 and parts[0].shape:
+        fused = name.replace(".query.", ".c_attn.")
+        same = len({part.shape for part in parts}) == 1 and len(parts) == 3 and parts[0].shape
+        if same and fused not in renamed:  # anything else is told as it is stored
             for key in keys:
                 del renamed[key]
-            renamed[name.replace(".query.", ".c_attn.")] = fuse(parts)
+            renamed[fused] = fuse(parts)
     return renamed
-
-
-def fuse(parts: list[Tensor]) -> Tensor:
-    """Return one linear layer for several that read the same: kernels (out, in), or biases."""
-    rows, *rest = parts[0].shape
-    dtype = next((part.dtype for part in parts if part.dtype not in FLOATS), parts[0].dtype)
-    return Tensor(
-        (len(parts) * rows, *rest), dtype, lambda: np.concatenate([part.read() for part in parts])
-    )

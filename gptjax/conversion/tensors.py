@@ -69,6 +69,7 @@ STRANGE = {  # a tensor's name, what the file is then
     "than the language model's",
     r"qweight|qzeros|absmax|quant_state|\.SCB$|\.g_idx$": "its weights are quantised: take the "
     "model that was quantised",
+    r"\.attn\.(masked_)?bias$|\.attn\.mask$": "its attention has another mask than the causal one",
     r"crossattention|ln_cross_attn": "its blocks attend to an encoder",
 }
 
