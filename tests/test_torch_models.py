@@ -289,6 +289,17 @@ def test_a_head_that_is_equal(tmp_path: Path) -> None:
         assert ("lm_head" in read_params(source)) != tied
 
 
+def test_a_tensor_whose_sign_is_a_mark(tmp_path: Path) -> None:
+    """PyTorch turns the signs of a conjugate's imaginary part only when they are read."""
+    state = trained("mingpt").state_dict()
+    wte = state["transformer.wte.weight"]
+    marked = torch.complex(wte, -wte).conj().imag
+    assert marked.is_neg()
+    path = write(tmp_path, {**state, "transformer.wte.weight": marked}, config=HEADS)
+    params = read_params(sources.open_source(str(path), PICKLE))
+    np.testing.assert_array_equal(params["wte"]["embedding"][: twins.V], wte)
+
+
 def test_one_model_in_one_file(tmp_path: Path) -> None:
     """Averaged weights beside those of training, and settings that contradict each other."""
     state, other = trained("mingpt").state_dict(), trained("2020").state_dict()

@@ -14,7 +14,7 @@ from gptjax.conversion import gguf_file
 from gptjax.conversion.fields import check_fields, is_one_of, shown
 from gptjax.conversion.gguf_file import Header, Place
 from gptjax.conversion.gguf_values import check_extents, dtype_name, is_copy, quantised, read_tensor
-from gptjax.conversion.gguf_vocabulary import describe, read_vocabulary
+from gptjax.conversion.gguf_vocabulary import added_to_a_text, describe, read_vocabulary
 from gptjax.conversion.stored_tensors import (
     Tensor,
     Tensors,
@@ -108,7 +108,7 @@ def open_file(path: Path, accept: Collection[str] = ()) -> Source:
     drop_zero_biases(cfg, tensors, path)
     return Source(
         *(cfg, table_of(tensors), lambda name: tensors[name].read(), str(path), (path,)),
-        notes=quantised(header),
+        notes=quantised(header) + added_to_a_text(header.fields),
         tokenizer=lambda: read_vocabulary(header.fields, path, rows),
         format="gguf",
     )

@@ -37,6 +37,7 @@ IDS = {
     "eos_token_id": f"{KEY}eos_token_id",
     "pad_token_id": f"{KEY}padding_token_id",
 }
+ADDED = (f"{KEY}add_bos_token", f"{KEY}add_eos_token")
 OTHER_FLAG = ("--tokenizer=FILE_OR_FOLDER", "that has the model's own")
 
 
@@ -163,10 +164,26 @@ def read_llamacpp(fields: Mapping[str, Value], path: Path) -> Tokenizer:
     return tokenizer
 
 
+def added_to_a_text(fields: Mapping[str, Value]) -> tuple[str, ...]:
+    """Return a sentence on what llama.cpp adds to a text, if there is anything."""
+    added = [key for key in ADDED if fields.get(key) is True]
+    if not added:
+        return ()
+    return (
+        f"llama.cpp adds a token to a text for this model ({', '.join(added)}); gptjax adds "
+        "nothing: write what a prompt needs, with --allow_special",
+    )
+
+
 def of_bpe(bpe: Bpe, pre: Value | None, path: Path) -> Tokenizer:
     """Return the tokenizer of a BPE: GPT-2's, or one that the tokenizers library runs."""
     used = {word: i for i, (word, kind) in bpe.tokens.items() if kind != UNUSED}
-    if len(used) == GPT2_VOCAB and (tokens := gpt2_tokens(used)):
+    of_gpt2 = pre in (
+        None,
+        "default",
+        "gpt-2",
+    )  # old files, and those of unknown tools, say nothing
+    if of_gpt2 and len(used) == GPT2_VOCAB and (tokens := gpt2_tokens(used)):
         return GPT2Tokenizer(tokens, str(path))
     if pre != "gpt-2":
         text = f"the vocabulary of {path} has llama.cpp's pre-tokenizer {pre!r}"

@@ -173,6 +173,8 @@ def match(stored: Tensors, fields: Mapping[str, Any], base: Source, path: Path) 
             if place in whole:
                 problems.append((short, "is stored twice"))
             whole[place] = tensor
+    if not pairs and not whole:
+        problems.append(("the file", "is empty: it changes nothing"))
     problems += missing(pairs, whole, fields, base.cfg.n_layer, shapes)
     scales = {}
     for name, pair in pairs.items():

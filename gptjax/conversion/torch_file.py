@@ -203,4 +203,4 @@ def tensor_table(state: object, path: Path) -> Table:
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """Return a tensor of floats as an array of float32."""
-    return tensor.detach().float().numpy()
+    return tensor.detach().float().resolve_neg().numpy()  # whose sign may be a mere mark
