@@ -547,6 +547,7 @@ def test_llmcs_layout(tmp_path: Path, params: model.Params) -> None:
         (6, -32, "n_embd=-32, expected"),
         (4, 3, "bytes, expected"),
         (7, 101, "padded to 101"),
+        (8, 1, "does not know"),
     ],
 )
 def test_llmcs_header(

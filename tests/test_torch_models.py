@@ -219,6 +219,10 @@ def test_without_n_head_the_flag_is_named(tmp_path: Path) -> None:
     config = dataclasses.replace(PICKLE, config=str(elsewhere))
     for name in (path, tmp_path):
         assert sources.open_source(str(name), config).cfg.n_head == twins.H
+    # What the file says by itself counts before a config.json beside it.
+    saved = {"model": trained("mingpt").state_dict(), "config": {"activation_function": "gelu_new"}}
+    path = write(tmp_path, saved, config={**HEADS, "activation_function": "gelu"})
+    assert sources.open_source(str(path), PICKLE).cfg.activation == "gelu_tanh"
     assert "no such file" in refusal(path, dataclasses.replace(PICKLE, config="nowhere.json"))
 
 

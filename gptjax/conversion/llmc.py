@@ -57,6 +57,8 @@ def open_file(path: Path) -> Source:
     version, S, V, L, H, D, padded = (int(x) for x in header[1:8])
     if version not in DTYPES:
         raise DataError(f"llm.c's version {version} ({path}): gptjax reads 3 (fp32) and 5 (bf16)")
+    if header[8:].any():
+        raise DataError(f"llm.c's header ({path}) has numbers that gptjax does not know")
     dtype = DTYPES[version]
     sizes = {"n_layer": L, "n_head": H, "n_embd": D, "block_size": S, "vocab_size": V}
     cfg = make_config(sizes, path, vocab_multiple=128)

@@ -30,13 +30,12 @@ TIES = ("tie_head", "tie_weights", "tie_word_embeddings", "tie_embeddings", "wei
 # What stands beside the sizes and changes nothing in the model: of nanoGPT's train.py, of
 # minGPT's trainer and its other sections, of makemore (n_embd2 is of its other networks).
 OF_TRAINING = {
-    *("always_save_checkpoint", "backend", "batch_size", "beta1", "beta2", "betas", "block_size"),
-    *("compile", "dataset", "decay_lr", "device", "dtype", "eval_interval", "eval_iters"),
-    *("eval_only", "grad_clip", "grad_norm_clip", "gradient_accumulation_steps", "init_from"),
-    *("input_file", "learning_rate", "log_interval", "lr", "lr_decay_iters", "max_iters"),
-    *("max_steps", "min_lr", "n_embd2", "num_workers", "out_dir", "resume", "sample_only", "seed"),
-    *("top_k", "type", "wandb_log", "wandb_project", "wandb_run_name", "warmup_iters"),
-    *("weight_decay", "work_dir"),
+    *("always_save_checkpoint", "backend", "batch_size", "beta1", "beta2", "betas", "compile"),
+    *("dataset", "decay_lr", "device", "eval_interval", "eval_iters", "eval_only", "grad_clip"),
+    *("grad_norm_clip", "gradient_accumulation_steps", "init_from", "input_file", "learning_rate"),
+    *("log_interval", "lr", "lr_decay_iters", "max_iters", "max_steps", "min_lr", "n_embd2"),
+    *("num_workers", "out_dir", "resume", "sample_only", "seed", "type", "wandb_log"),
+    *("wandb_project", "wandb_run_name", "warmup_iters", "weight_decay", "work_dir"),
 }
 MINGPT_SECTIONS = ("system", "data", "trainer")  # beside the one called model
 

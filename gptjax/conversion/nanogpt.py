@@ -53,7 +53,8 @@ def open_file(
     own = plain(content.get(OWN))
     fields = plain(own.get("config")) or (about_model(sections[0]) if sections else {})
     if fields.get("n_head") is None and "model_type" not in fields:
-        fields |= about_model(beside or {})
+        own_words = {name: value for name, value in fields.items() if value is not None}
+        fields = about_model(beside or {}) | own_words
     fields |= about_model(given or {})
     dataset = str(plain(content.get("config")).get("dataset", ""))
     source = open_state(of_torch(state, path), fields, path, accept)._replace(dataset=dataset)

@@ -53,20 +53,13 @@ LIMITS = {  # size -> the largest that is believed
     "block_size": 1_000_000,
     "vocab_size": 10_000_000,
 }
-SAID = (
-    *LIMITS,
-    "vocab_multiple",
-    "bias",
-    "activation",
-    "tie_head",
-)  # settings that its formats can say
+# Settings that GPT-2's formats can say.
+SAID = (*LIMITS, "vocab_multiple", "bias", "activation", "tie_head")
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 SHOWN = 6  # problems of one kind
 STRANGE = {  # a tensor's name, what the file is then
     r"lora_|\.base_layer\.": "LoRA's tensors are beside the model's: merge them (peft's "
     "merge_and_unload) and save the model again",
-    r"(^|\.)(score|classifier|qa_outputs|v_head|multiple_choice_head)\.": "it has another head "
-    "than the language model's",
     r"qweight|qzeros|absmax|quant_state|\.SCB$|\.g_idx$": "its weights are quantised: take the "
     "model that was quantised",
     r"\.attn\.(masked_)?bias$|\.attn\.mask$": "its attention has another mask than the causal one",
