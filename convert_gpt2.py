@@ -140,6 +140,8 @@ def verify_command(name: str, argv: list[str]) -> int:
     if page:
         refuse_page(page)
     if config.self_test:
+        rule = "reads no run and no source; leave them out, or leave --self_test out"
+        require(not (name or config.against), "self_test", True, rule)
         name, compared = config.size, compare_random(config.size, config, hashes=bool(page))
     else:
         require(bool(name), "against", config.against, "name a run folder before the flags")

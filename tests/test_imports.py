@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax import model
-from gptjax.conversion import huggingface, llmc, sources
+from gptjax.conversion import gguf, huggingface, llmc, sources
 from gptjax.conversion.sources import SourceConfig
 from gptjax.conversion.tensors import HEAD, Source, read_params
 from gptjax.errors import DataError, UsageError
+from gptjax.tokenizer import ByteTokenizer
 
 from .helpers import BYTES as CFG
 from .helpers import need, scaled_params, tiny
@@ -165,13 +166,13 @@ def test_the_file_that_was_named_is_the_one_that_is_read(hf: Path, params: model
 
 def test_weights_without_their_config(hf: Path) -> None:
     (hf / "config.json").unlink()
-    assert "put its config.json beside" in refusal(hf / "model.safetensors")
+    assert "no config.json does" in refusal(hf / "model.safetensors")
     assert "the config.json of these weights" in refusal(hf)
     edit = {"model_type": "gpt2"}
     (hf / "config.json").write_text(json.dumps(edit))
     to_bin(hf)
     (hf / "config.json").unlink()
-    assert "put its config.json beside" in refusal(hf / "pytorch_model.bin")
+    assert "no config.json does" in refusal(hf / "pytorch_model.bin")
     assert "llm.c" not in refusal(hf / "pytorch_model.bin")
 
 
@@ -195,6 +196,18 @@ def test_an_adapter_is_told_by_its_config(hf: Path) -> None:
     (hf / "model.safetensors").unlink()
     (hf / "config.json").unlink()
     assert "an adapter" in refusal(hf)
+    assert "only a part of a model" in refusal(hf / "adapter_config.json")
+
+
+def test_a_flag_without_effect_is_refused(tmp_path: Path, hf: Path) -> None:
+    assert "not a LoRA adapter" in refusal(hf, SourceConfig(base=str(hf)))
+    words = tmp_path / "words.json"
+    words.write_text('{"n_head": 2}')
+    gguf.write_file(
+        tmp_path / "model.gguf", CFG, scaled_params(CFG, jax.random.key(0)), ByteTokenizer()
+    )
+    said = refusal(tmp_path / "model.gguf", SourceConfig(config=str(words)))
+    assert "says itself what the model is" in said
 
 
 def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:

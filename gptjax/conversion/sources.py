@@ -30,7 +30,7 @@ from gptjax.conversion.weight_check import weight_format, why_no_weights
 from gptjax.errors import DataError, InputError, UsageError
 from gptjax.file_kinds import read_head
 from gptjax.files import read_json
-from gptjax.settings import once
+from gptjax.settings import once, require
 
 NANOGPT_SUFFIXES = (".pt", ".pth", ".ckpt")
 # Of files, not of the Hub's names.
@@ -156,7 +156,13 @@ def open_source(name: str, config: SourceConfig) -> Source:
             raise UsageError(f"no file or folder {name}")
         weights = huggingface.WEIGHTS[: 2 if config.allow_pickle else 1]
         path = hub.download_model(name, weights, config.revision or None)
+    adapter = (path / huggingface.ADAPTER).is_file() or path.name in lora.FILES
+    rule = f"{name} is not a LoRA adapter; leave the flag out"
+    require(adapter or not config.base, "base", config.base, rule)
     opened = open_folder(path, config) if path.is_dir() else open_file(path, config)
+    rule = f"{name} says itself what the model is; leave the flag out"
+    said = opened.format in ("gguf", "llmc", "openai")
+    require(not (said and config.config), "config", config.config, rule)
     return leave_out_other_heads(with_activation(opened, config.activation), config.drop_heads)
 
 
@@ -167,7 +173,8 @@ def open_file(path: Path, config: SourceConfig) -> Source:
         check_sha256([path], config.sha256)
         return gguf.open_file(path, config.accepted())
     kind, wrong = weight_format(head), why_no_weights(path)
-    if path.name == "config.json" or path.name.endswith(".index.json") or PART.search(path.name):
+    named = path.name in ("config.json", huggingface.ADAPTER)
+    if named or path.name.endswith(".index.json") or PART.search(path.name):
         raise UsageError(f"{path} is only a part of a model; give the folder")
     if path.name in lora.FILES:
         return open_adapter(path.parent, config)
