@@ -47,7 +47,9 @@ class SamplerConfig:
     stop: tuple[str, ...] = once((), "Strings that end a sample; they are not printed.")
     stop_id: tuple[int, ...] = once((), "Token ids that end a sample; they are not printed.")
     ignore_eot: bool = once(False, "Continue after the end-of-text token.")
-    allow_special: bool = once(False, "Read <|endoftext|> in a prompt as that token, not as text.")
+    allow_special: bool = once(
+        False, "Read special tokens such as <|endoftext|> in a prompt as such, not as text."
+    )
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     beams: int = once(
         1,
@@ -94,7 +96,7 @@ class SamplerConfig:
 
 # Flags that the first one of each line does not go with.
 CONTRADICTIONS = {
-    "interactive": ("json", "prompts"),
+    "interactive": ("json", "prompts", "start"),
     "prompts": ("start",),
     "beams": ("temperature", "top_k", "top_p", "min_p", "num_samples"),
 }
@@ -104,15 +106,14 @@ def refuse_contradictions(config: SamplerConfig, given: Mapping[str, object]) ->
     """Raise UsageError if two flags contradict each other, or one has no effect by itself."""
     values, default = flatten(config), flatten(SamplerConfig())
     on = {name for name in given if values[name] != default[name]}
+    values["start"] = " ".join(config.start)  # as it was typed
     for flag, others in CONTRADICTIONS.items():
         for other in others:
             both = flag in on and other in (given if other == "temperature" else on)
             rule = f"does not go with --{other}={values[other]}; leave one of them out"
             require(not both, flag, values[flag], rule)
-    stdin = list(config.start).count("-")
-    rule = "both read standard input; leave one of them out"
-    require(not (config.interactive and stdin), "interactive", "True and --start=-", rule)
-    require(stdin < 2, "start", "- and --start=-", rule)
+    rule = "standard input can be read once only; leave one of them out"
+    require(config.start.count("-") < 2, "start", values["start"], rule)
     for flag, needed in (("logprobs", "json"), ("length_penalty", "beams")):
         rule = f"has an effect only with --{needed}; add it, or leave --{flag} out"
         require(flag not in on or needed in on, flag, values[flag], rule)

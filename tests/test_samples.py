@@ -209,6 +209,7 @@ def test_prompts_that_cannot_be_read(
         ("--interactive", "--json"),
         ("--interactive", "--prompts=p.txt"),
         ("--interactive", "--start=-"),
+        ("--interactive", "--start=a"),
         ("--prompts=p.txt", "--start=a"),
         ("--start=-", "--start=-"),
         ("--beams=2", "--num_samples=2"),
@@ -224,6 +225,7 @@ def test_flags_that_contradict_each_other_are_named(
 ) -> None:
     message = refuse(capsys, *argv)
     assert all(word.partition("=")[0] in message for word in argv)
+    assert "(" not in message  # a value as it was typed
 
 
 def test_flags_that_do_not_are_read() -> None:
