@@ -28,6 +28,8 @@ def load_config(path: Path) -> TrainConfig:
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(stored, dict) and isinstance(stored.get("model"), dict)):
+            raise ValueError("they are not a run's; convert_gpt2.py import makes a run of a model")
         values = complete(TrainConfig, stored.pop("model") | stored)
         check_types(TrainConfig, values)
         return change(TrainConfig(), values)

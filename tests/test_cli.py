@@ -286,6 +286,7 @@ DAMAGED = [
     *[
         '"model"',
         '{"model": []}',
+        '{"model_type": "gpt2", "n_layer": 2}',  # Hugging Face's
         '{"model": {}, "model_2": {}}',
         '{"model": {}, "seed": true}',
         f'{{"model": {{}}, "learning_rate": {10**400}}}',
