@@ -74,7 +74,9 @@ def test_export_and_import_give_the_same_bits(
     }
     made = makers[tokenizer]()
     params = make_run(tmp_path / "run", made, n_embd=8, **changes)
-    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
+    notes: list[str] = []
+    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf", notify=notes.append)
+    assert bool(notes) == (tokenizer != "gpt2")  # transformers has no such tokenizer
     run, _ = convert.import_run(str(tmp_path / "hf"), tmp_path / "back", SourceConfig())
     assert_same(run.params, params)
     loaded = load_run(tmp_path / "back")
@@ -408,6 +410,7 @@ def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.Mo
         (["export", "/no/such", "--to=onnx", "--out_dir={tmp}/y"], 2, "--to=onnx: must be one of"),
         (["verify", "/no/such"], 2, "--against"),
         (["verify", "--self_test", "--size=gpt5"], 2, "--size=gpt5: must be one of"),
+        (["verify", "run", "--self_test"], 2, "reads no run and no source"),
     ],
 )
 def test_wrong_use(args: list[str], code: int, message: str, tmp_path: Path) -> None:

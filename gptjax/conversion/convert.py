@@ -87,11 +87,14 @@ def import_run(
 # ---- Out -----------------------------------------------------------------------------------------
 
 
-def write_hf(folder: Path, run: Run) -> None:
+def write_hf(folder: Path, run: Run) -> list[str]:
     """Write a folder for transformers, with its tokenizer's files, or gptjax's own file."""
     special = published_ids(run.tokenizer)[CONFIG]
     huggingface.write_folder(folder, run.config.model, run.params, special)
     write_tokenizer(run.tokenizer, folder, run.config.model.block_size)
+    if not (folder / OWN_TOKENIZER).is_file():
+        return []
+    return [f"transformers reads no tokenizer of this kind ({run.tokenizer.kind}); gptjax does"]
 
 
 def write_llmc(folder: Path, run: Run) -> list[str]:
@@ -106,7 +109,7 @@ def write_llmc(folder: Path, run: Run) -> list[str]:
 
 
 # Each returns sentences on what the format cannot say of the run, if there are any.
-EXPORTS: dict[str, Callable[[Path, Run], list[str] | None]] = {
+EXPORTS: dict[str, Callable[[Path, Run], list[str]]] = {
     "hf": write_hf,
     "llmc": write_llmc,
     "gguf": lambda folder, run: gguf.write_file(
@@ -144,5 +147,5 @@ def export_run(
     with new_folder(out_dir) as temporary:
         check_space(temporary, run.params)
         notes = EXPORTS[to](temporary, run)
-    for said in notes or ():
+    for said in notes:
         notify(said)
