@@ -9,6 +9,7 @@ import datetime
 import html
 import importlib.metadata
 import math
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ LEVELS = (  # share of what is allowed, up to which a cell is of this class; wha
     (1e3, "high2", "up to 1000 times"),
     (float("inf"), "high3", "more, NaN, or bits that should be equal"),
 )
+HEAT_MAP = (
+    "Both models computed the same tokens. Each cell is a part of a block. Its colour says how "
+    "large the difference is there, in shares of what is allowed; a pointer on the cell shows the "
+    "numbers."
+)
 PARTS = ("ln_1", "attn", "ln_2", "mlp")
 OUTPUTS, WEIGHTS, GRADIENTS = "Outputs", "Weights", "Gradients"
 Checks = Sequence[Check]
@@ -48,6 +54,8 @@ def refuse_page(path: Path) -> None:
     require(plain, "html", path, "is no plain file; name one to write, such as report.html")
     if not path.parent.is_dir():
         raise OutputError(f"--html={path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"--html={path}: the folder cannot be written to; take another")
 
 
 def write_page(path: Path, compared: Compared) -> None:
@@ -80,6 +88,7 @@ def render(compared: Compared, when: datetime.datetime) -> str:
             f'<p class="against">compared with {text(compared.theirs)}</p>',
             verdict,
             "<h2>Where the models differ</h2>",
+            f"<p>{HEAT_MAP}</p>",
             heat_map(checks),
             "<h2>The parts of the computation</h2>",
             summary(checks),
