@@ -132,7 +132,7 @@ class TrainConfig:
         "strict", "What to do with bytes that are not UTF-8: refuse the text, or replace them."
     )
     allow_special: bool = run(
-        False, "Read <|endoftext|> in a text as gpt2's end-of-text token, not as ordinary text."
+        False, "Read special tokens such as <|endoftext|> in a text as such, not as ordinary text."
     )
 
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)

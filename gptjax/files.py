@@ -237,5 +237,5 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"cannot read {path.name} ({path}): {reason}") from error
+        raise DataError(f"cannot read {path}: {reason}") from error
     return found

@@ -273,7 +273,7 @@ JSONS = {
 @pytest.mark.parametrize("case", JSONS)
 def test_json_that_nobody_vouches_for(folder: Path, case: str) -> None:
     (folder / "config.json").write_text(JSONS[case])
-    with pytest.raises(DataError, match=r"cannot read config\.json"):
+    with pytest.raises(DataError, match=r"cannot read .*config\.json"):
         huggingface.open_folder(folder)
 
 

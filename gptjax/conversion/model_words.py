@@ -107,8 +107,7 @@ def read_words(
         said |= {name: meant[name] for name in meant if said.get(name) is None}
     if said.get("n_head") is None:
         raise DataError(
-            f"{where}: how many heads the model has is not in tensors; put its config.json beside "
-            "them",
+            f"{where}: the tensors do not say how many heads the model has; no config.json does",
             "--config=FILE.json",
             'whose text may be as short as {"n_head": 12}',
         )
@@ -161,12 +160,9 @@ def choose_activation(
         taken, reason = "gelu_tanh", "minGPT's and makemore's, whose heads are untied too"
     else:
         taken = "gelu_tanh"
-        reason = "nanoGPT's before June 2023, when its files had no bias setting"
-    other = (
-        "the exact form take --activation=gelu"
-        if taken == "gelu_tanh"
-        else "GPT-2's form, as in older files, take --activation=gelu_tanh"
-    )
+        reason = "GPT-2's, and nanoGPT's before June 2023, when its files had no bias setting"
+    other = {"gelu_tanh": "the exact form take --activation=gelu"}
+    other["gelu"] = "GPT-2's form, as in older files of nanoGPT, take --activation=gelu_tanh"
     return taken, (
-        f"the file does not say its activation: {taken} is assumed, {reason}; for {other}"
+        f"the file does not say its activation: {taken} is assumed, {reason}; for {other[taken]}"
     )

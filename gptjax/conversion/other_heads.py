@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from gptjax.conversion.tensors import HEAD, Source
-from gptjax.errors import DataError
+from gptjax.errors import DataError, plural
 
 # Of transformers' GPT2ForSequenceClassification, ForTokenClassification, ForQuestionAnswering and
 # DoubleHeadsModel, and trl's value head; not in a block, whose name has a number.
@@ -26,9 +26,10 @@ def leave_out_other_heads(source: Source, allowed: bool) -> Source:
     names = ", ".join(other[:SHOWN])
     names += f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
     if not allowed:
+        verb = plural(len(other), "is", "are")
         raise DataError(
-            f"cannot use this checkpoint ({source.where}): {names[:500]} is not GPT-2's: it has "
-            "another head than the language model's",
+            f"cannot use this checkpoint ({source.where}): {names[:500]} {verb} not GPT-2's: it "
+            "has another head than the language model's",
             "--drop_heads",
             "which imports the model without it",
         )

@@ -79,7 +79,7 @@ def find_tokenizer(source: Source, wanted: str, vocab_dir: str) -> Tokenizer:
         said = said or published_ids(found)
         found = READERS[found.kind](stored(found))  # without what that run's model says
     if found.n_vocab > size and wanted not in ("gpt2", "byte"):
-        how = (f"--vocab_size={found.n_vocab}", "which adds rows for them, or --tokenizer=ids")
+        how = (f"--vocab_size={found.n_vocab}", "which gives each a row, or --tokenizer=ids")
     if not found.n_vocab <= size < found.n_vocab + room:
         raise DataError(f"{model}, its tokenizer ({found.kind}) has {found.n_vocab}", *how)
     fit(found, size, said)

@@ -117,7 +117,7 @@ def load_torch(path: Path, allow_pickle: bool) -> Any:
         raise DataError(f"cannot read the pickle ({path}): it is {wrong}")
     if not allow_pickle:
         raise UsageError(
-            f"{path} is a pickle, which can run code as it is read; take a safetensors file",
+            f"{path} is a pickle, which can run code as it is read, unlike safetensors",
             "--allow_pickle",
             "which reads tensors and nothing else",
         )
