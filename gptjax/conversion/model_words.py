@@ -107,7 +107,8 @@ def read_words(
         said |= {name: meant[name] for name in meant if said.get(name) is None}
     if said.get("n_head") is None:
         raise DataError(
-            f"{where}: the tensors do not say how many heads the model has; no config.json does",
+            f"{where}: the tensors do not say how many heads the model has, and no config.json "
+            "does",
             "--config=FILE.json",
             'whose text may be as short as {"n_head": 12}',
         )
