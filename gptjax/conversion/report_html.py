@@ -159,7 +159,7 @@ def heat_map(checks: Checks) -> str:
                 cells = [left, *cells, *right]
             body.append(f'<tr><th scope="row">{part}</th>{"".join(cells)}</tr>')
         body.append("</tbody>")
-    step = 1 if count <= 60 else 10
+    step = 1 if count <= 16 else 5 if count <= 60 else 10  # so that they fit 400 pixels
     numbers = [f'<th scope="col">{b if b % step == 0 else ""}</th>' for b in range(count)]
     ends = [f'<th scope="col"><span>{end}</span></th>' for end in ("embeddings", "ln_f", "head")]
     width = f"max-width: {6 + 2.6 * (count + 3):.1f}rem; min-width: {4 + 0.5 * (count + 3):.1f}rem"
