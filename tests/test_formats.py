@@ -353,6 +353,13 @@ def test_damaged_safetensors(folder: Path, case: str) -> None:
         huggingface.open_folder(folder)
 
 
+def test_another_model_is_told_before_its_weights_are_read(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="llama")
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"config\.json.*model_type='llama'"):
+        huggingface.open_folder(folder)
+
+
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match="no weights"):

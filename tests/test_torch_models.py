@@ -329,6 +329,8 @@ def test_nanogpts_padding_is_cut(tmp_path: Path, tied: bool) -> None:
         source = sources.open_source(str(path), PICKLE)
         assert source.cfg.vocab_size == 50257 and "rows 50257 to 50303" in source.notes[0]
     assert (source.cfg.vocab_size, source.cfg.tie_head) == (50257, tied)
+    own = dataclasses.replace(PICKLE, tokenizer="a tokenizer.json")  # perhaps of more tokens
+    assert sources.open_source(str(path), own).cfg.vocab_size == 50304
     params = read_params(source)
     if not tied:
         np.testing.assert_array_equal(params["lm_head"]["embedding"][:50257], (wte + 1)[:50257])

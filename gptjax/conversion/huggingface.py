@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.config import GPTConfig
-from gptjax.conversion.hf_config import format_config, stored_name
+from gptjax.conversion.hf_config import format_config, parse_config, stored_name
 from gptjax.conversion.published_names import published_names
 from gptjax.conversion.state_dict import open_state
 from gptjax.conversion.stored_tensors import BUFFER, Tensor, Tensors, of_torch
@@ -39,6 +39,7 @@ def open_folder(folder: Path, allow_pickle: bool = False, accept: Collection[str
         UsageError: there is only a pickle, and pickles are not allowed.
     """
     fields = read_json(folder / "config.json")
+    parse_config(fields, str(folder / "config.json"), accept)  # another model's weights stay shut
     paths, mapped = weight_files(folder)
     check_size([path for path in paths if path.suffix == ".bin"])
     stored: Tensors = {}
@@ -64,14 +65,11 @@ def open_folder(folder: Path, allow_pickle: bool = False, accept: Collection[str
 
 def is_transformers_own(stored: Tensors, source: Source) -> bool:
     """Return whether the names and the layout of a source are those that transformers writes."""
-    for name, published in published_names(stored, source.where).items():
-        shape = source.tensors[published][0] if published in source.tensors else None
-        if name not in (published, stored_name(published)) or shape not in (
-            None,
-            stored[name].shape,
-        ):
-            return False
-    return True
+    names = published_names(stored, source.where)
+    named = all(name in (ours, stored_name(ours)) for name, ours in names.items())
+    # Masks, and biases that are said to be none, are no more among the tensors.
+    kept = {name: source.tensors[ours] for name, ours in names.items() if ours in source.tensors}
+    return named and all(shape == stored[name].shape for name, (shape, _) in kept.items())
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -23,6 +23,7 @@ def open_file(
     accept: Collection[str] = (),
     given: Mapping[str, Any] | None = None,
     beside: Mapping[str, Any] | None = None,
+    own_tokens: bool = False,
 ) -> Source:
     """Open a checkpoint: tensors alone, or beside them what the model is.
 
@@ -32,6 +33,7 @@ def open_file(
         accept: further fields that the user vouches for.
         given: fields that count before those in the file.
         beside: fields that count where the file says no n_head.
+        own_tokens: as of `open_state`.
 
     Raises:
         DataError: the file is damaged or not GPT-2's.
@@ -57,7 +59,8 @@ def open_file(
         fields = about_model(beside or {}) | own_words
     fields |= about_model(given or {})
     dataset = str(plain(content.get("config")).get("dataset", ""))
-    source = open_state(of_torch(state, path), fields, path, accept)._replace(dataset=dataset)
+    source = open_state(of_torch(state, path), fields, path, accept, own_tokens)
+    source = source._replace(dataset=dataset)
     if "tokenizer" not in own:
         return source
     text = str(own["tokenizer"])

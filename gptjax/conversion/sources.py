@@ -24,7 +24,7 @@ from gptjax.conversion import (
 from gptjax.conversion.model_words import about_model, fields_beside, is_hugging_faces, said_fields
 from gptjax.conversion.other_heads import leave_out_other_heads
 from gptjax.conversion.source_checks import check_memory, check_sha256, with_activation
-from gptjax.conversion.source_tokenizer import find_tokenizer
+from gptjax.conversion.source_tokenizer import KINDS, find_tokenizer
 from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.weight_check import weight_format, why_no_weights
 from gptjax.errors import DataError, InputError, UsageError
@@ -183,12 +183,14 @@ def open_file(path: Path, config: SourceConfig) -> Source:
     own = path.name in huggingface.WEIGHTS and beside and is_hugging_faces(beside) and not given
     if own and huggingface.weight_files(path.parent)[0] == [path]:
         return huggingface.open_folder(path.parent, config.allow_pickle, config.accepted())
+    own_tokens = config.tokenizer not in KINDS
     if kind == "safetensors" and not wrong:
         tensors = huggingface.open_file(path, config.allow_pickle)
         fields = about_model(beside or {}) | about_model(given or {})
-        return state_dict.open_state(tensors, fields, path, config.accepted())
+        return state_dict.open_state(tensors, fields, path, config.accepted(), own_tokens)
     if kind == "pickle" or path.suffix in NANOGPT_SUFFIXES:
-        return nanogpt.open_file(path, config.allow_pickle, config.accepted(), given, beside)
+        allowed, accept = config.allow_pickle, config.accepted()
+        return nanogpt.open_file(path, allowed, accept, given, beside, own_tokens)
     if wrong:
         raise DataError(f"{path} holds no model: it is {wrong}")
     if path.suffix == ".bin":

@@ -40,7 +40,11 @@ OF_2020 = {
 
 
 def open_state(
-    stored: Tensors, fields: Mapping[str, Any], path: Path, accept: Collection[str] = ()
+    stored: Tensors,
+    fields: Mapping[str, Any],
+    path: Path,
+    accept: Collection[str] = (),
+    own_tokens: bool = False,
 ) -> Source:
     """Return the model of a state dict.
 
@@ -53,6 +57,7 @@ def open_state(
         fields: what is known about the model otherwise, in Hugging Face's words or others.
         path: the file or folder.
         accept: fields that the user vouches for.
+        own_tokens: whether the vocabulary is known not to be GPT-2's.
 
     Raises:
         DataError: the names are not GPT-2's, or the fields do not fit.
@@ -71,12 +76,12 @@ def open_state(
         cfg = parse_config(dict(fields), str(path), accept)
         drop_zero_biases(cfg, tensors, path)
     else:
-        if linear and is_padded(tensors, fields):
+        if linear and not own_tokens and is_padded(tensors, fields):
             for name in {"wte.weight", HEAD} & set(tensors):
                 tensors[name] = first_rows(tensors[name], GPT2_VOCAB)
             fields = {**fields, "vocab_size": GPT2_VOCAB}
-            notes = [f"vocab_size is {GPT2_VOCAB}: rows {GPT2_VOCAB} to {PADDED - 1} of the "
-                     "embedding belong to no token of GPT-2's and are left out"]  # fmt: skip
+            rows = f"rows {GPT2_VOCAB} to {PADDED - 1} of the embedding"
+            notes = [f"vocab_size is {GPT2_VOCAB}: {rows} belong to no token of GPT-2's"]
         cfg, assumed = read_words(fields, find(tensors, of_2020), path, accept)
     return Source(
         *(cfg, table_of(tensors), lambda name: tensors.pop(name).read(), str(path), (path,)),
