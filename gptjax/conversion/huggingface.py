@@ -13,9 +13,9 @@ from gptjax.config import GPTConfig
 from gptjax.conversion.hf_config import format_config, parse_config, stored_name
 from gptjax.conversion.published_names import published_names
 from gptjax.conversion.state_dict import open_state
-from gptjax.conversion.stored_tensors import BUFFER, Tensor, Tensors, of_torch
+from gptjax.conversion.stored_tensors import BUFFER, Tensor, Tensors
 from gptjax.conversion.tensors import Source, named_tensors, some_of_each
-from gptjax.conversion.torch_file import check_size, load_torch
+from gptjax.conversion.torch_file import check_size, load_torch, of_torch
 from gptjax.conversion.weight_check import AGAIN, SUFFIXES, why_no_weights
 from gptjax.errors import DataError, DiskError
 from gptjax.files import read_json

@@ -4,7 +4,6 @@ Source of the formula: Hu et al. 2021, section 4.1; with `use_rslora` Kalajdziev
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.conversion import huggingface
-from gptjax.conversion.lora_config import check_adapter, is_named, of_pattern
+from gptjax.conversion.lora_config import check_adapter, is_named, rank_and_scale
 from gptjax.conversion.published_names import WRAPPERS
 from gptjax.conversion.stored_tensors import Tensor, Tensors, is_mask, table_of
 from gptjax.conversion.tensors import (
@@ -30,6 +29,7 @@ from gptjax.files import read_json
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WTE = "wte.weight"
+PREFIX = re.compile(r"^(base_model\.model\.)?(transformer\.)?")
 NAME = re.compile(r"(.+?)\.lora_(?:(A|B)(?:\.default)?\.weight|embedding_(A|B)(?:\.default)?)")
 WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)")
 
@@ -153,8 +153,7 @@ def match(stored: Tensors, fields: Mapping[str, Any], base: Source, path: Path) 
     whole: Tensors = {}
     problems: list[tuple[str, str]] = []
     for name, tensor in stored.items():
-        short = WRAPPERS.sub("", name).removeprefix("base_model.model.")
-        short = short.removeprefix("transformer.")
+        short = PREFIX.sub("", WRAPPERS.sub("", name))
         if is_mask(short, tensor):
             continue
         if tensor.dtype not in FLOATS:
@@ -179,9 +178,7 @@ def match(stored: Tensors, fields: Mapping[str, Any], base: Source, path: Path) 
     scales = {}
     for name, pair in pairs.items():
         module, shape = name.removesuffix(".weight"), shapes[name]
-        r = of_pattern(module, fields.get("rank_pattern"), fields["r"])
-        alpha = of_pattern(module, fields.get("alpha_pattern"), fields["lora_alpha"])
-        scales[name] = alpha / (math.sqrt(r) if fields.get("use_rslora") else r)
+        r, scales[name] = rank_and_scale(module, fields)
         out, into = shape if name == HEAD else shape[::-1]
         for side, wanted in (("A", (r, into)), ("B", (out, r))):
             if side in pair and pair[side].shape != wanted:

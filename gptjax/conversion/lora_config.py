@@ -1,5 +1,6 @@
 """What adapter_config.json, of the peft kind, says about a LoRA adapter."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -73,6 +74,13 @@ def is_named(module: str, names: object) -> bool:
     path = module if module == "lm_head" else f"transformer.{module}"
     several = names if isinstance(names, list) else []
     return any(path == name or path.endswith(f".{name}") for name in several)
+
+
+def rank_and_scale(module: str, fields: Mapping[str, Any]) -> tuple[float, float]:
+    """Return a layer's rank, and by what B A is multiplied."""
+    r = of_pattern(module, fields.get("rank_pattern"), fields["r"])
+    alpha = of_pattern(module, fields.get("alpha_pattern"), fields["lora_alpha"])
+    return r, alpha / (math.sqrt(r) if fields.get("use_rslora") else r)
 
 
 def of_pattern(module: str, pattern: object, default: float) -> float:

@@ -6,9 +6,8 @@ from typing import Any
 
 from gptjax.conversion.model_words import SECTIONS, about_model
 from gptjax.conversion.state_dict import open_state
-from gptjax.conversion.stored_tensors import of_torch
 from gptjax.conversion.tensors import Source
-from gptjax.conversion.torch_file import is_state_dict, load_torch, plain
+from gptjax.conversion.torch_file import is_state_dict, load_torch, of_torch, plain
 from gptjax.errors import DataError
 from gptjax.tokenizer import parse_tokenizer
 

@@ -1,20 +1,15 @@
 """The tensors of a file, not yet read, and what can be made of them without reading."""
 
 import dataclasses
-import functools
-import math
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.conversion.tensors import FLOATS, Table, slots
-from gptjax.conversion.torch_file import tensor_table, to_numpy
 from gptjax.errors import DataError
-from gptjax.memory import require_memory
 
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|mask|masked_bias)")  # of old programs, beside weights
 MASK_TYPES = (*FLOATS, "bool", "uint8", "BOOL", "U8")
@@ -30,22 +25,6 @@ class Tensor(NamedTuple):
 
 
 Tensors = dict[str, Tensor]
-
-
-def of_torch(state: Mapping[str, Any], path: Path) -> Tensors:
-    """Return the tensors of a state dict.
-
-    Raises:
-        DataError: it holds anything else, or tensors larger than memory: a pickle may say any
-            shape, where all rows are the same numbers of the file.
-    """
-    table = tensor_table(state, path)
-    size = 4 * sum(math.prod(shape) for shape, _ in table.values())
-    require_memory(size, f"{path}: a model of these tensors")
-    return {
-        name: Tensor(shape, dtype, functools.partial(to_numpy, state[name]))
-        for name, (shape, dtype) in table.items()
-    }
 
 
 def table_of(tensors: Tensors) -> Table:

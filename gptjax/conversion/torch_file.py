@@ -1,5 +1,6 @@
 """Pickle files of PyTorch: opened only if a flag allows it, and then without running code."""
 
+import functools
 import re
 import sys
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.conversion.tensors import Table
+from gptjax.conversion.stored_tensors import Tensor, Tensors
 from gptjax.conversion.weight_check import why_no_weights
 from gptjax.errors import DataError, UsageError, first_line
 from gptjax.memory import require_memory
@@ -183,8 +184,13 @@ def is_state_dict(content: dict[Any, Any]) -> bool:
     )
 
 
-def tensor_table(state: object, path: Path) -> Table:
-    """Return shape and dtype of each tensor in a state dict; raise DataError if it has others."""
+def of_torch(state: object, path: Path) -> Tensors:
+    """Return the tensors of a state dict, which will be read as float32.
+
+    Raises:
+        DataError: it holds anything else, or tensors larger than memory: a pickle may say any
+            shape, where all rows are the same numbers of the file.
+    """
     import torch
 
     if not isinstance(state, dict) or not all(
@@ -195,12 +201,17 @@ def tensor_table(state: object, path: Path) -> Table:
         for name, value in state.items()
     ):
         raise DataError(f"not a state dict of dense tensors ({path})")
+    size = 4 * sum(value.numel() for value in state.values())
+    require_memory(size, f"{path}: a model of these tensors")
+
+    def read(tensor: torch.Tensor) -> np.ndarray:
+        array: np.ndarray = tensor.detach().float().resolve_neg().numpy()  # a sign may be a mark
+        return array
+
     return {
-        name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        name: Tensor(
+            *(tuple(value.shape), str(value.dtype).removeprefix("torch.")),
+            functools.partial(read, value),
+        )
         for name, value in state.items()
     }
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """Return a tensor of floats as an array of float32."""
-    return tensor.detach().float().resolve_neg().numpy()  # whose sign may be a mere mark
