@@ -238,6 +238,7 @@ CONTRADICTIONS = {
     "activation_function": "relu",
     "layer_norm_epsilon": 1e-6,
     "scale_attn_weights": False,
+    "norm_first": False,
     "scale_attn_by_inverse_layer_idx": True,
     "n_inner": 64,
     "use_rope": True,
@@ -311,6 +312,11 @@ def test_one_model_in_one_file(tmp_path: Path) -> None:
     assert "holds 2 models ('model', 'ema')" in refusal(path)
     averaged = {f"ema.{name}": tensor for name, tensor in state.items()}
     assert "begin in 2 ways" in refusal(write(tmp_path, {**state, **averaged}))
+    sizes = {"args": {"n_head": 8}, "config": HEADS}
+    text = refusal(write(tmp_path, {"model": state, **sizes}))
+    assert f"n_head={twins.H} and n_head=8" in text
+    given = {"model": state, **sizes, "model_args": HEADS}
+    assert sources.open_source(str(write(tmp_path, given)), PICKLE).cfg.n_head == twins.H
     twice = {**other, "wte.weight": other["tok_emb.weight"] + 1}
     assert "wte.weight is stored twice" in refusal(write(tmp_path, twice))
     ties = {**HEADS, "tie_weights": False, "tie_head": True}

@@ -99,9 +99,9 @@ COUNTED = {"expert", "experts", "moe", "rotary"}  # 0 of these is none
 # What GPT-2 has, so that false is the change; null leaves it open.
 MUST_BE_TRUE = {
     *("absolute_position_embeddings", "causal", "do_layer_norm_before", "is_causal"),
-    *("learned_pos_emb", "normalize_before", "pre_layernorm", "pre_norm", "prenorm"),
-    *("scale_attention", "scale_attn", "scale_attn_weights", "tie_embeddings", "tie_lm_head"),
-    *("tie_weights", "tie_word_embeddings", "use_absolute_position_embeddings"),
+    *("learned_pos_emb", "norm_first", "normalize_before", "pre_layernorm", "pre_ln", "pre_norm"),
+    *("prenorm", "scale_attention", "scale_attn", "scale_attn_weights", "tie_embeddings"),
+    *("tie_lm_head", "tie_weights", "tie_word_embeddings", "use_absolute_position_embeddings"),
     *("use_causal_mask", "use_position_embeddings"),
 }
 # Other architectures' names of what GPT-2 has: they must agree with its own.
