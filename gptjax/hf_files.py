@@ -27,6 +27,10 @@ from gptjax.tokenizer import GPT2Tokenizer, Tokenizer
 from gptjax.tokens import END_OF_TEXT
 
 LIMIT = 2**27  # bytes of a file
+SAVE_IT = (
+    "save a tokenizer.json by transformers' "
+    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
 # Beginnings of tokenizer_class: of the byte-level BPE in vocab.json, of the WordPiece in vocab.txt.
 BPES = ("GPT2", "Roberta", "Bart", "Longformer", "PreTrainedTokenizerFast", "TokenizersBackend")
 WORDPIECES = ("Bert", "DistilBert", "Electra", "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -66,11 +70,14 @@ def read_hf_folder(folder: Path, n_ids: int | None = None) -> Tokenizer | None:
             return GPT2Tokenizer(tokens, str(folder), files)  # whose ranks say the merges
         library = make_library(files)
         vocabulary(library)
-        changed = set_prefix(library, files) | add_tokens(library, files, n_ids)
+        before = library.to_str()
+        set_prefix(library, files)
+        add_tokens(library, files, n_ids)
         if tokens := own_gpt2(library, files):
             return GPT2Tokenizer(tokens, str(folder), files)
-        as_it_is = "" if changed else files.get("tokenizer.json", "")
-        return HFTokenizer(as_it_is or library.to_str(), files)
+        text = library.to_str()
+        as_it_is = files.get("tokenizer.json") if text == before else None
+        return HFTokenizer(as_it_is or text, files)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = str(error) if isinstance(error, DataError) else repr(error)
         raise DataError(f"cannot read the tokenizer ({folder}): {reason}") from error
@@ -88,64 +95,55 @@ def read_text(path: Path) -> str:
 
 def make_library(files: Mapping[str, str]) -> Library:
     """Return the library's tokenizer of the first vocabulary among the files."""
-    said = read_object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
     if "tokenizer.json" in files:
         return read_library(files["tokenizer.json"])
     if "vocab.json" in files and "merges.txt" in files:
-        require_class(said, BPES, "vocab.json")
-        return make_bpe(files, said.get("add_prefix_space") is True)
+        require_class(files, BPES, "vocab.json")
+        return make_bpe(files)
     if "vocab.txt" in files:
-        require_class(said, WORDPIECES, "vocab.txt")
-        return make_wordpiece(files, said)
+        require_class(files, WORDPIECES, "vocab.txt")
+        return make_wordpiece(files)
     found = next(name for name in VOCABULARIES if name in files)
     what = "is of SentencePiece" if found in SENTENCEPIECE else "alone does not say how it is used"
-    raise DataError(
-        f"{found} {what}; save a tokenizer.json by transformers' "
-        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-    )
+    raise DataError(f"{found} {what}; {SAVE_IT}")
 
 
-def set_prefix(library: Library, files: Mapping[str, str]) -> bool:
-    """Obey add_prefix_space of tokenizer_config.json, as transformers' GPT2Tokenizer does.
-
-    Returns:
-        Whether that changed anything.
-    """
-    said = read_object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
-    wanted, words = said.get("add_prefix_space"), library.pre_tokenizer
-    is_gpt2 = str(said.get("tokenizer_class")).startswith("GPT2")
-    if not is_gpt2 or type(wanted) is not bool or not isinstance(words, pre_tokenizers.ByteLevel):
-        return False
-    changed = words.add_prefix_space != wanted
-    words.add_prefix_space = wanted
-    return changed
+def read_config(files: Mapping[str, str]) -> dict[str, Any]:
+    """Return what tokenizer_config.json says."""
+    return read_object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
 
 
-def require_class(said: Mapping[str, Any], known: tuple[str, ...], file: str) -> None:
+def require_class(files: Mapping[str, str], known: tuple[str, ...], file: str) -> None:
     """Raise DataError if tokenizer_config.json names a tokenizer that uses a file otherwise."""
-    named = said.get("tokenizer_class")
+    named = read_config(files).get("tokenizer_class")
     if named is not None and not str(named).startswith(known):
-        raise DataError(
-            f"tokenizer_class={named!r} uses {file} in a way of its own; save a tokenizer.json by "
-            "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
+        raise DataError(f"tokenizer_class={named!r} uses {file} in a way of its own; {SAVE_IT}")
 
 
-def make_bpe(files: Mapping[str, str], add_prefix_space: bool) -> Library:
+def set_prefix(library: Library, files: Mapping[str, str]) -> None:
+    """Obey add_prefix_space of tokenizer_config.json where transformers' GPT2Tokenizer does."""
+    said, words = read_config(files), library.pre_tokenizer
+    wanted = said.get("add_prefix_space")
+    is_gpt2 = str(said.get("tokenizer_class")).startswith("GPT2") or "tokenizer.json" not in files
+    if is_gpt2 and type(wanted) is bool and isinstance(words, pre_tokenizers.ByteLevel):
+        words.add_prefix_space = wanted
+
+
+def make_bpe(files: Mapping[str, str]) -> Library:
     """Return a byte-level BPE as transformers' GPT2Tokenizer makes it."""
     vocab = read_object(files["vocab.json"], "vocab.json")
     lines = [line for line in files["merges.txt"].split("\n") if not line.startswith("#version")]
     merges: Any = [tuple(line.split()) for line in lines if line.strip()]
     with refusing("vocab.json and merges.txt are no BPE"):
-        made = ByteLevelBPETokenizer(vocab, merges, add_prefix_space=add_prefix_space)
-        return read_library(made.to_str())
+        return read_library(ByteLevelBPETokenizer(vocab, merges).to_str())
 
 
-def make_wordpiece(files: Mapping[str, str], said: Mapping[str, Any]) -> Library:
+def make_wordpiece(files: Mapping[str, str]) -> Library:
     """Return a WordPiece as transformers' BertTokenizer makes it."""
     words = files["vocab.txt"].removesuffix("\n").split("\n")
     vocab = {word.rstrip("\r"): i for i, word in enumerate(words)}
     named: dict[str, Any] = {n: token for n, token in special_tokens(files).items() if n in BERTS}
+    said = read_config(files)
     accents = said.get("strip_accents")
     with refusing("vocab.txt is no WordPiece"):
         made = BertWordPieceTokenizer(
@@ -163,7 +161,7 @@ def make_wordpiece(files: Mapping[str, str], said: Mapping[str, Any]) -> Library
 
 def listed_tokens(files: Mapping[str, str]) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Yield the added tokens that the files list, with their ids, and those they name, without."""
-    config = read_object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
+    config = read_config(files)
     special = special_tokens(files)
     ids = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
     for content, i in read_object(
@@ -189,16 +187,12 @@ def listed_tokens(files: Mapping[str, str]) -> Iterator[tuple[int | None, dict[s
             yield None, {"content": str(one), "special": True}
 
 
-def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) -> bool:
+def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) -> None:
     """Add the listed tokens that the vocabulary lacks, and mark those in it as they are listed.
-
-    Returns:
-        Whether anything changed.
 
     Raises:
         DataError: a token has another id, or cannot have the one that it is listed with.
     """
-    changed = False
     with refusing("cannot add the tokens"):
         for wanted, fields in listed_tokens(files):
             content = fields["content"]
@@ -213,11 +207,9 @@ def add_tokens(library: Library, files: Mapping[str, str], n_ids: int | None) ->
             flags["special"] = before.get("special") or flags.get("special", False)
             if added is None or flags != before:
                 library.add_tokens([AddedToken(content, **flags)])
-                changed = True
             found = library.token_to_id(content)
             if wanted is not None and found != wanted:
                 raise DataError(f"{content!r} is listed as id {wanted}, but gets id {found}")
-    return changed
 
 
 def token_flags(token: AddedToken) -> dict[str, bool]:

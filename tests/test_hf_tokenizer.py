@@ -360,7 +360,7 @@ def test_berts_vocabulary(tmp_path: Path) -> None:
             "tokenizer_class",
         ),
         ({"tokenizer.json": '{"version": "1.0"}'}, "not a tokenizer.json"),
-        ({"tokenizer.json": "{}", "tokenizer_config.json": "[]"}, "tokenizer_config.json"),
+        ({"vocab.txt": "a", "tokenizer_config.json": "[]"}, "tokenizer_config.json"),
     ],
 )
 def test_other_folders_say_what_to_do(tmp_path: Path, files: dict[str, str], said: str) -> None:
