@@ -72,6 +72,20 @@ def test_several_texts_are_parted_and_named_for_validation(tmp_path: Path) -> No
     assert tok.decode(loaded.tokenizer, loaded.val[0]).startswith("c_val")
 
 
+def test_validation_tokens_of_the_same_tokenizer_are_taken(made: Path, tmp_path: Path) -> None:
+    """Whatever files lie beside its tokenizer.json; those of another one are refused."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
+    (tmp_path / "hf" / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')
+    text, wanted = str(made.parent / "story.txt"), str(tmp_path / "hf")
+    loaded = load_dataset(text, block_size=8, tokenizer=wanted, val_dataset=str(made))
+    assert len(loaded.tokenizer.files) == 2 and loaded.val[0].size
+    argv = [text, "--vocab_size=270", f"--out_dir={tmp_path}/other"]
+    assert tokenize.main(argv) == 0
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        load_dataset(text, block_size=8, tokenizer=wanted, val_dataset=f"{tmp_path}/other")
+
+
 def test_what_is_refused(made: Path, tmp_path: Path) -> None:
     text = str(made.parent / "story.txt")
     for argv in ([], [text], [text, "--vocab_size=256"], [str(made), "--vocab_size=300"]):

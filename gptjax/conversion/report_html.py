@@ -19,7 +19,13 @@ import jax
 from gptjax.conversion import report
 from gptjax.conversion.report import Compared, number, share
 from gptjax.conversion.report_style import STYLE
-from gptjax.conversion.verify import KL_TOLERANCE, TOLERANCE, Check, first_failure
+from gptjax.conversion.verify import (
+    HALF_TOLERANCE,
+    KL_TOLERANCE,
+    TOLERANCE,
+    Check,
+    first_failure,
+)
 from gptjax.errors import OutputError
 from gptjax.files import replacing
 from gptjax.settings import require
@@ -255,7 +261,8 @@ def facts(compared: Compared, when: datetime.datetime) -> str:
             "allowed",
             f"weights: no difference; outputs and logits: {TOLERANCE:g} of the largest value, at "
             f"least of 1; gradients: {TOLERANCE:g} of the largest; KL divergence: "
-            f"{KL_TOLERANCE:g} nats per token; greedy text: the same tokens",
+            f"{KL_TOLERANCE:g} nats per token; greedy text: the same tokens; logits in bfloat16: "
+            f"{HALF_TOLERANCE:g} times PyTorch's own error",
         ),
         ("date", when.isoformat(sep=" ", timespec="seconds")),
         ("versions", versions()),

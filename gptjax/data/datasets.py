@@ -28,7 +28,7 @@ from gptjax.files import (
 )
 from gptjax.gpt2_files import load_gpt2_tokenizer
 from gptjax.meta_pickle import META, read_meta
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer
 from gptjax.tokenizer_files import named_tokenizer, read_folder
 
 Notify = Callable[[str], None]
@@ -236,7 +236,11 @@ def require_same(folder: Path, tokenizer: Tokenizer) -> None:
             f"--val_dataset: no tokenizer.json says what made the tokens in {folder}, and the "
             "training data's are characters; pass the text itself"
         )
-    if beside is not None and beside.to_json() != tokenizer.to_json():
+    if isinstance(beside, HFTokenizer) and isinstance(tokenizer, HFTokenizer):
+        same = beside.text == tokenizer.text  # whatever files lie beside it
+    else:
+        same = beside is None or beside.to_json() == tokenizer.to_json()
+    if beside is not None and not same:
         raise DataError(
             f"--val_dataset: the tokens in {folder} were made with another tokenizer "
             f"({beside.kind}) than the training data's ({tokenizer.kind}); pass the text itself"
