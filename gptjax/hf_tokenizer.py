@@ -35,7 +35,7 @@ class HFTokenizer(Tokenizer):
     nothing is lost; other kinds are decoded by the library, which puts spaces between words.
     """
 
-    kind = "tokenizers"
+    kind = "hf"
 
     def __init__(self, text: str, files: Mapping[str, str]) -> None:
         """Take a tokenizer.json's text, and by name those of all files to export.

@@ -224,7 +224,7 @@ READERS: dict[str, Callable[[Any], Tokenizer]] = {  # of the JSON object in the 
         fields.get("files"),
     ),
     "ids": lambda fields: IdsTokenizer(fields["n_vocab"]),
-    "tokenizers": lambda fields: HFTokenizer(
+    "hf": lambda fields: HFTokenizer(
         fields.get("tokenizer") or fields["files"]["tokenizer.json"], fields["files"]
     ),
 }

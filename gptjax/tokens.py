@@ -98,7 +98,7 @@ def fit(tokenizer: Tokenizer, n_vocab: int, said: Mapping[str, Mapping[str, Any]
     for file, fields in said.items():
         before = own if file == CONFIG else {**own, **config}
         if any(fields[name] != before.get(name) for name in fields) or (
-            file == CONFIG and tokenizer.kind == "tokenizers"
+            file == CONFIG and tokenizer.kind == "hf"
         ):
             fitted[file] = dict(fields)
     tokenizer.fitted = fitted

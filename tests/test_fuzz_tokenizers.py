@@ -39,7 +39,7 @@ def word_piece(folder: Path) -> None:
 def run(folder: Path) -> None:
     text = KINDS["WordLevel"]().to_str()
     files = {"tokenizer_config.json": '{"eos_token": "</s>"}', "vocab.txt": "a"}
-    fields = {"kind": "tokenizers", "tokenizer": text, "files": files}
+    fields = {"kind": "hf", "tokenizer": text, "files": files}
     model = {"n_ids": 20, "config.json": {"eos_token_id": [1]}, "generation_config.json": {}}
     (folder / "tokenizer.json").write_text(json.dumps({**fields, "model": model}))
 

@@ -217,7 +217,7 @@ def test_a_foreign_vocabulary(tmp_path: Path, kind: str) -> None:
         ids = made.encode(TEXT, allow_special=special).tolist()
         assert read.encode(TEXT, allow_special=special).tolist() == ids
         assert read.decode_bytes(ids) == TEXT.encode()
-    assert read.kind == ("gpt2" if kind == "gpt2" else "tokenizers")
+    assert read.kind == ("gpt2" if kind == "gpt2" else "hf")
     if kind == "gpt2":
         assert stored(read) == stored(made)
         assert values["tokenizer.ggml.tokens"][:2] == ["!", '"']  # type: ignore[index]

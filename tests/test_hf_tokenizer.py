@@ -281,7 +281,7 @@ def test_another_bpe(tmp_path: Path, add_prefix_space: bool) -> None:
     write_bpe(tmp_path, add_prefix_space=add_prefix_space, pad_token="<pad>")
     size = len(byte_vocab()) + 1
     ours = same_as_transformers(tmp_path, size + 1)
-    assert ours.eos == (size - 1,) and ours.kind == "tokenizers"
+    assert ours.eos == (size - 1,) and ours.kind == "hf"
     found = read_folder(tmp_path, size)
     assert found is not None and found.n_vocab == size  # the model has no row for <pad>
     assert named_tokenizer(str(tmp_path / "vocab.json"), ()).n_vocab == size
@@ -316,7 +316,7 @@ def test_gpt2_with_three_more_tokens_and_without(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps(more))
     ours = read_folder(tmp_path, 50260)
     assert ours is not None and (ours.kind, ours.n_vocab, ours.eos) == (
-        "tokenizers",
+        "hf",
         50260,
         (50256,),
     )
@@ -495,7 +495,7 @@ def test_what_uses_gpt2s_vocabulary_otherwise_is_run_by_the_library(
         fields["post_processor"]["special_tokens"] = {"<|endoftext|>": end}
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     found = read_folder(tmp_path, 50257)
-    assert found is not None and found.kind == "tokenizers"
+    assert found is not None and found.kind == "hf"
     assert found.eos == ((0,) if other == "eos" else (50256,))
 
 

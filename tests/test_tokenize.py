@@ -108,7 +108,7 @@ def test_a_run_keeps_its_tokenizer(
     argv = [f"--dataset={text}", f"--tokenizer={made}/tokenizer.json", f"--out_dir={tmp_path}/run"]
     config, given = read_settings([*argv, "--block_size=8", "--n_layer=1"])[:2]
     opened = open_run(config, tmp_path / "run", given)
-    assert opened.dataset.tokenizer.kind == "tokenizers"
+    assert opened.dataset.tokenizer.kind == "hf"
     assert opened.stored.tokenizer == "auto"
     assert opened.config.model.vocab_size == opened.dataset.tokenizer.n_vocab
     for wrong, said in (("gtp2", "did you mean gpt2"), (f"{tmp_path}/no", "no such tokenizer")):

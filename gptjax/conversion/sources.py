@@ -250,4 +250,7 @@ def open_adapter(folder: Path, config: SourceConfig) -> Source:
     revision = revision if isinstance(revision, str) else ""  # of the base, not the adapter's own
     theirs = dataclasses.replace(config, base="", sha256="", revision=revision)
     source = open_source(base, theirs)
+    if named and Path(str(named)).name != Path(base).name:
+        said = f"the adapter names {str(named)[:100]!r} as its base, not {base}"
+        source = source._replace(notes=(*source.notes, said))
     return lora.open_adapter(folder, source, config.allow_pickle, config.accepted())
