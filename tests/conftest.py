@@ -54,6 +54,7 @@ def restore_process() -> Iterator[None]:
     """The scripts set signal handlers and jax's cache for their own process."""
     handlers = {number: signal.getsignal(number) for number in cli.stop_signals()}
     compiled = jax.config.values["jax_compilation_cache_dir"]
+    signal.set_wakeup_fd(-1)  # a run that a fixture trained would end this process at two Ctrl-C
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
