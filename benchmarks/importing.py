@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from gptjax.config import GPTConfig
-from gptjax.conversion import huggingface, llmc
+from gptjax.conversion import gguf, huggingface, llmc
 from gptjax.conversion.hf_config import format_config
 from gptjax.conversion.tensors import LIMITS, is_linear, read_params, slots
+from gptjax.gpt2_files import load_gpt2_tokenizer
 from gptjax.presets import PRESETS
 from tests.test_tf_checkpoint import HEADER, block, entry, table
 
@@ -89,6 +90,14 @@ def write_llmc(folder: Path, cfg: GPTConfig) -> Path:
     return path
 
 
+def write_gguf(folder: Path, cfg: GPTConfig) -> Path:
+    """llama.cpp's, with GPT-2's vocabulary."""
+    path = folder / "model.gguf"
+    params = read_params(huggingface.open_folder(folder, False))
+    gguf.write_file(path, cfg, params, load_gpt2_tokenizer())
+    return path
+
+
 def write_tensorflow(folder: Path, cfg: GPTConfig) -> Path:
     """OpenAI's."""
     names = {"block_size": "n_ctx", "vocab_size": "n_vocab"}
@@ -117,6 +126,7 @@ FORMATS: dict[str, Callable[[Path, GPTConfig], Path]] = {
     "pytorch_model.bin": write_bin,
     "nanoGPT": write_nanogpt,
     "llm.c": write_llmc,
+    "GGUF": write_gguf,
     "TensorFlow": write_tensorflow,
 }
 PICKLED = ("pytorch_model.bin", "nanoGPT")
@@ -147,7 +157,7 @@ def measure(name: str, cfg: GPTConfig) -> tuple[int, float, int]:
         write_random(folder, cfg)
         path = FORMATS[name](folder, cfg)
         size = path.stat().st_size
-        source = path if name in ("nanoGPT", "llm.c") else folder
+        source = path if name in ("nanoGPT", "llm.c", "GGUF") else folder
         command = [sys.executable, str(ROOT / "convert_gpt2.py"), "import", str(source)]
         began = time.monotonic()
         peak = int(run_measured(*command, f"--out_dir={run}", "--allow_pickle")[-1])
