@@ -17,6 +17,7 @@ from gptjax.hf_tokenizer import (
     SENTENCEPIECE,
     VOCABULARIES,
     HFTokenizer,
+    check_vocabulary,
     read_library,
     read_object,
     refusing,
@@ -135,7 +136,9 @@ def make_bpe(files: Mapping[str, str]) -> Library:
     lines = [line for line in files["merges.txt"].split("\n") if not line.startswith("#version")]
     merges: Any = [tuple(line.split()) for line in lines if line.strip()]
     with refusing("vocab.json and merges.txt are no BPE"):
-        return read_library(ByteLevelBPETokenizer(vocab, merges).to_str())
+        made = ByteLevelBPETokenizer(vocab, merges)
+        check_vocabulary(made.get_vocab())
+        return read_library(made.to_str())
 
 
 def make_wordpiece(files: Mapping[str, str]) -> Library:

@@ -160,7 +160,11 @@ def read_library(text: str) -> Library:
 
 def vocabulary(library: Library) -> dict[str, int]:
     """Return the id of each token; DataError if there are none, or an id is not to be used."""
-    vocab = library.get_vocab(with_added_tokens=True)
+    return check_vocabulary(library.get_vocab(with_added_tokens=True))
+
+
+def check_vocabulary(vocab: dict[str, int]) -> dict[str, int]:
+    """Return the vocabulary; DataError if it is empty, or an id is not to be used."""
     size = max(vocab.values(), default=-1) + 1
     if not 0 < size <= LARGEST:  # the library would write out all ids between, one by one
         raise DataError(f"a vocabulary of {size} ids; expected 1 to {LARGEST:,}")

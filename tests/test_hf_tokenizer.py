@@ -646,3 +646,13 @@ def test_bytes_are_no_vocabulary_of_a_much_larger_model(tmp_path: Path) -> None:
             continue
         with pytest.raises(DataError, match="its tokenizer"):
             find_tokenizer(source, "byte", "")
+
+
+@pytest.mark.parametrize("largest", [2**31, 10**7])
+def test_an_id_beyond_belief_is_refused(tmp_path: Path, largest: int) -> None:
+    """The library would allocate all ids up to it, and end the process where it cannot."""
+    vocab = {letter: i for i, letter in enumerate(byte_alphabet())} | {"ab": largest}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(DataError, match=f"a vocabulary of {largest + 1} ids"):
+        read_folder(tmp_path)

@@ -315,6 +315,8 @@ def test_one_model_in_one_file(tmp_path: Path) -> None:
     sizes = {"args": {"n_head": 8}, "config": HEADS}
     text = refusal(write(tmp_path, {"model": state, **sizes}))
     assert f"n_head={twins.H} and n_head=8" in text
+    odd = {"model": state, "config": HEADS, "args": {"n_head": state["lm_head.weight"]}}
+    assert "n_head=" in refusal(write(tmp_path, odd))
     given = {"model": state, **sizes, "model_args": HEADS}
     assert sources.open_source(str(write(tmp_path, given)), PICKLE).cfg.n_head == twins.H
     twice = {**other, "wte.weight": other["tok_emb.weight"] + 1}

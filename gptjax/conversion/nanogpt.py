@@ -49,7 +49,7 @@ def open_file(
     sections = [plain(content[key]) for key in SECTIONS if plain(content.get(key))]
     heads = [n for section in sections if (n := about_model(section).get("n_head")) is not None]
     # nanoGPT's model_args count; its config has what was typed, which a resumed run overrides.
-    if "model_args" not in content and any(n != heads[0] for n in heads):
+    if "model_args" not in content and any(repr(n) != repr(heads[0]) for n in heads):
         said = " and ".join(f"n_head={n!r}" for n in heads)
         raise DataError(f"{path} says {said[:200]}; save it with one of them alone")
     if not state and is_state_dict(content):
