@@ -51,7 +51,8 @@ def open_file(
     # nanoGPT's model_args count; its config has what was typed, which a resumed run overrides.
     if "model_args" not in content and any(repr(n) != repr(heads[0]) for n in heads):
         said = " and ".join(f"n_head={n!r}" for n in heads)
-        raise DataError(f"{path} says {said[:200]}; save it with one of them alone")
+        said = " ".join(said.split())[:200]  # a tensor is written in several lines
+        raise DataError(f"{path} says {said}; save it with one of them alone")
     if not state and is_state_dict(content):
         state, sections = content, []
     if not state:
