@@ -116,7 +116,16 @@ def test_hf_shards(folder: Path, params: model.Params) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["../secret", "/etc/passwd", "sub/a", "..", "", "x\0.safetensors", "\ud800.safetensors"],
+    [
+        "../secret",
+        "/etc/passwd",
+        "sub/a",
+        "..",
+        "",
+        "x\0.safetensors",
+        "\ud800.safetensors",
+        "é" * 200,
+    ],
 )
 def test_shards_stay_in_their_folder(folder: Path, place: str) -> None:
     weight_map = shard(folder)

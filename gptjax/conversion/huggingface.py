@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     plain = Path(name).name == name and name not in ("", "..")
     try:
+        plain = plain and len(os.fsencode(name)) <= 255  # no file system has longer names
         ok = plain and path.resolve().is_relative_to(root)
     except (ValueError, OSError, RuntimeError):  # a NUL, a surrogate, a circle of links
         ok = False
