@@ -46,8 +46,8 @@ class HFTokenizer(Tokenizer):
             DataError: the library cannot read it, or an id is beyond belief.
         """
         self.text, self.files = text, checked_files(files)
-        self.library = read_library(text)
-        vocab = vocabulary(self.library)
+        self.backend = read_library(text)
+        vocab = vocabulary(self.backend)
         self.n_vocab = self.n_tokens = max(vocab.values()) + 1
         names = special_tokens(files)
         self.named = {f"{name}_id": vocab.get(names.get(name, "")) for name in BOS_EOS}
@@ -57,12 +57,12 @@ class HFTokenizer(Tokenizer):
         self.eos = () if end is None else (end,)
         first = vocab.get(names.get("cls_token", "[CLS]"))  # what begins a text for BERT
         self.start_id = next((i for i in (start, end, first) if i is not None), 0)
-        added = self.library.get_added_tokens_decoder()
-        self.joined = isinstance(self.library.decoder, decoders.ByteLevel)
+        added = self.backend.get_added_tokens_decoder()
+        self.joined = isinstance(self.backend.decoder, decoders.ByteLevel)
         self.utf8 = spell(vocab, {i: token.content for i, token in added.items()})
         self.waiting = {i for token, i in vocab.items() if BYTE_TOKEN.fullmatch(token)}
-        plain = self.joined and self.library.normalizer is None
-        words = self.library.pre_tokenizer
+        plain = self.joined and self.backend.normalizer is None
+        words = self.backend.pre_tokenizer
         at_spaces = plain and isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex
         at_spaces = at_spaces and not words.add_prefix_space  # which each part would get
         for token in added.values():
@@ -72,14 +72,14 @@ class HFTokenizer(Tokenizer):
         # Without a token for the unknown, BPE leaves out what it does not know, and says nothing.
         self.exact = plain
         self.silent = (
-            isinstance(self.library.model, models.BPE) and not self.library.model.unk_token
+            isinstance(self.backend.model, models.BPE) and not self.backend.model.unk_token
         )
         self.known: set[str] = set()  # characters that it does not leave out
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         """Return ids, (N,) int32."""
         to_utf8(text)
-        self.library.encode_special_tokens = not allow_special
+        self.backend.encode_special_tokens = not allow_special
         if self.silent:
             for char in sorted(set(text) - self.known):
                 self._require(char, text)
@@ -88,7 +88,7 @@ class HFTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         with refusing("the tokenizer cannot encode this text"):
-            return self.library.encode(text, add_special_tokens=False).ids
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def _require(self, char: str, text: str) -> None:
         """Raise DataError if a character of a text has no tokens, or not all of its bytes."""
@@ -109,16 +109,16 @@ class HFTokenizer(Tokenizer):
         if self.joined:
             return b"".join(self.utf8.get(i, b"") for i in ids)
         with refusing("the tokenizer cannot decode these ids"):
-            return self.library.decode(ids, skip_special_tokens=False).encode()
+            return self.backend.decode(ids, skip_special_tokens=False).encode()
 
     def token(self, i: int | None) -> str | None:
         """Return a token as the vocabulary spells it, None for no id."""
-        return None if i is None else self.library.id_to_token(i)
+        return None if i is None else self.backend.id_to_token(i)
 
     def added_to_a_text(self) -> list[str]:
         """Return the tokens that transformers puts around a text unless it is told not to."""
         with refusing("the tokenizer cannot encode a text"):
-            return self.library.encode("", add_special_tokens=True).tokens
+            return self.backend.encode("", add_special_tokens=True).tokens
 
     def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""

@@ -69,8 +69,8 @@ def test_what_the_file_cannot_say_is_in_ours(tmp_path: Path) -> None:
     tokens = [bpe.decode_bytes([i]) for i in range(280)]
     assert llmc_vocabulary.write(tmp_path / "x", bpe) == (True, False)
     assert (tmp_path / "x").read_bytes() == by_hand(tokens + 20 * [b"\0"])
-    bpe.library.add_tokens(["a" * 256])
-    longer = HFTokenizer(bpe.library.to_str(), {})
+    bpe.backend.add_tokens(["a" * 256])
+    longer = HFTokenizer(bpe.backend.to_str(), {})
     for tokenizer in (words(), longer):
         assert llmc_vocabulary.write(tmp_path / "y", tokenizer) == (False, False)
         assert not (tmp_path / "y").exists()

@@ -105,7 +105,7 @@ def as_bpe(tokenizer: Tokenizer) -> Bpe | None:
     # Where a text may be cut at spaces, GPT-2's pattern does so, and nothing changes the text.
     if not isinstance(tokenizer, HFTokenizer) or tokenizer.cuts != "spaces":
         return None
-    fields = json.loads(tokenizer.library.to_str())
+    fields = json.loads(tokenizer.backend.to_str())
     model, added = fields["model"], fields["added_tokens"]
     odd = [model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
     odd += [model.get("ignore_merges"), fields["pre_tokenizer"]["add_prefix_space"]]
