@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from exercises import Exercise
 
-from gptjax import attention, model
+from gptjax import attention, blocks, model
 from gptjax.config import GPTConfig
 from gptjax.presets import PRESETS
 
@@ -82,7 +82,9 @@ EXERCISES = {
         mistake=30_720_000,
     ),
     "1.5": Exercise(
-        is_right=lambda answer: is_close(answer, model.INIT_STD / math.sqrt(2 * XL.n_layer), 0.025),
+        is_right=lambda answer: is_close(
+            answer, blocks.INIT_STD / math.sqrt(2 * XL.n_layer), 0.025
+        ),
         hint="Each of the 48 blocks writes into the residual stream twice.",
         answer=0.02 / math.sqrt(2 * 48),
         mistake=0.02 / math.sqrt(48),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from exercises import Exercise
 
-from gptjax import attention, model
+from gptjax import attention, blocks, model
 from gptjax.config import GPTConfig
 from gptjax.conversion.tensors import is_linear, slots
 
@@ -38,7 +38,7 @@ def is_split(answer: Any) -> bool:
     )
     c_proj = {"kernel": jnp.eye(D), "bias": jnp.zeros(D)}
     attn = {"c_attn": {"kernel": kernel, "bias": bias}, "c_proj": c_proj}
-    block = model.CausalSelfAttention(cfg, train=False)
+    block = blocks.CausalSelfAttention(cfg, train=False)
     expected_BTD, _ = block.apply({"params": attn}, x_BTD)
     parts = [np.asarray(part) for part in answer(x_BTD.reshape(B * T, D) @ kernel + bias, H)]
     if [part.shape for part in parts] != [(B * T, H, K)] * 3:

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from gptjax import attention, functions, kv_cache, model
+from gptjax import attention, blocks, functions, kv_cache, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
@@ -505,7 +505,7 @@ PLANTED = {
         "gelu",
         with_gradient(functions.gelu_erf, lambda x, gradient: (gradient * functions._erf_gate(x),)),
     ),
-    "LayerNorm's moments taken for constants": (model, "layer_norm", norm_by_constants),
+    "LayerNorm's moments taken for constants": (blocks, "layer_norm", norm_by_constants),
     "shifted positions": (
         model.jnp,
         "broadcast_to",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gptjax import model, sampling
+from gptjax import blocks, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.conversion.common_rows import ROWS
 from gptjax.conversion.hf_config import stored_name
@@ -103,7 +103,7 @@ def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dic
     @jax.jit
     def run_block(layer: model.Params, x_BTD: jax.Array) -> tuple[jax.Array, model.Params]:
         variables = {"params": layer}
-        (y_BTD, _), kept = model.Block(cfg).apply(
+        (y_BTD, _), kept = blocks.Block(cfg).apply(
             variables, x_BTD, capture_intermediates=True, mutable="intermediates"
         )
         return y_BTD, kept["intermediates"]
@@ -116,7 +116,7 @@ def activations(cfg: GPTConfig, params: model.Params, tokens: np.ndarray) -> dic
             output = kept[name]["__call__"][0]
             found[f"h.{i}.{name}"] = output[0] if name == "attn" else output
         found[f"h.{i}"] = x_BTD
-    found["ln_f"] = model.apply(model.LayerNorm(cfg), params["ln_f"], x_BTD)
+    found["ln_f"] = model.apply(blocks.LayerNorm(cfg), params["ln_f"], x_BTD)
     return {name: np.asarray(value) for name, value in found.items()}
 
 

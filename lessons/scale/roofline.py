@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from gptjax import functions, model
+from gptjax import functions
 from gptjax.config import TrainConfig
 from gptjax.training.metrics import PEAK_FLOPS
 from gptjax.training.optimizer import make_optimizer
@@ -68,7 +68,7 @@ def measure(quick: bool) -> Measured:
         return wte_VD[tokens_N] + wpe_ND
 
     def normalize(x_ND: Array) -> Array:
-        return model.layer_norm(x_ND, jnp.ones(D))
+        return functions.layer_norm(x_ND, jnp.ones(D))
 
     def head(n: int) -> Operation:
         return Operation(logits, (x_ND[:n], wte_VD), 2 * n * D * V, n * D + D * V + n * V)

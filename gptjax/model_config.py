@@ -1,0 +1,81 @@
+"""The settings of the model, as fields of a frozen dataclass that refuses values out of range."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.settings import architecture, experiment, require, require_range, run
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Activation = Literal["gelu_tanh", "gelu"]
+Attention = Literal["auto", "xla", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The model. The defaults are GPT-2 124M."""
+
+    n_layer: int = architecture(12, "Number of transformer blocks (layers).", section="Model")
+    n_head: int = architecture(12, "Number of attention heads in each block; must divide n_embd.")
+    n_embd: int = architecture(768, "Width of the residual stream.")
+    block_size: int = architecture(1024, "Context length in tokens.")
+    vocab_size: int = architecture(
+        50257, "Size of the vocabulary. train.py takes the tokenizer's and refuses any other."
+    )
+    vocab_multiple: int = architecture(
+        128, "Pad the rows of the embedding to a multiple of this, for speed; 1 adds none."
+    )
+    bias: bool = architecture(True, "Whether linear layers and LayerNorms have biases.")
+    tie_head: bool = architecture(True, "Use the token embedding as head too, as GPT-2 does.")
+    activation: Activation = architecture(
+        "gelu_tanh",
+        "Activation function of the MLP: gelu_tanh is GPT-2's, gelu the exact form, nanoGPT's.",
+    )
+    dropout: float = experiment(0.0, "Probability of dropping an activation in training.")
+    dtype: DType = experiment(
+        "auto",
+        "Data type of the computation; parameters are float32 whatever it is. auto is bfloat16 on "
+        "a GPU or TPU, and float32 on a CPU.",
+    )
+    attention: Attention = run(
+        "auto",
+        "Implementation of attention. auto is cudnn on an NVIDIA GPU in half precision without "
+        "dropout, and xla elsewhere.",
+    )
+    unroll: int = run(
+        0, "Layers to unroll in the layer scan; 0 = all, which runs fastest; 1 compiles fastest."
+    )
+    remat: bool = run(
+        False,
+        "Recompute each block in the backward pass: less memory, about a third more computation. "
+        "On a CPU it saves memory only with unroll=1.",
+    )
+
+    def __post_init__(self) -> None:
+        require_range(self, "n_layer n_head n_embd block_size vocab_size vocab_multiple", 1)
+        require_range(self, "dropout", 0, 1, below=True)
+        ok, rule = 0 <= self.unroll <= self.n_layer, f"must be 0 to n_layer={self.n_layer}"
+        require(ok, "unroll", self.unroll, rule)
+        divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+        nearest = min(divisors, key=lambda h: abs(h - self.n_head))
+        require(
+            self.n_embd % self.n_head == 0,
+            "n_head",
+            self.n_head,
+            f"must divide n_embd={self.n_embd}; take --n_head={nearest}, or another --n_embd",
+        )
+        require(
+            self.attention != "cudnn" or self.dropout == 0,
+            "attention",
+            self.attention,
+            f"does not support --dropout={self.dropout}; take --attention=xla or --dropout=0",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: vocab_size rounded up to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
