@@ -294,7 +294,7 @@ def test_two_dimensions_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
     def linear(cfg: GPTConfig, x: jax.Array, features: int, name: str, *_: float) -> jax.Array:
         return nn.Dense(features, use_bias=cfg.bias, name=name)(x)
 
-    monkeypatch.setattr(model, "linear", linear)
+    monkeypatch.setattr(blocks, "linear", linear)
     jax.clear_caches()
     with pytest.raises(AssertionError):
         check_products_are_two_dimensional()
