@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from gptjax import collectives
 from gptjax.attention import ATTENTION, CACHED_ATTENTION
 from gptjax.config import GPTConfig
 from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
@@ -66,7 +67,9 @@ class CausalSelfAttention(nn.Module):
             # Its gradient is put together once then, not for each of the two products that read it:
             # 1 % of a GPT-2 step.
             qkv = jax.lax.optimization_barrier(qkv)
-        parts = jnp.split(qkv.reshape(B * T, 3 * D), 3, axis=1)
+        # 3D columns, or those of each device along `tensor`: see `collectives.by_heads`.
+        groups = collectives.axis_size("tensor")
+        parts = jnp.split(qkv.reshape(B * T, groups, 3 * D // groups), 3, axis=2)
         q, k, v = (part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in parts)
         if cache is None:
             key = self.make_rng("dropout") if dropout > 0 else None

@@ -28,6 +28,29 @@ COMPILE_CACHE = (
 DEBUG = "Show the traceback of an error instead of one line."
 
 
+MESH_AXES = ("data", "zero1", "fsdp", "tensor")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Return the devices along each axis of --mesh, 0 for those that are left.
+
+    Raises:
+        UsageError: it is not of the form `data:2,tensor:4`.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, colon, size = part.partition(":")
+        ok = name in MESH_AXES and name not in axes and (size.isdecimal() or not colon)
+        ok = ok and (int(size) > 0 if colon else 0 not in axes.values())
+        known = ", ".join(MESH_AXES)
+        rule = f"must be some of {known}, such as data:2,tensor:4; one may lack its size"
+        require(ok, "mesh", text, rule)
+        axes[name] = int(size or 0)
+    rule = "fsdp splits all that zero1 does; leave zero1 out"
+    require(not {"zero1", "fsdp"} <= set(axes), "mesh", text, rule)
+    return axes
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The settings of `train.py`, under nanoGPT's names where it has one."""
@@ -155,9 +178,11 @@ class TrainConfig:
         "", "Run a skipped step again: a file of the folder bad_steps in out_dir.", path=True
     )
 
-    strategy: Literal["data"] = run(
+    mesh: str = run(
         "data",
-        "Layout of arrays over the devices: data splits the batch and copies the weights.",
+        "How devices share the work, as axes with their sizes, such as data:2,tensor:4; an axis "
+        "without a size takes what is left. data splits the batch; zero1 also the optimizer's "
+        "state; fsdp also the parameters; tensor splits each layer.",
         section="Devices and processes",
     )
     steps_per_dispatch: int = run(
@@ -199,5 +224,6 @@ class TrainConfig:
             ok = math.isfinite(value := getattr(self, name)) and value > 0
             require(ok, name, value, "must be above 0 and finite")
         require_range(self, "min_lr", 0, self.learning_rate)
+        parse_mesh(self.mesh)
         rule = "training in float16 would need loss scaling; take bfloat16 or float32"
         require(self.model.dtype != "float16", "dtype", self.model.dtype, rule)

@@ -11,7 +11,7 @@ from gptjax.errors import UsageError
 from gptjax.settings import change, fields_of, require
 
 # A setting's name in older versions -> its name today, "" where there is none any more.
-RENAMED = {"loss_scale": "loss_axis"}
+RENAMED = {"loss_scale": "loss_axis", "strategy": ""}
 
 
 def to_json(config: TrainConfig) -> str:

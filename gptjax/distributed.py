@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptjax.config import TrainConfig
 from gptjax.errors import UsageError
-from gptjax.sharding import batch_sharding, replicated
+from gptjax.sharding import replicated
 
 
 class Cluster(NamedTuple):
@@ -85,7 +86,7 @@ class StopVote:
         """
         self.signals, self.n_local = signals, len(mesh.local_devices)
         self.alone = jax.process_count() == 1 if alone is None else alone
-        self.sharding = batch_sharding(mesh, axis=0)
+        self.sharding = NamedSharding(mesh, P(mesh.axis_names))
         self.largest = jax.jit(jnp.max, in_shardings=self.sharding, out_shardings=replicated(mesh))
         self.votes: list[jax.Array] = []  # cast and not counted yet, oldest first
         self.told = False  # by a signal to any process, and known to all of them

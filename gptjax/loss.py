@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from gptjax import collectives
 from gptjax.config import GPTConfig
-from gptjax.model import Params, head, hidden_states
+from gptjax.model import Params, head, hidden_states, param_shapes
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -37,6 +38,11 @@ def window_losses(
         (B, T) in float32, in nats.
     """
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
+    whole = param_shapes(cfg)
+    params = {
+        name: part if name == "h" else collectives.collect(part, whole[name], cfg)
+        for name, part in params.items()
+    }
     x_BTD, _ = hidden_states(cfg, params, tokens_BT, dropout_key=dropout_key)
     logits_NV = head(cfg, params, x_BTD.reshape(-1, cfg.n_embd), logits_dtype)
     return token_losses(logits_NV, targets_BT.reshape(-1)).reshape(targets_BT.shape)
@@ -71,11 +77,17 @@ def token_losses(logits_NV: Array, targets_N: Array) -> Array:
 
 
 def _forward(logits_NV: Array, targets_N: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    on_gpu = jax.default_backend() == "gpu"
-    logsumexp = one_pass_logsumexp if on_gpu else functools.partial(jax.nn.logsumexp, axis=1)
+    # Over `tensor` devices have columns of their own: neither groups of them nor a gather across.
+    is_split = collectives.axis_size("tensor") > 1
+    one_pass = jax.default_backend() == "gpu" and not is_split
+    logsumexp = one_pass_logsumexp if one_pass else functools.partial(jax.nn.logsumexp, axis=1)
     total_N = logsumexp(logits_NV.astype(jnp.float32))
-    target_logit_N1 = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)
-    return total_N - target_logit_N1[:, 0].astype(jnp.float32), (logits_NV, targets_N, total_N)
+    if is_split:
+        is_target_NV = jnp.arange(logits_NV.shape[1])[None] == targets_N[:, None]
+        target_logit_N = jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
+    else:
+        target_logit_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)[:, 0]
+    return total_N - target_logit_N.astype(jnp.float32), (logits_NV, targets_N, total_N)
 
 
 def _backward(saved: tuple[Array, Array, Array], gradient_N: Array) -> tuple[Array, None]:

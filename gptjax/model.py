@@ -28,6 +28,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from gptjax import collectives
 from gptjax.attention import choose_attention
 from gptjax.blocks import INIT_STD, Block, LayerNorm
 from gptjax.config import GPTConfig
@@ -130,6 +131,7 @@ def hidden_states(
         cache: keys and values of the tokens before these; T must fit behind them.
     """
     x_BTD = embed(cfg, params, tokens_BT, cache)
+    x_BTD = collectives.constrain(x_BTD)
     block = Block(cfg, train=dropout_key is not None)
     keys_L = None
     if dropout_key is not None:
@@ -145,15 +147,21 @@ def hidden_states(
             cache = cache.advance(tokens_BT.shape[1])
     else:
         assert cache is None, "decoding reads unstacked layers"
-        unroll, shape = cfg.unroll or cfg.n_layer, x_BTD.shape
+        unroll, shape, whole = cfg.unroll or cfg.n_layer, x_BTD.shape, param_shapes(cfg)["h"]
 
         def step(x_ND: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
-            x_BTD, _ = apply(block, layer[0], x_ND.reshape(shape), key=layer[1])
-            return x_BTD.reshape(x_ND.shape), None  # rows between blocks too: see `on_rows`
+            params = collectives.by_heads(collectives.collect(layer[0], whole, cfg))
+            x_BTD, _ = apply(block, params, x_ND.reshape(shape), key=layer[1])
+            x_ND = x_BTD.reshape(x_ND.shape)  # rows between blocks too: see `on_rows`
+            return collectives.constrain(x_ND), None
 
         if cfg.remat:
             # Unrolled, XLA would see the recomputed block beside the first and merge the two.
             step = jax.checkpoint(step, prevent_cse=unroll > 1)
+        elif collectives.axis_size("fsdp") > 1:
+            # Collected again for the gradient: else each device would keep all layers whole.
+            policy = jax.checkpoint_policies.save_anything_except_these_names(collectives.COLLECTED)
+            step = jax.checkpoint(step, prevent_cse=unroll > 1, policy=policy)
         rows_ND, layers = x_BTD.reshape(-1, cfg.n_embd), (params["h"], keys_L)
         x_BTD = jax.lax.scan(step, rows_ND, layers, unroll=unroll)[0].reshape(shape)
     return apply(LayerNorm(cfg), params["ln_f"], x_BTD), cache

@@ -36,6 +36,9 @@ class GPTConfig:
         "Data type of the computation; parameters are float32 whatever it is. auto is bfloat16 on "
         "a GPU or TPU, and float32 on a CPU.",
     )
+    reduce_dtype: Literal["float32", "bfloat16"] = experiment(
+        "float32", "Data type in which several devices add up their gradients."
+    )
     attention: Attention = run(
         "auto",
         "Implementation of attention. auto is cudnn on an NVIDIA GPU in half precision without "

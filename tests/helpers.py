@@ -11,7 +11,6 @@ from typing import Any, get_args
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from gptjax import model
 from gptjax.checkpoints.steps import saved_steps
@@ -82,13 +81,6 @@ def count_programs(jitted: Any) -> int:
 def need(name: str) -> Any:
     """A package that only some tests use; where it is missing, they are skipped."""
     return pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
-
-
-def split(path: str, shape: tuple[int, ...], n_devices: int) -> PartitionSpec:
-    """A strategy: the devices share each array along its longest axis that has equal parts."""
-    even = [axis for axis, size in enumerate(shape) if size % n_devices == 0]
-    longest = max(even, key=shape.__getitem__) if even else 0
-    return PartitionSpec(*[None] * longest, "data") if even else PartitionSpec()
 
 
 # ---- The scripts, as processes -------------------------------------------------------------------

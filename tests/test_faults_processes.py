@@ -123,34 +123,21 @@ def test_processes_compute_what_one_does(
     assert np.abs(difference).max() <= 1e-3
 
 
-SPLIT = """
-import sys, train
-from gptjax import sharding
-from gptjax.terminal import cli
-
-def split(*array):
-    from tests import helpers  # only now: it asks for JAX's devices
-    return helpers.split(*array)
-
-sharding.STRATEGIES["data"] = split
-sys.exit(cli.run(train.main, sys.argv[1:]))
-"""
-
-
 @slow
+@pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp"), (4, "zero1:2,tensor:2")])
 def test_processes_share_one_copy_of_the_state(
-    environment: Environment, start: tuple[str, ...]
+    environment: Environment, start: tuple[str, ...], count: int, mesh: str
 ) -> None:
     """No process has a whole array: they gather it to sample, to save, and to print its sha256."""
     ends = []
     for argv in ((*start, "--stop_step=20"), (start[-1], "--init_from=resume", "--stop_step=0")):
-        processes = start_processes(environment, 2, argv, ("-c", SPLIT))
+        processes = start_processes(environment, count, (*argv, f"--mesh={mesh}"))
         ends.append([process.communicate(timeout=240) for process in processes])
-        assert [process.returncode for process in processes] == [0, 0], ends
+        assert [process.returncode for process in processes] == [0] * count, ends
     resumed = digest(ends[1][0][0])
     out = Path(start[-1].partition("=")[2])
     shutil.rmtree(out)
-    processes = start_processes(environment, 2, start, ("-c", SPLIT))
+    processes = start_processes(environment, count, (*start, f"--mesh={mesh}"))
     whole = [process.communicate(timeout=240) for process in processes]
     assert digest(whole[0][0]) == resumed
     assert "---- sample after 40 steps" in whole[0][0]

@@ -15,7 +15,7 @@ from gptjax import attention, functions, presets, sharding, tokenizer
 from gptjax.__main__ import COMMANDS
 from gptjax.checkpoints.record import check_record
 from gptjax.commands import evaluate
-from gptjax.config import GPTConfig, SampleConfig, TrainConfig
+from gptjax.config import MESH_AXES, GPTConfig, SampleConfig, TrainConfig
 from gptjax.config_file import RENAMED, complete, load_config, to_json
 from gptjax.conversion import source_tokenizer
 from gptjax.data import datasets
@@ -86,12 +86,16 @@ def choices(config: Any, name: str) -> set[str]:
         ("attention", attention.ATTENTION),
         ("optimizer", optimizer.OPTIMIZERS),
         ("schedule", optimizer.SCHEDULES),
-        ("strategy", sharding.STRATEGIES),
+        ("reduce_dtype", {"float32": 4, "bfloat16": 2}),
         ("dtype", {"float32": 4, "bfloat16": 2, "float16": 2}),
     ],
 )
 def test_choices_are_the_keys(name: str, table: dict[str, Any]) -> None:
     assert choices(TrainConfig, name) == set(table)
+
+
+def test_axes_of_the_mesh_are_the_layouts() -> None:
+    assert tuple(sharding.LAYOUTS) == MESH_AXES
 
 
 def test_the_kinds_of_tokenizers_are_in_the_help() -> None:
@@ -110,7 +114,7 @@ def test_every_choice_is_compared_with_its_code() -> None:
     """
     used = {"decode_errors", "loss_axis", "distributed", *names(TrainConfig, architecture)}
     literals = {n for n, f in fields_of(TrainConfig).items() if get_origin(f.type) is Literal}
-    rows = {"activation", "attention", "optimizer", "schedule", "strategy", "dtype"}
+    rows = {"activation", "attention", "optimizer", "schedule", "reduce_dtype", "dtype"}
     assert literals <= rows | used and rows <= literals
     assert choices(convert_gpt2.VerifyConfig, "activation") == set(functions.ACTIVATIONS)
     assert choices(evaluate.EvaluateConfig, "dtype") < choices(TrainConfig, "dtype")

@@ -18,7 +18,7 @@ from gptjax import distributed, sharding
 from gptjax.checkpoints.record import make_record
 from gptjax.checkpoints.save import Saver
 from gptjax.checkpoints.steps import About
-from gptjax.config import TrainConfig
+from gptjax.config import TrainConfig, parse_mesh
 from gptjax.data.batches import sample_batch
 from gptjax.data.datasets import Dataset
 from gptjax.errors import DataError, DiskError, NonFiniteError, UsageError
@@ -39,7 +39,7 @@ from gptjax.training.start import (
 from gptjax.training.step import TrainState, abstract_state, digest, init_state, make_train_step
 from gptjax.training.validation import validate, write_sample
 
-from .helpers import split, tiny
+from .helpers import tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint16)
 CFG = tiny(vocab_size=256)
@@ -130,8 +130,8 @@ def test_the_feed_reads_what_the_steps_are_a_function_of() -> None:
 
 def test_rows_of_a_step_are_where_its_windows_come_from() -> None:
     config = change(gradient_accumulation_steps=2)
-    starts = step_starts(config, [TOKENS], 3, whole=True)
-    windows = step_windows(config, [TOKENS], [3], whole=True)
+    starts = step_starts(config, [TOKENS], 3)
+    windows = step_windows(config, [TOKENS], [3])
     assert windows.shape == (1, 2, 8, 17)
     for (shard, start), window in zip(starts, windows.reshape(-1, 17), strict=True):
         assert shard == 0
@@ -273,11 +273,10 @@ def save(run: TrainingRun, state: TrainState, step: int) -> None:
         saver.save(step, state.params, {"opt_state": state.opt_state, "guard": state.guard}, about)
 
 
-@pytest.mark.parametrize("strategy", [sharding.data, split])
-def test_what_is_restored_goes_on_as_if_nothing_had_been(
-    opened: TrainingRun, strategy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sharding.STRATEGIES, "data", strategy)
+@pytest.mark.parametrize("mesh", ["data", "fsdp:4,tensor:2"])
+def test_what_is_restored_goes_on_as_if_nothing_had_been(opened: TrainingRun, mesh: str) -> None:
+    devices = sharding.make_mesh(axes=parse_mesh(mesh))
+    opened = opened._replace(config=dataclasses.replace(opened.config, mesh=mesh), mesh=devices)
     uninterrupted, _ = take_steps(opened, 6)
     abstract = abstract_state(opened.config, opened.mesh)
     prepare_folder(opened, abstract, Progress(None, None, math.inf))
@@ -289,8 +288,7 @@ def test_what_is_restored_goes_on_as_if_nothing_had_been(
     assert digest(take_steps(again, 6)[0]) == digest(uninterrupted)
     few = dataclasses.replace(again.config, sample_tokens=1)  # written on one device
     assert write_sample(few, state.params, again.dataset.tokenizer, lambda: False)
-    monkeypatch.setitem(sharding.STRATEGIES, "data", sharding.data)  # another strategy goes on
-    other, _ = init_or_restore(again, abstract_state(again.config, again.mesh))
+    other, _ = init_or_restore(again, abstract_state(again.config, sharding.make_mesh()))
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(other))
     assert digest(other) == digest(state)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax import model, sharding
-from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config import GPTConfig, TrainConfig, parse_mesh
 from gptjax.training import faults
 from gptjax.training.step import (
     TrainState,
@@ -21,7 +21,7 @@ from gptjax.training.step import (
     make_train_step,
 )
 
-from .helpers import init_params, split, tiny
+from .helpers import init_params, tiny
 
 RNG = np.random.default_rng(0)
 WINDOWS = RNG.integers(0, 61, (16, 8, 17)).astype(np.int32)  # steps, rows, T + 1
@@ -32,6 +32,7 @@ def train(
     *,
     cfg: GPTConfig | None = None,
     n_devices: int = 1,
+    mesh: str = "data",
     fault: faults.Fault | None = None,
     **settings: Any,
 ) -> tuple[TrainState, list[float]]:
@@ -39,12 +40,12 @@ def train(
     cfg = cfg or tiny()
     fields = {"max_iters": 100, "warmup_iters": 0, "learning_rate": 1e-3, "seed": 5, **settings}
     config = TrainConfig(model=cfg, **fields)
-    mesh = sharding.make_mesh(jax.devices()[:n_devices])
-    abstract = abstract_state(config, mesh)
+    devices = sharding.make_mesh(jax.devices()[:n_devices], parse_mesh(mesh))
+    abstract = abstract_state(config, devices)
     state, step = init_state(config, abstract), make_train_step(config, abstract, fault)
     losses: list[float] = []
     for batch in windows:
-        state, metrics = step(state, sharding.place(batch, mesh, axis=2))
+        state, metrics = step(state, sharding.place(batch, devices, axis=2))
         losses += metrics["loss"].tolist()
     return state, losses
 
@@ -102,29 +103,22 @@ def test_devices_share_the_work(plain: tuple[TrainState, list[float]], n_devices
     assert_same(plain, (state, losses))
 
 
-def test_devices_share_the_state(
-    plain: tuple[TrainState, list[float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A strategy is a function in its table: step, optimizer and evaluation ask nothing else."""
-    monkeypatch.setitem(sharding.STRATEGIES, "data", split)
-    state, losses = train(PLAIN, n_devices=8)
-    large = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= 64]
-    assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in large)
-    assert_same(plain, (state, losses))
+def test_an_array_that_devices_share_is_put_together_for_sampling() -> None:
+    state, _ = train(PLAIN[:1], n_devices=8, mesh="fsdp")
+    assert not any(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     params = sharding.on_one_device(state.params)
     for found, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         assert len(found.sharding.device_set) == 1
         assert np.array_equal(found, leaf)
 
 
-def test_an_untied_head_is_trained_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untied_head_is_trained_and_split() -> None:
     cfg = tiny(tie_head=False)
     alone = train(PLAIN[:4], cfg=cfg, optimizer="muon")
     fresh = init_params(cfg, jax.random.key(5))["lm_head"]["embedding"]
     assert float(jnp.abs(alone[0].params["lm_head"]["embedding"] - fresh).max()) > 1e-3
-    monkeypatch.setitem(sharding.STRATEGIES, "data", split)
-    spread = train(PLAIN[:4], cfg=cfg, optimizer="muon", n_devices=8)
-    assert spread[0].params["lm_head"]["embedding"].addressable_shards[0].data.shape == (8, 32)
+    spread = train(PLAIN[:4], cfg=cfg, optimizer="muon", n_devices=8, mesh="fsdp:4,tensor:2")
+    assert spread[0].params["lm_head"]["embedding"].addressable_shards[0].data.shape == (32, 8)
     assert_same(alone, spread)
 
 

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 
-from gptjax.sharding import PyTree, fetch
+from gptjax.sharding import PyTree, is_spread, slabs
 
 Leaf = dict[str, list[int] | str]  # "shape", "dtype" and "sha256"
 Leaves = dict[str, Leaf]  # by path
@@ -25,16 +25,25 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 
 def leaf_digests(tree: PyTree) -> Leaves:
-    """Fetch the arrays of a tree; return shape, dtype and sha256 of every leaf by its path."""
+    """Return shape, dtype and sha256 of every leaf by its path.
 
-    def describe(leaf: np.ndarray) -> Leaf:
-        array = np.asarray(leaf)
-        sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256.hexdigest()}
+    The sha256 is of the values in C order, wherever they are. Of an array that is spread over
+    several processes these gather a slab at a time, so that none ever holds the whole; all of them
+    must call this.
+    """
 
-    leaves = fetch(jax.tree.leaves(tree))
+    def describe(leaf: jax.Array | np.ndarray) -> Leaf:
+        sha256 = hashlib.sha256()
+        for slab in slabs(leaf):
+            sha256.update(np.ascontiguousarray(slab).reshape(-1).view(np.uint8).data)
+        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": sha256.hexdigest()}
+
+    leaves = [x if is_spread(x) else jax.device_get(x) for x in jax.tree.leaves(tree)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
-        return dict(zip(leaf_paths(tree), pool.map(describe, leaves), strict=True))
+        here = {i: pool.submit(describe, x) for i, x in enumerate(leaves) if not is_spread(x)}
+        # The processes gather together, so in the same order.
+        found = [describe(x) if is_spread(x) else here[i].result() for i, x in enumerate(leaves)]
+    return dict(zip(leaf_paths(tree), found, strict=True))
 
 
 def first_difference(found: Leaves, wanted: Leaves) -> str | None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo as Saved
@@ -34,7 +33,7 @@ from gptjax.errors import CheckpointError, DiskError, NonFiniteError, first_line
 from gptjax.files import folder_bytes
 from gptjax.memory import megabytes, tree_bytes
 from gptjax.model import Params
-from gptjax.sharding import PyTree, all_agree, fetch
+from gptjax.sharding import PyTree, all_agree, all_finite
 
 STRIKES = 3  # saves that may fail one after another, as on a full disk, before a run gives up
 
@@ -135,12 +134,10 @@ class Saver:
             CheckpointError: orbax declined, because this step or a newer one is already there.
         """
         self.settle()
-        params_, extra_ = fetch((params, extra))
-        for leaf in jax.tree.leaves(params_):
-            if not np.isfinite(leaf).all():
-                raise NonFiniteError(f"step {step} is not saved: a parameter is NaN or infinite")
+        if not all_finite(params):
+            raise NonFiniteError(f"step {step} is not saved: a parameter is NaN or infinite")
         self.size = tree_bytes((params, extra))
-        leaves = leaf_digests({"params": params_} | ({} if extra is None else {"extra": extra_}))
+        leaves = leaf_digests({"params": params} | ({} if extra is None else {"extra": extra}))
         meta: Meta = {"format": FORMAT, "step": step, **about, "leaves": leaves}
         items = {
             "params": ocp_args.StandardSave(params),

@@ -17,7 +17,7 @@ from gptjax.training.plan import steps_of_next_call
 
 
 def step_starts(
-    config: TrainConfig, shards: Shards, step: int, *, whole: bool = False
+    config: TrainConfig, shards: Shards, step: int, share: tuple[int, int] = (0, 1)
 ) -> list[tuple[int, int]]:
     """Return (shard, start) of the A * B windows of a step, pass by pass.
 
@@ -25,7 +25,7 @@ def step_starts(
         config: the settings.
         shards: the token arrays that the windows are cut from.
         step: the number of the step.
-        whole: return the windows of all processes, else those of this one.
+        share: which part of each pass's rows, and how many parts there are.
     """
     passes = config.gradient_accumulation_steps
     return [
@@ -37,22 +37,22 @@ def step_starts(
             step=i,
             batch_size=config.batch_size,
             block_size=config.model.block_size,
-            process=0 if whole else jax.process_index(),
-            n_processes=1 if whole else jax.process_count(),
+            process=share[0],
+            n_processes=share[1],
         )
     ]
 
 
 def step_windows(
-    config: TrainConfig, shards: Shards, steps: Sequence[int], *, whole: bool = False
+    config: TrainConfig, shards: Shards, steps: Sequence[int], share: tuple[int, int] = (0, 1)
 ) -> np.ndarray:
-    """Return the windows (K, A, B, T+1), int32, of these steps.
+    """Return the windows (K, A, B, T+1), int32, of these steps; `share` as of `step_starts`.
 
     Raises:
         DataError: an id lies outside the vocabulary.
     """
     cfg = config.model
-    starts = [start for step in steps for start in step_starts(config, shards, step, whole=whole)]
+    starts = [start for step in steps for start in step_starts(config, shards, step, share)]
     windows = read_windows(shards, starts, cfg.block_size, cfg.vocab_size)
     shape = len(steps), config.gradient_accumulation_steps, -1, cfg.block_size + 1
     return windows.reshape(shape)
@@ -72,6 +72,7 @@ class BatchFeed:
         """Take the settings, the training split, the devices, and the steps of an ordinary call."""
         self.config, self.shards, self.mesh = config, shards, mesh
         self.per_call, self.fault = per_call, fault
+        self.share = sharding.batch_share(mesh)
 
     def windows(self, step: int) -> jax.Array | None:
         """Return the windows (K, A, B, T+1) of the call that begins with `step`; None at the end.
@@ -83,5 +84,5 @@ class BatchFeed:
         if count == 0:
             return None
         faults.maybe_fail(self.fault, step)
-        windows = step_windows(self.config, self.shards, range(step, step + count))
+        windows = step_windows(self.config, self.shards, range(step, step + count), self.share)
         return sharding.place(windows, self.mesh, axis=2)

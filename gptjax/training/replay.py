@@ -9,7 +9,13 @@ from gptjax.terminal.console import print_table
 from gptjax.training import bad_steps, faults
 from gptjax.training.feed import step_windows
 from gptjax.training.start import TrainingRun, init_or_restore
-from gptjax.training.step import abstract_state, loss_and_grad, make_train_step, norms_by_layer
+from gptjax.training.step import (
+    abstract_state,
+    dropout_keys,
+    make_loss_and_grad,
+    make_train_step,
+    norms_by_layer,
+)
 
 
 def replay(run: TrainingRun) -> int:
@@ -24,18 +30,20 @@ def replay(run: TrainingRun) -> int:
     abstract = abstract_state(config, run.mesh)
     memory.check_fits(abstract)
     state, _ = init_or_restore(run, abstract)
+    share = sharding.batch_share(run.mesh)
     train_step = make_train_step(config, abstract, run.fault)
     for i in range(int(state.step), step):
-        windows = step_windows(config, shards, [i])
+        windows = step_windows(config, shards, [i], share)
         state, _ = train_step(state, sharding.place(windows, run.mesh, axis=2))
-    windows = step_windows(config, shards, [step])[0]
-    same = bad_steps.windows_sha256(windows) == record["windows_sha256"]
+    tokens = bad_steps.windows_sha256(step_windows(config, shards, [step])[0])
+    same = tokens == record["windows_sha256"]
     print(f"step {step}: {'the same tokens' if same else 'OTHER TOKENS than recorded'}")
     params = state.params
-    dropout = config.model.dropout > 0
-    key = jax.random.fold_in(jax.random.key(config.seed), step) if dropout else None
-    compute = jax.jit(loss_and_grad, static_argnums=0)
-    loss, grads = compute(config.model, params, windows, key)
+    keys_AB = dropout_keys(config, step)
+    compute = jax.jit(make_loss_and_grad(config.model, abstract.params))
+    mine = step_windows(config, shards, [step], share)[0]
+    batch = params, sharding.place(mine, run.mesh, axis=1), keys_AB
+    loss, grads = compute(*batch)
     if (corrupt := faults.make_corrupt(run.fault)) is not None:
         loss, grads = corrupt(jnp.int32(step), loss, grads)
     print(f"loss {float(loss):.6g}, recorded {record['loss']}")
@@ -55,7 +63,7 @@ def replay(run: TrainingRun) -> int:
     )
     try:
         with jax.debug_nans(True), jax.debug_infs(True):
-            jax.block_until_ready(compute(config.model, params, windows, key))
+            jax.block_until_ready(compute(*batch))
         print("every value of the forward and backward pass is finite")
     except FloatingPointError as error:
         print(f"not finite: {' '.join(str(error).split())[:300]}")

@@ -132,8 +132,8 @@ class RunLog:
                 loss=float(now["loss"]),
                 grad_norm=float(now["grad_norm"]),
                 gradient_norms=norms,
-                rows=feed.step_starts(config, shards, step, whole=True),
-                windows=feed.step_windows(config, shards, [step], whole=True)[0],
+                rows=feed.step_starts(config, shards, step),
+                windows=feed.step_windows(config, shards, [step])[0],
             )
             allowed = [f"--allow_change={config.allow_change}"] * bool(config.allow_change)
             words = [f"--out_dir={self.run.run_dir}", f"--replay={path}", *allowed]

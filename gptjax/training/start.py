@@ -18,7 +18,7 @@ from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.run_folder import Run
 from gptjax.checkpoints.save import check_space
 from gptjax.checkpoints.steps import Meta, saved_steps, set_aside, step_folder
-from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config import GPTConfig, TrainConfig, parse_mesh
 from gptjax.config_file import load_config, to_json
 from gptjax.data.datasets import MAKERS, Dataset, load_dataset
 from gptjax.errors import UsageError
@@ -86,10 +86,11 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
     bad = bad_steps.read_bad_step(Path(config.replay)) if config.replay else None
     steps, source = origin.find_start(config, run_dir, bad)
     check_flags(config, given, steps, replaying=bad is not None)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(axes=parse_mesh(config.mesh))
     fixed, how = ({"batch_size"}, " with --allow_change=batch_size") if steps else (given, "")
-    config, batch_note = fit_batch(config, mesh.devices.size, fixed, how)
+    config, batch_note = fit_batch(config, sharding.batch_shards(mesh), fixed, how)
     cfg = config.model if source is None else origin.model_of_source(config, source, given)
+    sharding.require_equal_parts(mesh, cfg)
     console = TrainConsole(config.max_iters, quiet=jax.process_index() > 0)
     if batch_note:
         console.note(batch_note)

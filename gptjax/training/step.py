@@ -13,15 +13,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gptjax.checkpoints.hashes import json_sha256, leaf_digests
+from gptjax.collectives import mean_over_batch, per_device
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.loss import loss_fn, window_losses
 from gptjax.model import Params, init_params
 from gptjax.sharding import (
     abstract_tree,
+    batch_axes,
     batch_sharding,
     mesh_of,
+    over_batch,
     replicated,
     shardings_of,
     tree_shardings,
@@ -55,7 +59,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     This is what `init_state`, the compiled steps and a restore agree on.
     """
     shapes = jax.eval_shape(functools.partial(fresh_state, config), jax.random.key(0))
-    return abstract_tree(shapes, tree_shardings(mesh, config.strategy, shapes))
+    return abstract_tree(shapes, tree_shardings(mesh, shapes))
 
 
 def init_state(config: TrainConfig, abstract: TrainState) -> TrainState:
@@ -76,28 +80,74 @@ def init_state(config: TrainConfig, abstract: TrainState) -> TrainState:
 
 
 def loss_and_grad(
-    cfg: GPTConfig, params: Params, windows_ABT: Array, key: Array | None
+    cfg: GPTConfig, params: Params, windows_ABT: Array, keys_AB: Array | None
 ) -> tuple[Array, Params]:
-    """Return loss and gradient, averaged over A passes that share one float32 gradient tree."""
+    """Return loss and gradient, averaged over A passes that share one float32 gradient tree.
+
+    Args:
+        cfg: the model, without "auto".
+        params: its parameters.
+        windows_ABT: token ids (A, B, T+1).
+        keys_AB: the random key of each row's dropout; None without dropout.
+    """
     passes = windows_ABT.shape[0]
     value_and_grad = jax.value_and_grad(loss_fn, argnums=1)
-
-    def dropout_key(i: int | Array) -> Array | None:
-        return None if key is None else jax.random.fold_in(key, i)
-
     if passes == 1:
-        return value_and_grad(cfg, params, windows_ABT[0], dropout_key(0))
+        keys_B = None if keys_AB is None else keys_AB[0]
+        return value_and_grad(cfg, params, windows_ABT[0], keys_B)
 
     Sums = tuple[Array, Params]
 
-    def accumulate(carry: Sums, xs: tuple[Array, Array]) -> tuple[Sums, None]:
-        windows_BT, i = xs
-        new = value_and_grad(cfg, params, windows_BT, dropout_key(i))
+    def accumulate(carry: Sums, batch: tuple[Array, Array | None]) -> tuple[Sums, None]:
+        new = value_and_grad(cfg, params, *batch)
         return jax.tree.map(jnp.add, carry, new), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(accumulate, zeros, (windows_ABT, jnp.arange(passes)))
+    sums, _ = jax.lax.scan(accumulate, zeros, (windows_ABT, keys_AB))
     return jax.tree.map(lambda x: x / passes, sums)
+
+
+def dropout_keys(config: TrainConfig, step: int | Array) -> Array | None:
+    """Return the random keys (A, B) of the rows of a step; None without dropout.
+
+    A row's key is a function of the seed, the step and the row's number in it. So masks depend
+    neither on the devices nor on how a step is cut into passes.
+    """
+    if config.model.dropout == 0:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    passes, batch = config.gradient_accumulation_steps, config.batch_size
+    rows = jnp.arange(passes * batch).reshape(passes, batch)
+    return jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(rows)
+
+
+def make_loss_and_grad(
+    cfg: GPTConfig, abstract: Params
+) -> Callable[[Params, Array, Array | None], tuple[Array, Params]]:
+    """Return `loss_and_grad` for parameters and rows that lie on the devices of a mesh.
+
+    Each device computes with its rows in all passes; then the gradients are added, once. They come
+    in the layout of the optimizer's state.
+
+    Args:
+        cfg: the model, without "auto".
+        abstract: the parameters' shapes and shardings.
+    """
+    mesh = mesh_of(abstract)
+    params_specs = over_batch(shardings_of(abstract))
+    specs = over_batch(tree_shardings(mesh, abstract, "opt_state/"))
+    rows = P(None, batch_axes(mesh))
+
+    def on_device(
+        params: Params, windows_ABT: Array, keys_AB: Array | None
+    ) -> tuple[Array, Params]:
+        loss, grads = loss_and_grad(cfg, params, windows_ABT, keys_AB)
+        if mesh.size > 1:
+            loss = jax.lax.pmean(loss, batch_axes(mesh))
+            grads = mean_over_batch(cfg, mesh, grads, params_specs, specs)
+        return loss, grads
+
+    return per_device(on_device, mesh, (params_specs, rows, rows), (P(), specs))
 
 
 def make_train_step(
@@ -116,15 +166,14 @@ def make_train_step(
         abstract: as of `abstract_state`; the layouts of the state come from it.
         fault: strikes loss and gradient of some steps, for the tests.
     """
-    cfg, mesh = config.model, mesh_of(abstract)
+    mesh, shardings = mesh_of(abstract), shardings_of(abstract)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
+    mean_loss_and_grad = make_loss_and_grad(config.model, abstract.params)
     corrupt = make_corrupt(fault)
 
     def one_step(state: TrainState, windows_ABT: Array) -> tuple[TrainState, Metrics]:
-        key = None
-        if cfg.dropout > 0:
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, grads = loss_and_grad(cfg, state.params, windows_ABT, key)
+        keys_AB = dropout_keys(config, state.step)
+        loss, grads = mean_loss_and_grad(state.params, windows_ABT, keys_AB)
         if corrupt is not None:
             loss, grads = corrupt(state.step, loss, grads)
         grad_norm = optax.tree.norm(grads)
@@ -142,7 +191,10 @@ def make_train_step(
             "skipped": guard.skipped,
             "in_a_row": guard.in_a_row,
         }
-        return TrainState(state.step + 1, params, opt_state, guard), metrics
+        state = TrainState(state.step + 1, params, opt_state, guard)
+        if mesh.size > 1:
+            state = jax.lax.with_sharding_constraint(state, shardings)
+        return state, metrics
 
     def train_step(state: TrainState, windows_KABT: Array) -> tuple[TrainState, Metrics]:
         if windows_KABT.shape[0] == 1:
@@ -150,7 +202,6 @@ def make_train_step(
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(one_step, state, windows_KABT)
 
-    shardings = shardings_of(abstract)
     return jax.jit(
         train_step,
         donate_argnums=0,
@@ -166,9 +217,16 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
         cfg: the model, whose dropout is off here.
         abstract: the parameters' shapes and shardings.
     """
-    mesh = mesh_of(abstract)
-    return jax.jit(
+    mesh, shardings = mesh_of(abstract), shardings_of(abstract)
+    rows = P(batch_axes(mesh))
+    losses = per_device(
         lambda params, windows_BT: window_losses(cfg, params, windows_BT).mean(axis=1),
+        mesh,
+        (over_batch(shardings), rows),
+        rows,
+    )
+    return jax.jit(
+        losses,
         in_shardings=(shardings_of(abstract), batch_sharding(mesh, axis=0)),
         out_shardings=replicated(mesh),
     )

@@ -29,8 +29,9 @@ def validate(
         stopped: called before each batch; if it returns True, None is returned.
     """
     cfg, rows = config.model, config.batch_size
-    share = rows // jax.process_count()
-    first = share * jax.process_index()
+    index, count = sharding.batch_share(mesh)
+    share = rows // count
+    first = share * index
     starts = eval_windows(shards, cfg.block_size, config.eval_iters * rows)
     losses: list[jax.Array] = []
     for i in range(0, len(starts), rows):
