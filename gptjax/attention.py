@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gptjax.config import Attention
+from gptjax.dropout import drop, keep_mask
 from gptjax.errors import UsageError
 
 
@@ -18,7 +19,7 @@ def attend(
     positions_BT: Array,
     *,
     dropout: float = 0.0,
-    key: Array | None = None,
+    keys_B: Array | None = None,
 ) -> Array:
     """Return causal softmax(q k^T / sqrt(K)) v, the reference of all other implementations.
 
@@ -30,8 +31,8 @@ def attend(
         v_BSHK: values.
         positions_BT: position of each query, which sees the keys at s <= position. (1, T) serves
             all rows alike.
-        dropout: probability to drop an attention weight, where `key` is given.
-        key: random key of the dropout mask.
+        dropout: probability to drop an attention weight, where `keys_B` is given.
+        keys_B: random key of each row's dropout mask.
 
     Returns:
         (B, T, H, K) in q's dtype. Scores and softmax are float32.
@@ -42,9 +43,9 @@ def attend(
     index_111S = jnp.arange(k_BSHK.shape[1])[None, None, None]
     visible_B1TS = index_111S <= positions_BT[:, None, :, None]
     weights_BHTS = jax.nn.softmax(jnp.where(visible_B1TS, scores_BHTS, -jnp.inf))
-    if key is not None and dropout > 0:
-        keep = jax.random.bernoulli(key, 1 - dropout, weights_BHTS.shape)
-        weights_BHTS = jnp.where(keep, weights_BHTS / (1 - dropout), 0)
+    if keys_B is not None and dropout > 0:
+        keep_BHTS = keep_mask(keys_B, weights_BHTS.shape, dropout, positions_BT)
+        weights_BHTS = drop(weights_BHTS, keep_BHTS, dropout)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(q_BTHK.dtype), v_BSHK)
 
 
@@ -54,7 +55,7 @@ def attend_xla(
     v_BTHK: Array,
     *,
     dropout: float = 0.0,
-    key: Array | None = None,
+    keys_B: Array | None = None,
 ) -> Array:
     """Return the result of `attend` at positions 0..T-1, computed in blocks of queries.
 
@@ -66,12 +67,11 @@ def attend_xla(
     T = q_BTHK.shape[1]
     block = max(64, -(-T // 4))
     parts = []
-    for i, start in enumerate(range(0, T, block)):
+    for start in range(0, T, block):
         end = min(start + block, T)
         positions_1T = jnp.arange(start, end)[None]
-        block_key = None if key is None else jax.random.fold_in(key, i)
         q, k, v = q_BTHK[:, start:end], k_BTHK[:, :end], v_BTHK[:, :end]
-        parts.append(attend(q, k, v, positions_1T, dropout=dropout, key=block_key))
+        parts.append(attend(q, k, v, positions_1T, dropout=dropout, keys_B=keys_B))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -81,13 +81,13 @@ def attend_cudnn(
     v_BTHK: Array,
     *,
     dropout: float = 0.0,
-    key: Array | None = None,
+    keys_B: Array | None = None,
 ) -> Array:
     """Return the result of `attend` by cuDNN's flash attention, which never stores T x T scores.
 
     It runs in half precision on NVIDIA GPUs only, and has no dropout.
     """
-    assert dropout == 0 or key is None, "GPTConfig refuses cudnn with dropout"
+    assert dropout == 0 or keys_B is None, "GPTConfig refuses cudnn with dropout"
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
     )

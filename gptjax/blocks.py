@@ -1,6 +1,9 @@
 """The components of GPT-2 as functions and modules of x (B, T, D); `model` puts them together.
 
-B batch, T query time, N tokens in all (B*T), S context time, D width, H heads, K head dim, F = 4D.
+They drop activations where they are given random keys: one for each place, and each row in it.
+
+B batch, T query time, N tokens in all (B*T), S context time, D width, H heads, K head dim, F = 4D,
+P places of dropout.
 """
 
 import math
@@ -13,24 +16,22 @@ from jax import Array
 from gptjax import collectives
 from gptjax.attention import ATTENTION, CACHED_ATTENTION
 from gptjax.config import GPTConfig
+from gptjax.dropout import drop_rows
 from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
 from gptjax.kv_cache import KVCache
 
 INIT_STD = 0.02
 
 
-def linear(cfg: GPTConfig, x: Array, features: int, name: str, dropout: float = 0.0) -> Array:
-    """Return x W + b, (..., in) -> (..., features), with parameters of this name, then dropout.
+def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
+    """Return x W + b, (..., in) -> (..., features), with parameters of this name.
 
     The product is two-dimensional: XLA's weight gradients are up to twice as slow for (B, T, in).
     """
     std = INIT_STD / math.sqrt(2 * cfg.n_layer) if name == "c_proj" else INIT_STD
     normal = nn.initializers.normal(std)
     dense = nn.Dense(features, use_bias=cfg.bias, dtype=cfg.dtype, kernel_init=normal, name=name)
-    y_ND = dense(x.reshape(-1, x.shape[-1]))
-    if dropout > 0:
-        y_ND = nn.Dropout(dropout, deterministic=False)(y_ND)
-    return y_ND.reshape(*x.shape[:-1], features)
+    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 class LayerNorm(nn.Module):
@@ -53,15 +54,17 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention of each token to itself and to the tokens before it."""
 
     cfg: GPTConfig
-    train: bool
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTD: Array,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        keys_PB: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Return (B, T, D), and the cache with the tokens in its layer number `layer`."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
-        dropout = cfg.dropout if self.train else 0.0
         qkv = linear(cfg, x_BTD, 3 * D, "c_attn")
         if cache is None and jax.default_backend() == "gpu":
             # Its gradient is put together once then, not for each of the two products that read it:
@@ -72,42 +75,47 @@ class CausalSelfAttention(nn.Module):
         parts = jnp.split(qkv.reshape(B * T, groups, 3 * D // groups), 3, axis=2)
         q, k, v = (part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in parts)
         if cache is None:
-            key = self.make_rng("dropout") if dropout > 0 else None
-            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=dropout, key=key)
+            keys_B = None if keys_PB is None else keys_PB[0]
+            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=cfg.dropout, keys_B=keys_B)
         else:
             positions_BT = cache.positions(T)
             k, v, cache = cache.update(layer, k, v)
             y_BTHK = CACHED_ATTENTION[cfg.attention](q, k, v, positions_BT)
-        return linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj", dropout), cache
+        y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
+        return y_BTD if keys_PB is None else drop_rows(y_BTD, keys_PB[1], cfg.dropout), cache
 
 
 class MLP(nn.Module):
     """A network of two layers for each token by itself: widen to 4D, activation, narrow to D."""
 
     cfg: GPTConfig
-    train: bool
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, keys_B: Array | None = None) -> Array:
         """Return (B, T, D) for (B, T, D)."""
         cfg, D = self.cfg, x_BTD.shape[-1]
         x_BTF = on_rows(ACTIVATIONS[cfg.activation], linear(cfg, x_BTD, 4 * D, "c_fc"))
-        return linear(cfg, x_BTF, D, "c_proj", cfg.dropout if self.train else 0.0)
+        y_BTD = linear(cfg, x_BTF, D, "c_proj")
+        return y_BTD if keys_B is None else drop_rows(y_BTD, keys_B, cfg.dropout)
 
 
 class Block(nn.Module):
     """Attention, then MLP; each reads the normalised residual stream and adds to it."""
 
     cfg: GPTConfig
-    train: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTD: Array,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        keys_PB: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Return the output (B, T, D) of block number `layer`, and the cache with these tokens."""
-        attn = CausalSelfAttention(self.cfg, self.train, name="attn")
-        y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer)
+        attn = CausalSelfAttention(self.cfg, name="attn")
+        y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer, keys_PB)
         x_BTD = on_rows(jnp.add, x_BTD, y_BTD)
-        mlp = MLP(self.cfg, self.train, name="mlp")
-        return on_rows(jnp.add, x_BTD, mlp(LayerNorm(self.cfg, name="ln_2")(x_BTD))), cache
+        mlp, keys_B = MLP(self.cfg, name="mlp"), None if keys_PB is None else keys_PB[2]
+        y_BTD = mlp(LayerNorm(self.cfg, name="ln_2")(x_BTD), keys_B)
+        return on_rows(jnp.add, x_BTD, y_BTD), cache

@@ -31,7 +31,7 @@ def window_losses(
         cfg: the model, without "auto".
         params: its parameters.
         windows_BT: token ids (B, T+1).
-        dropout_key: random key; turns dropout on.
+        dropout_key: a random key for each row (B,); turns dropout on.
         logits_dtype: type in which the logits are stored.
 
     Returns:

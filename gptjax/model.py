@@ -14,7 +14,7 @@ The tree is the interface that optimizer, shardings, checkpoints and converter s
     lm_head/embedding (V, D)     its transpose is the head, if that is not tied (tie_head off)
 
 B batch, T query time, N tokens in all (B*T), S context time, D width, H heads, K head dim, F = 4D,
-V vocabulary (padded), L layers.
+V vocabulary (padded), L layers, P places of dropout in a layer.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from gptjax import collectives
 from gptjax.attention import choose_attention
 from gptjax.blocks import INIT_STD, Block, LayerNorm
 from gptjax.config import GPTConfig
+from gptjax.dropout import drop_rows, keys_of_places
 from gptjax.kv_cache import KVCache
 
 Params = dict[str, Any]
@@ -127,22 +128,22 @@ def hidden_states(
         cfg: the model, without "auto" (see `resolve`).
         params: the tree of this module's docstring; with a cache, `unstack_layers` of it.
         tokens_BT: ids below cfg.vocab_size (unchecked: JAX clamps or fills silently).
-        dropout_key: random key; turns dropout on. Not with a cache.
+        dropout_key: a random key for each row (B,), which alone decides what is dropped in this
+            row; turns dropout on. Not with a cache.
         cache: keys and values of the tokens before these; T must fit behind them.
     """
     x_BTD = embed(cfg, params, tokens_BT, cache)
     x_BTD = collectives.constrain(x_BTD)
-    block = Block(cfg, train=dropout_key is not None)
-    keys_L = None
-    if dropout_key is not None:
-        dropout_key, embed_key = jax.random.split(dropout_key)
-        x_BTD = apply(nn.Dropout(cfg.dropout, deterministic=False), {}, x_BTD, key=embed_key)
-        keys_L = jax.random.split(dropout_key, cfg.n_layer)
+    block, keys_LPB = Block(cfg), None
+    if dropout_key is not None and cfg.dropout > 0:
+        keys = keys_of_places(dropout_key, 1 + 3 * cfg.n_layer)  # embedding, then three in a block
+        x_BTD = drop_rows(x_BTD, keys[0], cfg.dropout)
+        keys_LPB = keys[1:].reshape(cfg.n_layer, 3, -1)
 
     if isinstance(params["h"], list):
         for i, layer in enumerate(params["h"]):
-            key = None if keys_L is None else keys_L[i]
-            x_BTD, cache = apply(block, layer, x_BTD, cache, i, key=key)
+            keys_PB = None if keys_LPB is None else keys_LPB[i]
+            x_BTD, cache = apply(block, layer, x_BTD, cache, i, keys_PB)
         if cache is not None:
             cache = cache.advance(tokens_BT.shape[1])
     else:
@@ -151,7 +152,7 @@ def hidden_states(
 
         def step(x_ND: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
             params = collectives.by_heads(collectives.collect(layer[0], whole, cfg))
-            x_BTD, _ = apply(block, params, x_ND.reshape(shape), key=layer[1])
+            x_BTD, _ = apply(block, params, x_ND.reshape(shape), None, 0, layer[1])
             x_ND = x_BTD.reshape(x_ND.shape)  # rows between blocks too: see `on_rows`
             return collectives.constrain(x_ND), None
 
@@ -162,14 +163,14 @@ def hidden_states(
             # Collected again for the gradient: else each device would keep all layers whole.
             policy = jax.checkpoint_policies.save_anything_except_these_names(collectives.COLLECTED)
             step = jax.checkpoint(step, prevent_cse=unroll > 1, policy=policy)
-        rows_ND, layers = x_BTD.reshape(-1, cfg.n_embd), (params["h"], keys_L)
+        rows_ND, layers = x_BTD.reshape(-1, cfg.n_embd), (params["h"], keys_LPB)
         x_BTD = jax.lax.scan(step, rows_ND, layers, unroll=unroll)[0].reshape(shape)
     return apply(LayerNorm(cfg), params["ln_f"], x_BTD), cache
 
 
-def apply(module: nn.Module, params: Params, *inputs: object, key: Array | None = None) -> Any:
-    """Return a module's output for these parameters and inputs; `key` is the key of dropout."""
-    return module.apply({"params": params}, *inputs, rngs={} if key is None else {"dropout": key})
+def apply(module: nn.Module, params: Params, *inputs: object) -> Any:
+    """Return a module's output for these parameters and inputs."""
+    return module.apply({"params": params}, *inputs)
 
 
 def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float32) -> Array:

@@ -38,7 +38,7 @@ def is_split(answer: Any) -> bool:
     )
     c_proj = {"kernel": jnp.eye(D), "bias": jnp.zeros(D)}
     attn = {"c_attn": {"kernel": kernel, "bias": bias}, "c_proj": c_proj}
-    block = blocks.CausalSelfAttention(cfg, train=False)
+    block = blocks.CausalSelfAttention(cfg)
     expected_BTD, _ = block.apply({"params": attn}, x_BTD)
     parts = [np.asarray(part) for part in answer(x_BTD.reshape(B * T, D) @ kernel + bias, H)]
     if [part.shape for part in parts] != [(B * T, H, K)] * 3:

@@ -110,7 +110,7 @@ def loss_and_grad(mesh: str, **changes: Any) -> tuple[jax.Array, Any]:
     params = jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
     compute = jax.jit(make_loss_and_grad(config.model, abstract.params))
     windows = sharding.place(WINDOWS[0, 0], devices, axis=1)
-    return compute(params, windows, dropout_keys(config, 3))
+    return compute(params, windows, dropout_keys(config, 3, (2, 8)))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -134,7 +134,7 @@ PLANTED = {
     "columns in GPT-2's order": ("collectives.by_heads", lambda layer: layer, "data:2,tensor:4"),
     "the same dropout for all": (
         "training.step.dropout_keys",
-        lambda config, step: jnp.broadcast_to(dropout_keys(config, step)[:, :1], (2, 8)),
+        lambda *args: jnp.broadcast_to(dropout_keys(*args)[:, :1], (2, 8)),
         "data:8",
     ),
 }

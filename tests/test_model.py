@@ -323,9 +323,8 @@ def test_dropout_comes_from_its_key_alone() -> None:
     cfg = tiny(dropout=0.3)
     params = scaled_params(cfg, jax.random.key(0))
     run = jax.jit(model.hidden_states, static_argnums=0)
-    first, again, other = (
-        run(cfg, params, TOKENS, dropout_key=jax.random.key(i))[0] for i in (1, 1, 2)
-    )
+    keys = [jax.random.split(jax.random.key(i), len(TOKENS)) for i in (1, 1, 2)]
+    first, again, other = (run(cfg, params, TOKENS, dropout_key=key)[0] for key in keys)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     without = dataclasses.replace(cfg, dropout=0.0)
@@ -358,7 +357,8 @@ def test_dropout_of_attention_keeps_the_mean(name: str) -> None:
     """What is kept is larger by as much: the weights still have the sum 1, on average."""
     q, k = jax.random.normal(jax.random.key(0), (2, 8, 200, 4, 8))
     attend = jax.jit(attention.ATTENTION[name], static_argnames="dropout")
-    sums = attend(q, k, jnp.ones_like(q), dropout=0.25, key=jax.random.key(1))[..., 0]
+    keys = jax.random.split(jax.random.key(1), len(q))
+    sums = attend(q, k, jnp.ones_like(q), dropout=0.25, keys_B=keys)[..., 0]
     assert abs(float(sums.mean()) - 1) <= 0.01
     assert float(sums[:, -1].std()) >= 0.05
 

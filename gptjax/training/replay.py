@@ -39,10 +39,10 @@ def replay(run: TrainingRun) -> int:
     same = tokens == record["windows_sha256"]
     print(f"step {step}: {'the same tokens' if same else 'OTHER TOKENS than recorded'}")
     params = state.params
-    keys_AB = dropout_keys(config, step)
     compute = jax.jit(make_loss_and_grad(config.model, abstract.params))
     mine = step_windows(config, shards, [step], share)[0]
-    batch = params, sharding.place(mine, run.mesh, axis=1), keys_AB
+    windows_ABT = sharding.place(mine, run.mesh, axis=1)
+    batch = params, windows_ABT, dropout_keys(config, step, windows_ABT.shape[:2])
     loss, grads = compute(*batch)
     if (corrupt := faults.make_corrupt(run.fault)) is not None:
         loss, grads = corrupt(jnp.int32(step), loss, grads)

@@ -5,6 +5,7 @@ K steps per call, A accumulated forward passes per step, B batch, T time; a wind
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,8 +108,8 @@ def loss_and_grad(
     return jax.tree.map(lambda x: x / passes, sums)
 
 
-def dropout_keys(config: TrainConfig, step: int | Array) -> Array | None:
-    """Return the random keys (A, B) of the rows of a step; None without dropout.
+def dropout_keys(config: TrainConfig, step: int | Array, shape: tuple[int, ...]) -> Array | None:
+    """Return the random keys of the rows of a step, of shape (A, B); None without dropout.
 
     A row's key is a function of the seed, the step and the row's number in it. So masks depend
     neither on the devices nor on how a step is cut into passes.
@@ -116,9 +117,8 @@ def dropout_keys(config: TrainConfig, step: int | Array) -> Array | None:
     if config.model.dropout == 0:
         return None
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    passes, batch = config.gradient_accumulation_steps, config.batch_size
-    rows = jnp.arange(passes * batch).reshape(passes, batch)
-    return jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(rows)
+    rows = jnp.arange(math.prod(shape))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(rows).reshape(shape)
 
 
 def make_loss_and_grad(
@@ -172,7 +172,7 @@ def make_train_step(
     corrupt = make_corrupt(fault)
 
     def one_step(state: TrainState, windows_ABT: Array) -> tuple[TrainState, Metrics]:
-        keys_AB = dropout_keys(config, state.step)
+        keys_AB = dropout_keys(config, state.step, windows_ABT.shape[:2])
         loss, grads = mean_loss_and_grad(state.params, windows_ABT, keys_AB)
         if corrupt is not None:
             loss, grads = corrupt(state.step, loss, grads)
