@@ -43,9 +43,14 @@ MESHES = {  # the mesh, and how many devices it takes
 
 
 def settings(mesh: str = "data", cfg: GPTConfig = CFG, **changes: Any) -> TrainConfig:
-    fields = {"max_iters": 100, "warmup_iters": 0, "learning_rate": 1e-3, "seed": 5, **changes}
-    batch = {"batch_size": 8, "gradient_accumulation_steps": 2}
-    return TrainConfig(model=cfg, mesh=mesh, **batch, **fields)
+    fields: dict[str, Any] = {
+        "max_iters": 100,
+        "warmup_iters": 0,
+        "learning_rate": 1e-3,
+        "seed": 5,
+        **changes,
+    }
+    return TrainConfig(model=cfg, mesh=mesh, batch_size=8, gradient_accumulation_steps=2, **fields)
 
 
 def make_mesh(mesh: str) -> jax.sharding.Mesh:
@@ -129,12 +134,18 @@ def test_gradients_are_added_in_the_dtype_asked_for() -> None:
         assert 1e-5 * scale < difference(exact, rounded) <= 1e-2 * scale
 
 
-PLANTED = {
+def same_keys(config: TrainConfig, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    keys_AB = dropout_keys(config, step, shape)
+    assert keys_AB is not None
+    return jnp.broadcast_to(keys_AB[:, :1], shape)
+
+
+PLANTED: dict[str, tuple[str, Any, str]] = {
     "a device's own gradient": ("training.step.mean_over_batch", lambda *args: args[2], "data:8"),
     "columns in GPT-2's order": ("collectives.by_heads", lambda layer: layer, "data:2,tensor:4"),
     "the same dropout for all": (
         "training.step.dropout_keys",
-        lambda *args: jnp.broadcast_to(dropout_keys(*args)[:, :1], (2, 8)),
+        same_keys,
         "data:8",
     ),
 }
@@ -175,7 +186,8 @@ def test_gradients_are_added_once_a_step() -> None:
     config = settings("data:8")
     abstract = abstract_state(config, make_mesh("data:8"))
     shape = jax.ShapeDtypeStruct((1, 2, 8, 17), np.int32)
-    text = make_train_step(config, abstract).lower(abstract, shape).as_text()
+    step: Any = make_train_step(config, abstract)
+    text = step.lower(abstract, shape).as_text()
     at_loop = text.index("stablehlo.while")
     loop = text[at_loop : text.index("stablehlo.return", text.index(" do {", at_loop))]
     assert "all_reduce" in text and "all_reduce" not in loop
