@@ -103,6 +103,26 @@ class TrainConfig:
         6e-4, "Peak learning rate of adamw; with muon, that of embeddings, biases and LayerNorms."
     )
     muon_learning_rate: float = run(0.02, "Peak learning rate of the matrices with muon.")
+    muon_qkv: Literal["apart", "whole"] = run(
+        "apart",
+        "apart orthogonalises the matrices of queries, keys and values one by one, in the data "
+        "type of the computation; whole takes them as one matrix and float32, as older runs did.",
+        older="whole",
+    )
+    muon_momentum_warmup: int = run(
+        0, "Number of updates over which the momentum of muon rises from 0.85 to 0.95; 0 = none."
+    )
+    embedding_learning_rate: float = run(
+        0.0, "Peak learning rate of the token and position embeddings; 0 = learning_rate."
+    )
+    vector_learning_rate: float = run(
+        0.0, "Peak learning rate of biases and LayerNorms; 0 = learning_rate."
+    )
+    zero_projections: bool = experiment(
+        False,
+        "Begin with zeros in the matrices through which a block adds to the residual stream "
+        "(c_proj), so that no block changes anything at first.",
+    )
     schedule: Literal["cosine", "wsd", "constant"] = run(
         "cosine",
         "Learning rate after the warmup: cosine falls to min_lr along a cosine; wsd stays at the "
@@ -160,7 +180,7 @@ class TrainConfig:
     allow_change: str = once(
         "",
         "What may differ from the run on resume, separated by commas: seed, batch_size, dtype, "
-        "gradient_accumulation_steps, dropout, data, tokenizer.",
+        "gradient_accumulation_steps, dropout, zero_projections, data, tokenizer.",
     )
     stop_step: int = once(0, "Save and stop after this step, whatever max_iters is; 0 = never.")
     resume_check: bool = once(
@@ -208,6 +228,8 @@ class TrainConfig:
         require_range(self, "max_iters eval_interval eval_iters sample_interval sample_tokens", 0)
         require_range(self, "checkpoint_interval steps_per_dispatch stop_step num_processes", 0)
         require_range(self, "skip_spikes warmup_iters lr_decay_iters weight_decay grad_clip", 0)
+        require_range(self, "muon_momentum_warmup embedding_learning_rate", 0)
+        require_range(self, "vector_learning_rate", 0)
         require_range(self, "seed", 0, 2**32 - 1)
         require_range(self, "resume_step process_id", -1)
         require_range(self, "beta1 beta2", 0, 1, below=True)

@@ -90,6 +90,15 @@ def test_decay(name: str, at_55: float, at_90: float, end: float) -> None:
     assert longer(100) > 0.5
 
 
+def test_wsd_may_fall_to_zero_all_the_way_from_the_warmup() -> None:
+    half = optimizer.make_schedule(config("wsd", min_lr=0, decay_fraction=0.5))
+    assert [float(half(step)) for step in (50, 75, 99, 100, 500)] == pytest.approx(
+        [1, 0.5, 0.02, 0, 0]
+    )
+    whole = optimizer.make_schedule(config("wsd", min_lr=0, decay_fraction=1))
+    assert [float(whole(step)) for step in (10, 55, 100)] == pytest.approx([1, 0.5, 0])
+
+
 def test_constant_stays() -> None:
     assert optimizer.make_schedule(config("constant"))(10_000) == pytest.approx(1)
 
@@ -103,6 +112,21 @@ def test_muon_has_its_own_peak() -> None:
     assert singular.max() / np.median(singular) < 2
     assert 0.01 < np.median(singular) < 0.04
     assert np.abs(updates["wte/embedding"]).max() == pytest.approx(6e-4, rel=0.01)
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_embeddings_and_vectors_may_have_rates_of_their_own(name: str) -> None:
+    def updates(**changes: float) -> dict[str, Any]:
+        config = TrainConfig(optimizer=name, warmup_iters=0, **changes)  # type: ignore[arg-type]
+        tx = optimizer.make_optimizer(config)
+        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), PARAMS)
+        return paths(jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)[0])
+
+    plain = updates()
+    own = updates(embedding_learning_rate=6e-3, vector_learning_rate=6e-5)
+    for path, update in own.items():
+        ratio = 10 if path.endswith("embedding") else 1 if path.endswith("kernel") else 0.1
+        assert np.abs(update - ratio * plain[path]).max() <= 1e-6, path
 
 
 # ---- Against PyTorch -----------------------------------------------------------------------------

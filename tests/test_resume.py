@@ -125,7 +125,14 @@ def test_the_lists_that_the_roles_make() -> None:
         *("activation", "optimizer"),
     }
     assert set(GUARDED) == {
-        *("seed", "batch_size", "gradient_accumulation_steps", "dtype", "dropout"),
+        *(
+            "seed",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "dtype",
+            "dropout",
+            "zero_projections",
+        ),
         *("data", "tokenizer"),
     }
     assert set(names(TrainConfig, once)) == {

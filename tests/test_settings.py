@@ -23,7 +23,7 @@ from gptjax.errors import UsageError
 from gptjax.sampler_config import SamplerConfig
 from gptjax.settings import Role, architecture, fields_of, flatten, names, once, run
 from gptjax.terminal import flags, nanogpt_flags
-from gptjax.training import optimizer
+from gptjax.training import muon, optimizer
 from gptjax.training.run_settings import read_settings
 
 from .test_resume import record
@@ -85,6 +85,7 @@ def choices(config: Any, name: str) -> set[str]:
         ("activation", functions.ACTIVATIONS),
         ("attention", attention.ATTENTION),
         ("optimizer", optimizer.OPTIMIZERS),
+        ("muon_qkv", muon.QKV_PARTS),
         ("schedule", optimizer.SCHEDULES),
         ("reduce_dtype", {"float32": 4, "bfloat16": 2}),
         ("dtype", {"float32": 4, "bfloat16": 2, "float16": 2}),
@@ -114,7 +115,9 @@ def test_every_choice_is_compared_with_its_code() -> None:
     """
     used = {"decode_errors", "loss_axis", "distributed", *names(TrainConfig, architecture)}
     literals = {n for n, f in fields_of(TrainConfig).items() if get_origin(f.type) is Literal}
-    rows = {"activation", "attention", "optimizer", "schedule", "reduce_dtype", "dtype"}
+    rows = {"activation", "attention", "optimizer", "muon_qkv", "schedule", "dtype"} | {
+        "reduce_dtype"
+    }
     assert literals <= rows | used and rows <= literals
     assert choices(convert_gpt2.VerifyConfig, "activation") == set(functions.ACTIVATIONS)
     assert choices(evaluate.EvaluateConfig, "dtype") < choices(TrainConfig, "dtype")

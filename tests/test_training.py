@@ -159,6 +159,20 @@ def test_overfits_one_batch(name: str) -> None:
     assert losses[-1] <= 0.05
 
 
+def test_zero_projections_make_blocks_that_change_nothing_at_first() -> None:
+    cfg = tiny()
+    config = TrainConfig(model=cfg, zero_projections=True)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    params = init_state(config, abstract_state(config, mesh)).params
+    tokens = jnp.asarray(WINDOWS[0, :, :-1])
+    without = {**params, "h": jax.tree.map(jnp.zeros_like, params["h"])}
+    found, wanted = (model.forward(cfg, p, tokens)[0][..., :61] for p in (params, without))
+    assert np.abs(np.asarray(found - wanted)).max() <= 1e-6
+    assert float(jnp.abs(params["h"]["mlp"]["c_fc"]["kernel"]).max()) > 0
+    fresh, last = (train(PLAIN, optimizer="muon", zero_projections=True)[1][i] for i in (0, -1))
+    assert last < fresh
+
+
 def test_evaluation_is_the_mean_loss_without_dropout() -> None:
     cfg = tiny(dropout=0.5)
     mesh = sharding.make_mesh(jax.devices()[:2])

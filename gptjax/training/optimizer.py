@@ -5,13 +5,15 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
 from gptjax.config import TrainConfig
 from gptjax.sharding import PyTree
+from gptjax.training.muon import scale_by_muon
 
 DECAYED = r"(kernel|embedding)$"  # by path: under the layer axis even a bias has two dimensions
 MATRICES = r"^h/.*kernel$"
+EMBEDDINGS = r"embedding$"
+VECTORS = r"(bias|scale)$"
 
 
 def match_paths(regex: str, tree: PyTree, match: object = True, other: object = False) -> PyTree:
@@ -40,10 +42,10 @@ def cosine(peak: float, config: TrainConfig) -> optax.Schedule:
 
 def wsd(peak: float, config: TrainConfig) -> optax.Schedule:
     """Return warmup-stable-decay: the peak, then a straight line to min_lr (Hu et al. 2024)."""
-    end = decay_end(config)
-    steps = max(1, round(config.decay_fraction * end))
+    end = decay_end(config) - config.warmup_iters
+    steps = max(1, min(end, round(config.decay_fraction * decay_end(config))))
     floor = peak * config.min_lr / config.learning_rate
-    begin = max(0, end - steps - config.warmup_iters)
+    begin = max(0, end - steps)
     return optax.linear_schedule(peak, floor, steps, transition_begin=begin)
 
 
@@ -88,16 +90,19 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def muon(config: TrainConfig) -> optax.GradientTransformation:
-    """Return Muon for the blocks' matrices, and `adamw` for everything else.
-
-    Muon orthogonalises momentum by Newton-Schulz steps (Jordan et al. 2024). The rest does not get
-    the Adam inside optax's muon, which would decay biases.
-    """
-    spec = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0: the layers
-    matrices = contrib.muon(
-        make_schedule(config, config.muon_learning_rate),
-        weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: spec, params),
+    """Return Muon for the blocks' matrices, and `adamw` for everything else."""
+    schedule = make_schedule(config, config.muon_learning_rate)
+    matrices = optax.chain(
+        scale_by_muon(config),
+        optax.identity(),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    # With an Adam of no parameters the state has the paths of optax.contrib.muon's, as older runs
+    # saved it.
+    matrices = optax.partition(
+        {"muon": matrices, "adam": optax.adamw(schedule)},
+        lambda params: jax.tree.map(lambda _: "muon", params),
     )
     return optax.partition(
         {"muon": matrices, "adamw": adamw(config)},
@@ -108,7 +113,33 @@ def muon(config: TrainConfig) -> optax.GradientTransformation:
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
+def with_rates_of_groups(
+    optimizer: optax.GradientTransformation, config: TrainConfig
+) -> optax.GradientTransformation:
+    """Return the optimizer with the learning rates of embeddings and vectors, and the same state.
+
+    An update is proportional to its learning rate, so it is multiplied by the ratio of the rates.
+    """
+    ratios = {
+        EMBEDDINGS: config.embedding_learning_rate / config.learning_rate,
+        VECTORS: config.vector_learning_rate / config.learning_rate,
+    }
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = optimizer.update(grads, state, params)
+        for regex, ratio in ratios.items():
+            if ratio > 0:
+                factors = match_paths(regex, updates, ratio, 1.0)
+                updates = jax.tree.map(lambda u, factor: u * factor, updates, factors)
+        return updates, state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return the optimizer of a run: clip by the global norm, then config.optimizer."""
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    return optax.chain(clip, OPTIMIZERS[config.optimizer](config))
+    optimizer = with_rates_of_groups(OPTIMIZERS[config.optimizer](config), config)
+    return optax.chain(clip, optimizer)

@@ -33,8 +33,9 @@ from gptjax.sharding import (
 )
 from gptjax.training.faults import Fault, make_corrupt
 from gptjax.training.guard import Guard, init_guard, judge
-from gptjax.training.optimizer import make_optimizer, make_schedule
+from gptjax.training.optimizer import make_optimizer, make_schedule, match_paths
 
+PROJECTIONS = r"^h/.*c_proj/kernel$"
 Metrics = dict[str, Any]  # arrays by name; `gradient_norms` is a tree of them
 
 
@@ -50,6 +51,9 @@ class TrainState(NamedTuple):
 def fresh_state(config: TrainConfig, key: Array) -> TrainState:
     """Return the state before the first step, for use inside jit or eval_shape."""
     params = init_params(config.model, key)
+    if config.zero_projections:
+        zeros = match_paths(PROJECTIONS, params, 0.0, 1.0)
+        params = jax.tree.map(jnp.multiply, params, zeros)
     opt_state = make_optimizer(config).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_guard())
 
