@@ -10,6 +10,7 @@ from jax import Array
 from gptjax.config import Attention
 from gptjax.dropout import drop, keep_mask
 from gptjax.errors import UsageError
+from gptjax.precision import AMPERE, compute_capability
 
 
 def attend(
@@ -85,7 +86,7 @@ def attend_cudnn(
 ) -> Array:
     """Return the result of `attend` by cuDNN's flash attention, which never stores T x T scores.
 
-    It runs in half precision on NVIDIA GPUs only, and has no dropout.
+    It runs in half precision on NVIDIA GPUs from compute capability 8.0 on, and has no dropout.
     """
     assert dropout == 0 or keys_B is None, "GPTConfig refuses cudnn with dropout"
     return jax.nn.dot_product_attention(
@@ -106,14 +107,16 @@ def choose_attention(name: Attention, dtype: str, dropout: float) -> Attention:
     Raises:
         UsageError: cudnn was asked for where it cannot run.
     """
-    version = jax.devices()[0].client.platform_version
-    on_nvidia = jax.default_backend() == "gpu" and "cuda" in version.lower()
-    half = dtype in ("bfloat16", "float16")
+    capability = compute_capability()
+    # cuDNN's flash attention has kernels from this generation on.
+    runs = capability is not None and capability >= AMPERE and dtype in ("bfloat16", "float16")
     if name == "auto":
-        return "cudnn" if on_nvidia and half and dropout == 0 else "xla"
-    if name == "cudnn" and not (on_nvidia and half):
+        return "cudnn" if runs and dropout == 0 else "xla"
+    if name == "cudnn" and not runs:
+        here = f" of {capability[0]}.{capability[1]}" if capability else ""
         raise UsageError(
-            f"--attention=cudnn: needs an NVIDIA GPU and half precision, but this is "
-            f"{jax.default_backend()} in {dtype}; take --attention=auto"
+            "--attention=cudnn: needs an NVIDIA GPU of compute capability 8.0 or more and half "
+            f"precision, but this is {jax.default_backend()}{here} in {dtype}; take "
+            "--attention=auto"
         )
     return name

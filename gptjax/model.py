@@ -34,14 +34,14 @@ from gptjax.blocks import INIT_STD, Block, LayerNorm
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows, keys_of_places
 from gptjax.kv_cache import KVCache
+from gptjax.precision import choose_dtype
 
 Params = dict[str, Any]
 
 
 def resolve(cfg: GPTConfig) -> GPTConfig:
     """Return the config with every "auto" decided for this machine."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    dtype = choose_dtype(cfg.dtype)
     attention = choose_attention(cfg.attention, dtype, cfg.dropout)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 

@@ -8,6 +8,10 @@ from gptjax.settings import architecture, experiment, require, require_range, ru
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu"]
 Attention = Literal["auto", "xla", "cudnn"]
+AUTO_DTYPE = (
+    "auto is bfloat16 on a GPU or TPU, float16 on an NVIDIA GPU below compute capability 8.0 (T4, "
+    "V100), and float32 on a CPU."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +37,15 @@ class GPTConfig:
     dropout: float = experiment(0.0, "Probability of dropping an activation in training.")
     dtype: DType = experiment(
         "auto",
-        "Data type of the computation; parameters are float32 whatever it is. auto is bfloat16 on "
-        "a GPU or TPU, and float32 on a CPU.",
+        f"Data type of the computation; parameters are float32 whatever it is. {AUTO_DTYPE}",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = experiment(
         "float32", "Data type in which several devices add up their gradients."
     )
     attention: Attention = run(
         "auto",
-        "Implementation of attention. auto is cudnn on an NVIDIA GPU in half precision without "
-        "dropout, and xla elsewhere.",
+        "Implementation of attention. auto is cudnn on an NVIDIA GPU of compute capability 8.0 or "
+        "more in half precision without dropout, and xla elsewhere.",
     )
     unroll: int = run(
         0, "Layers to unroll in the layer scan; 0 = all, which runs fastest; 1 compiles fastest."

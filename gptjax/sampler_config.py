@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from gptjax.config import COMPILE_CACHE, DEBUG, DType
+from gptjax.config import AUTO_DTYPE, COMPILE_CACHE, DEBUG, DType
 from gptjax.sample_config import SampleConfig
 from gptjax.settings import flatten, once, require, require_range
 
@@ -24,9 +24,7 @@ class SamplerConfig:
     checkpoint: str = once(
         "best", "Step to load: best (by validation loss), latest, or its number."
     )
-    dtype: DType = once(
-        "auto", "Type to compute in. auto is bfloat16 on a GPU or TPU, and float32 on a CPU."
-    )
+    dtype: DType = once("auto", f"Type to compute in. {AUTO_DTYPE}")
     start: tuple[str, ...] = once(
         (),
         "One or several prompts. FILE:path reads a prompt from a file, and - reads it from "

@@ -399,7 +399,7 @@ MISTAKES = [
     ("evaluate bytes --task=wikitext2 --data=wiki.txt --limit=-1", 2, "--limit=-1: must be at"),
     ("evaluate bytes --task=lambada --data=lambada.jsonl --stride=2", 2, "lambada has no windows"),
     ("evaluate bytes --task=lambada --data=lambada.jsonl --batch_size=0", 2, "--batch_size=0"),
-    ("evaluate bytes --task=lambada --data=lambada.jsonl --dtype=float16", 2, "float16"),
+    ("evaluate bytes --task=lambada --data=lambada.jsonl --dtype=float8", 2, "float8"),
     ("evaluate bytes --task=lambada --data=lambada.jsonl --strid=2", 2, "did you mean --stride?"),
     ("evaluate bytes --task=wikitext2 --data=latin.txt", 65, "latin.txt is not UTF-8 at byte 3"),
     ("evaluate bytes --task=wikitext2 --data=empty.txt", 65, "empty.txt: 0 tokens, 0 words: too"),

@@ -38,7 +38,6 @@ def test_flops_of_gpt2_small() -> None:
         ("NVIDIA L40", 181e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L400", None),
-        ("Tesla T4", 65e12),
         ("NVIDIA T400", None),
         ("NVIDIA T400 4GB", None),
         ("Quadro T400", None),
@@ -72,8 +71,28 @@ def test_flops_of_gpt2_small() -> None:
 )
 def test_peaks(kind: str, peak: float | None) -> None:
     """Whole words count: a variant has a peak of its own, or none that is known."""
-    assert metrics.peak_flops(kind, "bfloat16") == peak
+    assert metrics.peak_flops(kind, "bfloat16") == metrics.peak_flops(kind, "float16") == peak
     assert metrics.peak_flops(kind, "float32") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla V100-SXM3-32GB", 125e12),
+        ("Tesla V100-PCIE-32GB", 112e12),
+        ("Tesla V100S-PCIE-32GB", 130e12),
+        ("Tesla V100-DGXS-32GB", None),
+        ("NVIDIA GeForce RTX 2080 Ti", 53.8e12),
+        ("NVIDIA GeForce RTX 2080 SUPER", 44.6e12),
+        ("NVIDIA GeForce RTX 2080 Super with Max-Q Design", None),
+        ("NVIDIA TITAN RTX", 130.5e12),
+    ],
+)
+def test_peaks_of_devices_without_bfloat16(kind: str, peak: float | None) -> None:
+    assert metrics.peak_flops(kind, "float16") == peak
+    assert metrics.peak_flops(kind, "bfloat16") is metrics.peak_flops(kind, "float32") is None
 
 
 def test_mfu_is_shown_where_the_peak_is_known() -> None:

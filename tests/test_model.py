@@ -384,23 +384,40 @@ def test_cached_attention_is_the_formula(name: str) -> None:
         assert max_difference(found[b, t, h], expected) <= 1e-6 * np.abs(expected).max()
 
 
+CUDA, ROCM = "PJRT C API cuda 13000", "PJRT C API rocm 60000"
+
+
+def fake_devices(
+    monkeypatch: pytest.MonkeyPatch, backend: str, version: str, *capabilities: str | None
+) -> None:
+    client = SimpleNamespace(platform_version=version)
+    devices = [SimpleNamespace(client=client, compute_capability=c) for c in capabilities]
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
 @pytest.mark.parametrize(
-    ("backend", "version", "dtype", "runs"),
+    ("backend", "version", "capability", "dtype", "runs"),
     [
-        ("cpu", "cpu", "bfloat16", False),
-        ("gpu", "PJRT C API cuda 13000", "bfloat16", True),
-        ("gpu", "PJRT C API cuda 13000", "float32", False),
-        ("gpu", "PJRT C API rocm 60000", "bfloat16", False),
-        ("tpu", "TFRT TPU v5e", "bfloat16", False),
+        ("cpu", "cpu", None, "bfloat16", False),
+        ("gpu", CUDA, "9.0", "bfloat16", True),
+        ("gpu", CUDA, "8.0", "float16", True),
+        ("gpu", CUDA, "9.0", "float32", False),
+        ("gpu", CUDA, "7.5", "float16", False),
+        ("gpu", ROCM, "gfx90a", "bfloat16", False),
+        ("tpu", "TFRT TPU v5e", None, "bfloat16", False),
     ],
 )
 def test_cudnn_is_refused_where_it_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, backend: str, version: str, dtype: Any, runs: bool
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    version: str,
+    capability: str | None,
+    dtype: Any,
+    runs: bool,
 ) -> None:
     """Whatever machine the test itself is on."""
-    device = SimpleNamespace(client=SimpleNamespace(platform_version=version))
-    monkeypatch.setattr(attention.jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    fake_devices(monkeypatch, backend, version, capability)
     chosen = model.resolve(GPTConfig(dtype=dtype)).attention
     assert chosen == ("cudnn" if runs else "xla")
     if runs:
@@ -410,6 +427,34 @@ def test_cudnn_is_refused_where_it_cannot_run(
             model.resolve(GPTConfig(attention="cudnn", dtype=dtype))
     with pytest.raises(UsageError, match="--dropout="):
         GPTConfig(attention="cudnn", dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "capabilities", "dtype"),
+    [
+        ("cpu", "cpu", [None], "float32"),
+        ("gpu", CUDA, ["9.0"], "bfloat16"),
+        ("gpu", CUDA, ["12.0"], "bfloat16"),
+        ("gpu", CUDA, ["8.0"], "bfloat16"),
+        ("gpu", CUDA, ["7.5"], "float16"),
+        ("gpu", CUDA, ["7.0"], "float16"),
+        ("gpu", CUDA, ["8.6", "7.5"], "float16"),
+        ("gpu", ROCM, ["gfx90a"], "bfloat16"),
+        ("tpu", "TFRT TPU v5e", [None], "bfloat16"),
+    ],
+)
+def test_half_precision_is_what_the_devices_compute_in(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    version: str,
+    capabilities: list[str | None],
+    dtype: str,
+) -> None:
+    fake_devices(monkeypatch, backend, version, *capabilities)
+    cfg = model.resolve(GPTConfig())
+    modern = version == CUDA and dtype == "bfloat16"
+    assert (cfg.dtype, cfg.attention) == (dtype, "cudnn" if modern else "xla")
+    assert model.resolve(GPTConfig(dtype="bfloat16")).dtype == "bfloat16"  # emulated, if need be
 
 
 # ---- Against PyTorch -----------------------------------------------------------------------------

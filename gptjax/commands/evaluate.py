@@ -7,14 +7,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import jax
 
 from gptjax import model
 from gptjax.checkpoints.run_folder import load_run
 from gptjax.commands.protocols import Result, Scorer, Settings, hellaswag, lambada, wikitext2
-from gptjax.config import COMPILE_CACHE, DEBUG
+from gptjax.config import AUTO_DTYPE, COMPILE_CACHE, DEBUG, DType
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
 from gptjax.scoring import score_texts
@@ -50,10 +49,7 @@ class EvaluateConfig:
         section="Model and machine",
     )
     batch_size: int = once(8, "Number of texts in a forward pass.")
-    dtype: Literal["auto", "float32", "bfloat16"] = once(
-        "auto",
-        "Data type of the computation. auto is bfloat16 on a GPU or TPU, and float32 on a CPU.",
-    )
+    dtype: DType = once("auto", f"Data type of the computation. {AUTO_DTYPE}")
     compile_cache: str = once("auto", COMPILE_CACHE, path=True)
     debug: bool = once(False, DEBUG)
 

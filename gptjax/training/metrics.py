@@ -14,8 +14,8 @@ from gptjax.errors import plural
 from gptjax.files import append_line, replacing
 from gptjax.model import count_params
 
-# Device -> dense FLOP/s in bfloat16 (float16 on T4) with float32 accumulation, from the makers'
-# data sheets. A name is a whole one: an RTX 4070 Ti, or a part (MIG) of an A100, is another device.
+# Device -> dense FLOP/s in half precision with float32 accumulation, from the makers' data sheets.
+# A name is a whole one: an RTX 4070 Ti, or a part (MIG) of an A100, is another device.
 PEAK_FLOPS = {
     "H100": 989e12,
     "H100 PCIE": 756e12,
@@ -38,7 +38,6 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "L40": 181e12,
     "L40S": 362e12,
-    "T4": 65e12,
     "RTX A6000": 154.8e12,
     "RTX 6000 ADA GENERATION": 364.2e12,
     "RTX 3070": 40.6e12,
@@ -62,9 +61,23 @@ PEAK_FLOPS = {
     "TPU V6 LITE": 918e12,
     "TPU V6E": 918e12,
 }
+# The same for GPUs below compute capability 8.0, which have float16 only. A Quadro RTX 6000 is not
+# here: the one without a fan has the same name and another peak.
+FLOAT16_ONLY = {
+    "V100": 125e12,
+    "V100 PCIE": 112e12,
+    "V100S PCIE": 130e12,
+    "T4": 65e12,
+    "TITAN RTX": 130.5e12,
+    "RTX 2070": 29.9e12,
+    "RTX 2080": 40.3e12,
+    "RTX 2080 SUPER": 44.6e12,
+    "RTX 2080 TI": 53.8e12,
+}
 # Words of a name that do not change what a device of the table computes.
-NO_MATTER = {"NVIDIA", "GEFORCE", "TESLA", "SXM", "SXM4", "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E"}
-NO_MATTER |= {"40GB", "80GB", "120GB", "141GB", "144G", "480GB"}
+NO_MATTER = {"NVIDIA", "GEFORCE", "TESLA", "SXM", "SXM2", "SXM3", "SXM4", "SXM5"}
+NO_MATTER |= {"HBM2", "HBM2E", "HBM3", "HBM3E"}
+NO_MATTER |= {"16GB", "32GB", "40GB", "80GB", "120GB", "141GB", "144G", "480GB"}
 
 
 def flops_per_token(cfg: GPTConfig) -> int:
@@ -78,11 +91,13 @@ def flops_per_token(cfg: GPTConfig) -> int:
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Return the peak FLOP/s of one device, None where unknown: the table is of half precision."""
-    if dtype == "float32":
-        return None
+    """Return the peak FLOP/s of one device; None where unknown, as in float32.
+
+    Nor is it known in bfloat16 where the device has none, and computes in float32 instead.
+    """
+    peaks = {"float16": PEAK_FLOPS | FLOAT16_ONLY, "bfloat16": PEAK_FLOPS}.get(dtype, {})
     words = re.split(r"[\s-]+", device_kind.upper())
-    return PEAK_FLOPS.get(" ".join(word for word in words if word not in NO_MATTER))
+    return peaks.get(" ".join(word for word in words if word not in NO_MATTER))
 
 
 class Record(TypedDict, total=False):
@@ -93,6 +108,7 @@ class Record(TypedDict, total=False):
     grad_norm: float | None
     skipped: int
     learning_rate: float
+    loss_scale: float  # in float16
     tokens_per_second: int | None
     seconds: float  # since the run began
     mfu: float | None
