@@ -88,10 +88,9 @@ def train(run: TrainingRun) -> int:
 
                 leaving = leaving or stop.at_once()  # a signal may have come meanwhile
                 if step != saved and (leaving or plan.is_checkpoint_due(config, step)):
-                    extra = {"opt_state": state.opt_state, "guard": state.guard}
                     best = log.best if log.best < math.inf else None
                     about = About(val_loss=val_loss, best_val_loss=best, record=run.record)
-                    saver.save(step, state.params, extra, about)
+                    saver.save(step, state.params, state.extra(), about)
                     if config.wait_for_checkpoints:
                         saver.settle()
                     saved = step

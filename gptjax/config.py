@@ -140,6 +140,14 @@ class TrainConfig:
         0.1, "Weight decay of matrices and embeddings; biases and LayerNorms have none."
     )
     grad_clip: float = run(1.0, "Clip the gradient to this global norm; 0 = no limit.")
+    loss_scale: float = run(
+        0.0,
+        "Factor of the loss in float16, divided out of the gradients: exactly if it is a power of "
+        "two. 0 adapts it: it starts at 65536 and is halved when a gradient overflows.",
+    )
+    loss_scale_growth_interval: int = run(
+        2000, "Good steps in a row after which a loss scale that adapts is doubled."
+    )
 
     eval_interval: int = run(
         250,
@@ -226,6 +234,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_range(self, "batch_size gradient_accumulation_steps log_interval", 1)
         require_range(self, "keep_checkpoints max_skips heartbeat_timeout", 1)
+        require_range(self, "loss_scale_growth_interval", 1)
+        require_range(self, "loss_scale", 0, 2**32)
         require_range(self, "max_iters eval_interval eval_iters sample_interval sample_tokens", 0)
         require_range(self, "checkpoint_interval steps_per_dispatch stop_step num_processes", 0)
         require_range(self, "skip_spikes warmup_iters lr_decay_iters weight_decay grad_clip", 0)
@@ -248,5 +258,3 @@ class TrainConfig:
             require(ok, name, value, "must be above 0 and finite")
         require_range(self, "min_lr", 0, self.learning_rate)
         parse_mesh(self.mesh)
-        rule = "training in float16 would need loss scaling; take bfloat16 or float32"
-        require(self.model.dtype != "float16", "dtype", self.model.dtype, rule)

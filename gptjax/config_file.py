@@ -10,7 +10,8 @@ from gptjax.config import TrainConfig
 from gptjax.errors import UsageError
 from gptjax.settings import change, fields_of, require
 
-# A setting's name in older versions -> its name today, "" where there is none any more.
+# A setting's name in older versions -> its name today, "" where there is none any more. If another
+# setting has the name today, the type of the value tells which of the two it is.
 RENAMED = {"loss_scale": "loss_axis", "strategy": ""}
 
 
@@ -44,9 +45,22 @@ def complete(config: Any, stored: Mapping[str, object]) -> dict[str, object]:
 
     A setting that is newer than the run gets the value by which the run was computed.
     """
-    older = {name: field.metadata["older"] for name, field in fields_of(config).items()}
-    found = older | {RENAMED.get(name, name): value for name, value in stored.items()}
+    fields = fields_of(config)
+    older = {name: field.metadata["older"] for name, field in fields.items()}
+
+    def today(name: str, value: object) -> str:
+        is_new = name in fields and is_of_type(fields[name].type, value)
+        return name if is_new else RENAMED.get(name, name)
+
+    found = older | {today(name, value): value for name, value in stored.items()}
     return {name: value for name, value in found.items() if name}
+
+
+def is_of_type(kind: Any, value: object) -> bool:
+    """Return whether a stored value is of a setting's type; an int will do for a float."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) in (kind, int if kind is float else kind)
 
 
 def check_types(config: Any, values: Mapping[str, object]) -> None:
@@ -55,8 +69,6 @@ def check_types(config: Any, values: Mapping[str, object]) -> None:
     for name, value in values.items():
         require(name in fields, name, repr(value), "this version has no such setting")
         kind = fields[name].type
-        if get_origin(kind) is Literal:
-            ok, rule = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
-        else:  # an int will do for a float
-            ok, rule = type(value) in (kind, int if kind is float else kind), kind.__name__
-        require(ok, name, repr(value), f"must be {rule}")
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        rule = f"one of {', '.join(choices)}" if choices else kind.__name__
+        require(is_of_type(kind, value), name, repr(value), f"must be {rule}")

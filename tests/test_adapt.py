@@ -195,7 +195,6 @@ def test_what_is_for_resuming_is_refused_elsewhere(
         (["--wandb-project=x"], "metrics.jsonl"),
         (["--backend=nccl"], "leave the flag out"),
         (["--always_save_checkpoint=True"], "--checkpoint_interval"),
-        (["--dtype=float16"], "bfloat16"),
         (
             ["config/train_shakespeare_char.py", "--compile=False"],
             "python train.py shakespeare_char",

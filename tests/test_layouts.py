@@ -115,7 +115,7 @@ def loss_and_grad(mesh: str, **changes: Any) -> tuple[jax.Array, Any]:
     params = jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
     compute = jax.jit(make_loss_and_grad(config.model, abstract.params))
     windows = sharding.place(WINDOWS[0, 0], devices, axis=1)
-    return compute(params, windows, dropout_keys(config, 3, (2, 8)))
+    return compute(params, windows, dropout_keys(config, 3, (2, 8)), None)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -4,9 +4,10 @@ Orbax restores damaged arrays without a word, so every step's meta holds a diges
 one of itself; what does not match is never used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -82,6 +83,7 @@ def restore_newest(
     *,
     notify: Notify = print,
     only: Sequence[int] | None = None,
+    optional: Mapping[str, PyTree] = MappingProxyType({}),
 ) -> Restored:
     """Return the newest intact step; set damaged ones aside as quarantine-STEP.
 
@@ -92,11 +94,13 @@ def restore_newest(
             before any array is read.
         notify: is told of each damaged step.
         only: consider these steps only.
+        optional: abstract trees by name, which are restored too where a step has them beside the
+            rest.
 
     Raises:
         CheckpointError: none is intact; the reason of each is listed.
     """
-    wanted, reasons = {"params": target[0], "extra": target[1]}, []
+    reasons = []
     for step in reversed(require_steps(run_dir) if only is None else only):
         reason = ""
         try:
@@ -106,6 +110,9 @@ def restore_newest(
         if all_agree(not reason):
             accept(meta)
             require_extra(run_dir, meta)
+            held = {path.split("/")[1] for path in meta["leaves"] if path.startswith("extra/")}
+            more = {name: tree for name, tree in optional.items() if name in held}
+            wanted = {"params": target[0], "extra": target[1] | more}
             try:
                 items = restore_items(run_dir, step, meta, wanted)
             except DamagedStep as error:

@@ -98,6 +98,8 @@ def read_value(name: str, kind: Any, text: str) -> Any:
         return kind(text)
     except ValueError:
         rule = "a whole number" if kind is int else "a number"
+        if name in RENAMED:  # and another setting has the name today
+            rule += f"; what older versions called --{name} is called --{RENAMED[name]} now"
         raise UsageError(f"--{name}={shown}: must be {rule}") from None
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import SupportsFloat, TypedDict, cast
+from typing import NotRequired, SupportsFloat, TypedDict, cast
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ class BadStep(TypedDict):
     step: int
     loss: float | str  # in nats per token
     grad_norm: float | str
+    loss_scale: NotRequired[float | None]  # in float16; the numbers here are without it
     dropout_key: tuple[int, int]  # the seed, and what is folded into its key
     rows: list[tuple[int, int]]  # (shard, start) of all processes' windows
     windows_sha256: str
@@ -56,6 +57,7 @@ def write_bad_step(
     seed: int,
     loss: float,
     grad_norm: float,
+    loss_scale: float | None,
     gradient_norms: Params,
     rows: list[tuple[int, int]],
     windows: np.ndarray,
@@ -68,6 +70,7 @@ def write_bad_step(
         seed: of the run; dropout's key is fold_in(key(seed), step).
         loss: of the step, in nats per token.
         grad_norm: the global norm of its gradient.
+        loss_scale: what its loss was multiplied by in float16, None where it was not.
         gradient_norms: the tree of `step.norms_by_layer`.
         rows: (shard, start) of all processes' windows.
         windows: their tokens (A, B, T+1).
@@ -78,6 +81,7 @@ def write_bad_step(
         "step": step,
         "loss": number(loss),
         "grad_norm": number(grad_norm),
+        "loss_scale": loss_scale,
         "dropout_key": (seed, step),
         "rows": rows,
         "windows_sha256": windows_sha256(windows),

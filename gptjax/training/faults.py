@@ -1,8 +1,8 @@
 """Faults on demand, for tests of recovery: GPTJAX_FAULT=KIND@STEP or KIND@FIRST-LAST.
 
-nan_grad makes the gradient NaN, spike makes loss and gradient 1000 times as large, raise fails as
-damaged data would, kill ends the process by SIGKILL, each in these steps. Without the variable
-nothing of this is compiled in.
+nan_grad makes loss and gradient NaN, overflow makes the gradient infinite, spike makes loss and
+gradient 1000 times as large, raise fails as damaged data would, kill ends the process by SIGKILL,
+each in these steps. Without the variable nothing of this is compiled in.
 """
 
 import os
@@ -18,7 +18,8 @@ from jax import Array
 from gptjax.errors import DataError, UsageError
 from gptjax.model import Params
 
-FACTORS = {"nan_grad": jnp.nan, "spike": 1000.0}
+# Of loss and gradient.
+FACTORS = {"nan_grad": (jnp.nan, jnp.nan), "overflow": (1.0, jnp.inf), "spike": (1e3, 1e3)}
 Corrupt = Callable[[Array, Array, Params], tuple[Array, Params]]  # step, loss, grads -> the last 2
 
 
@@ -35,9 +36,10 @@ def planned_fault() -> Fault | None:
     text = os.environ.get("GPTJAX_FAULT")
     if not text:
         return None
-    found = re.fullmatch(r"(nan_grad|spike|raise|kill)@(\d+)(?:-(\d+))?", text)
+    found = re.fullmatch(r"(nan_grad|overflow|spike|raise|kill)@(\d+)(?:-(\d+))?", text)
     if not found:
-        raise UsageError(f"GPTJAX_FAULT={text}: must be {{nan_grad,spike,raise,kill}}@STEP[-LAST]")
+        kinds = "{nan_grad,overflow,spike,raise,kill}"
+        raise UsageError(f"GPTJAX_FAULT={text}: must be {kinds}@STEP[-LAST]")
     first = int(found[2])
     return Fault(found[1], first, int(found[3] or first))
 
@@ -46,11 +48,12 @@ def make_corrupt(fault: Fault | None) -> Corrupt | None:
     """Return a function that spoils loss and gradient of the fault's steps, None if it does not."""
     if fault is None or fault.kind not in FACTORS:
         return None
-    factor = FACTORS[fault.kind]
+    of_loss, of_grads = FACTORS[fault.kind]
 
     def corrupt(step: Array, loss: Array, grads: Params) -> tuple[Array, Params]:
         strikes = (step >= fault.first) & (step <= fault.last)
-        return jax.tree.map(lambda x: jnp.where(strikes, x * factor, x), (loss, grads))
+        grads = jax.tree.map(lambda g: jnp.where(strikes, g * of_grads, g), grads)
+        return jnp.where(strikes, loss * of_loss, loss), grads
 
     return corrupt
 

@@ -13,7 +13,7 @@ class Guard(NamedTuple):
 
     recent: Array  # (WINDOW, 2) loss and gradient norm of the last good steps, NaN until there are
     skipped: Array  # int32, steps skipped so far
-    in_a_row: Array  # int32, how many of them were the last ones
+    in_a_row: Array  # int32, how many of them since the last good one, overflows not counted
 
 
 def init_guard() -> Guard:
@@ -22,12 +22,20 @@ def init_guard() -> Guard:
     return Guard(jnp.full((WINDOW, 2), jnp.nan), none, none)
 
 
-def judge(guard: Guard, loss: Array, grad_norm: Array, skip_spikes: float) -> tuple[Array, Guard]:
+def judge(
+    guard: Guard,
+    loss: Array,
+    grad_norm: Array,
+    skip_spikes: float,
+    overflow: Array | None = None,
+) -> tuple[Array, Guard]:
     """Return whether a step's update counts, and the guard after it.
 
     It does not if loss or gradient norm is not finite or, with `skip_spikes` > 0 and after WINDOW
     good steps, lies more than `skip_spikes` standard deviations above the mean of the last WINDOW
-    good ones. Skipped steps never enter the window, so that one NaN cannot blind it.
+    good ones. Skipped steps never enter the window, so that one NaN cannot blind it. A step that is
+    known to `overflow` because of its loss scale is skipped, but not counted in `in_a_row`: the
+    next one has another scale (see `loss_scale.adjust`).
     """
     values = jnp.stack([loss, grad_norm])
     ok = jnp.isfinite(values).all()
@@ -36,5 +44,6 @@ def judge(guard: Guard, loss: Array, grad_norm: Array, skip_spikes: float) -> tu
         limit = recent.mean(axis=0) + skip_spikes * recent.std(axis=0)
         ok &= ~(values > limit).any()  # NaN, the limit of a window not yet full, refuses nothing
         recent = jnp.where(ok, jnp.concatenate([recent[1:], values[None]]), recent)
-    bad = (~ok).astype(jnp.int32)
-    return ok, Guard(recent, guard.skipped + bad, (guard.in_a_row + bad) * bad)
+    skip = (~ok).astype(jnp.int32)
+    bad = skip if overflow is None else (~ok & ~overflow).astype(jnp.int32)
+    return ok, Guard(recent, guard.skipped + skip, (guard.in_a_row + bad) * skip)

@@ -42,7 +42,8 @@ def replay(run: TrainingRun) -> int:
     compute = jax.jit(make_loss_and_grad(config.model, abstract.params))
     mine = step_windows(config, shards, [step], share)[0]
     windows_ABT = sharding.place(mine, run.mesh, axis=1)
-    batch = params, windows_ABT, dropout_keys(config, step, windows_ABT.shape[:2])
+    keys_AB = dropout_keys(config, step, windows_ABT.shape[:2])
+    batch = params, windows_ABT, keys_AB, record.get("loss_scale")
     loss, grads = compute(*batch)
     if (corrupt := faults.make_corrupt(run.fault)) is not None:
         loss, grads = corrupt(jnp.int32(step), loss, grads)
@@ -62,9 +63,14 @@ def replay(run: TrainingRun) -> int:
         [not row[2][0].isdigit() for row in rows],
     )
     try:
-        with jax.debug_nans(True), jax.debug_infs(True):
-            jax.block_until_ready(compute(*batch))
-        print("every value of the forward and backward pass is finite")
+        with jax.debug_nans(True):  # not debug_infs: the mask of attention is infinite
+            results = jax.block_until_ready(compute(*batch))
+        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(results))
+        print(
+            "every value of the forward and backward pass is finite"
+            if finite
+            else "not finite: a value of the gradient is infinite, and none is NaN"
+        )
     except FloatingPointError as error:
         print(f"not finite: {' '.join(str(error).split())[:300]}")
     return 0

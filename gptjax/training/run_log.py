@@ -95,7 +95,10 @@ class RunLog:
         self.run.console.arrive(first + count)
         for i in range(count):
             now = {name: column[i] for name, column in fetched.items()}
-            if now["skipped"] > self.skipped:
+            scale, after = now.get("loss_scale", 0), now.get("next_loss_scale", 0)
+            if scale != after:
+                self.note(f"step {first + i}: loss scale {scale:.9g} -> {after:.9g}")
+            if now["skipped"] > self.skipped and after >= scale:  # it falls where that was all
                 self._capture(first + i, now, jax.tree.map(operator.itemgetter(i), norms))
             self.skipped = int(now["skipped"])
             self._report(first + i, now)
@@ -108,15 +111,19 @@ class RunLog:
             record = self.recorder.record(
                 step, float(now["learning_rate"]), float(now["grad_norm"]), self.skipped
             )
+            if "loss_scale" in now:
+                record["loss_scale"] = float(now["loss_scale"])
             self._emit(record)
             self.fields |= metrics.describe(record)
         self.run.console.update(step + 1, self.fields, log=log)
         if now["in_a_row"] >= self.config.max_skips:
             self.saver.settle()
             n = int(now["in_a_row"])
+            fixed = "loss_scale" in now and self.config.loss_scale > 0
+            lower = "--learning_rate or --loss_scale" if fixed else "--learning_rate"
             raise NonFiniteError(
                 f"the last {n} {plural(n, 'step')} up to {step} had to be skipped (the last had "
-                f"loss {now['loss']}, gradient norm {now['grad_norm']}); lower --learning_rate, or "
+                f"loss {now['loss']}, gradient norm {now['grad_norm']}); lower {lower}, or "
                 f"examine one with --replay; the last good checkpoint is step {self.saver.last}"
             )
 
@@ -131,6 +138,7 @@ class RunLog:
                 seed=config.seed,
                 loss=float(now["loss"]),
                 grad_norm=float(now["grad_norm"]),
+                loss_scale=float(now["loss_scale"]) if "loss_scale" in now else None,
                 gradient_norms=norms,
                 rows=feed.step_starts(config, shards, step),
                 windows=feed.step_windows(config, shards, [step])[0],

@@ -28,6 +28,7 @@ from gptjax.tokenizer import Tokenizer, save_tokenizer
 from gptjax.training import bad_steps, faults, metrics, origin, plan
 from gptjax.training.adapt import fit_batch
 from gptjax.training.failures import explain_failures
+from gptjax.training.loss_scale import abstract_loss_scale, resume_loss_scale
 from gptjax.training.run_settings import name_settings, settings_to_go_on
 from gptjax.training.step import TrainState, init_state
 
@@ -112,6 +113,11 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
         started = load_config(run_dir / "config.json")
         stored = dataclasses.replace(stored, init_from=started.init_from)
     config = dataclasses.replace(stored, model=model.resolve(stored.model))
+    if "loss_scale" in given and config.loss_scale > 0 and config.model.dtype != "float16":
+        raise UsageError(
+            f"--loss_scale={config.loss_scale:g}: is for float16, but the computation is in "
+            f"{config.model.dtype}; take --dtype=float16, or leave the flag out"
+        )
     shards = [*dataset.train, *dataset.val]
     return TrainingRun(
         config,
@@ -191,12 +197,19 @@ def restore_state(run: TrainingRun, abstract: TrainState) -> tuple[TrainState, P
     def accept(meta: Meta) -> None:
         record.check_record(meta["record"], run.record, allowed, run.console.note)
 
-    extra = {"opt_state": abstract.opt_state, "guard": abstract.guard}
+    here = abstract.step.sharding
     restored = restore_newest(
-        run.run_dir, (abstract.params, extra), accept, notify=run.console.note, only=run.steps
+        run.run_dir,
+        (abstract.params, abstract._replace(loss_scale=None).extra()),
+        accept,
+        notify=run.console.note,
+        only=run.steps,
+        optional={"loss_scale": abstract_loss_scale(here)},
     )
-    step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+    step = jax.device_put(np.int32(restored.step), here)
     state = TrainState(step, restored.params, **restored.extra)
+    loss_scale = resume_loss_scale(run.config, state.loss_scale, run.console.note)
+    state = state._replace(loss_scale=jax.device_put(loss_scale, here))
     run.console.note(f"resuming at step {restored.step}")
     meta = restored.meta
     return state, Progress(restored.step, meta["val_loss"], meta["best_val_loss"] or math.inf)

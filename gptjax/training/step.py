@@ -33,6 +33,7 @@ from gptjax.sharding import (
 )
 from gptjax.training.faults import Fault, make_corrupt
 from gptjax.training.guard import Guard, init_guard, judge
+from gptjax.training.loss_scale import LossScale, adjust, init_loss_scale
 from gptjax.training.optimizer import make_optimizer, make_schedule, match_paths
 
 PROJECTIONS = r"^h/.*c_proj/kernel$"
@@ -46,6 +47,12 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     guard: Guard
+    loss_scale: LossScale | None = None  # None where the computation is not in float16
+
+    def extra(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the step's number and the parameters."""
+        extra: dict[str, Any] = {"opt_state": self.opt_state, "guard": self.guard}
+        return extra if self.loss_scale is None else {**extra, "loss_scale": self.loss_scale}
 
 
 def fresh_state(config: TrainConfig, key: Array) -> TrainState:
@@ -55,7 +62,8 @@ def fresh_state(config: TrainConfig, key: Array) -> TrainState:
         zeros = match_paths(PROJECTIONS, params, 0.0, 1.0)
         params = jax.tree.map(jnp.multiply, params, zeros)
     opt_state = make_optimizer(config).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_guard())
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, opt_state, init_guard(), init_loss_scale(config))
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -85,7 +93,11 @@ def init_state(config: TrainConfig, abstract: TrainState) -> TrainState:
 
 
 def loss_and_grad(
-    cfg: GPTConfig, params: Params, windows_ABT: Array, keys_AB: Array | None
+    cfg: GPTConfig,
+    params: Params,
+    windows_ABT: Array,
+    keys_AB: Array | None,
+    scale: Array | None = None,
 ) -> tuple[Array, Params]:
     """Return loss and gradient, averaged over A passes that share one float32 gradient tree.
 
@@ -94,12 +106,19 @@ def loss_and_grad(
         params: its parameters.
         windows_ABT: token ids (A, B, T+1).
         keys_AB: the random key of each row's dropout; None without dropout.
+        scale: what the loss of each pass is multiplied by in float32; the sums are divided by it,
+            once (see `loss_scale`).
     """
     passes = windows_ABT.shape[0]
-    value_and_grad = jax.value_and_grad(loss_fn, argnums=1)
+
+    def scaled_loss(*args: Any) -> Array:
+        return loss_fn(*args) if scale is None else loss_fn(*args) * scale
+
+    value_and_grad = jax.value_and_grad(scaled_loss, argnums=1)
     if passes == 1:
         keys_B = None if keys_AB is None else keys_AB[0]
-        return value_and_grad(cfg, params, windows_ABT[0], keys_B)
+        one = value_and_grad(cfg, params, windows_ABT[0], keys_B)
+        return one if scale is None else jax.tree.map(lambda x: x / scale, one)
 
     Sums = tuple[Array, Params]
 
@@ -109,7 +128,8 @@ def loss_and_grad(
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     sums, _ = jax.lax.scan(accumulate, zeros, (windows_ABT, keys_AB))
-    return jax.tree.map(lambda x: x / passes, sums)
+    divisor = passes if scale is None else passes * scale
+    return jax.tree.map(lambda x: x / divisor, sums)
 
 
 def dropout_keys(config: TrainConfig, step: int | Array, shape: tuple[int, ...]) -> Array | None:
@@ -127,7 +147,7 @@ def dropout_keys(config: TrainConfig, step: int | Array, shape: tuple[int, ...])
 
 def make_loss_and_grad(
     cfg: GPTConfig, abstract: Params
-) -> Callable[[Params, Array, Array | None], tuple[Array, Params]]:
+) -> Callable[[Params, Array, Array | None, Array | None], tuple[Array, Params]]:
     """Return `loss_and_grad` for parameters and rows that lie on the devices of a mesh.
 
     Each device computes with its rows in all passes; then the gradients are added, once. They come
@@ -143,15 +163,15 @@ def make_loss_and_grad(
     rows = P(None, batch_axes(mesh))
 
     def on_device(
-        params: Params, windows_ABT: Array, keys_AB: Array | None
+        params: Params, windows_ABT: Array, keys_AB: Array | None, scale: Array | None
     ) -> tuple[Array, Params]:
-        loss, grads = loss_and_grad(cfg, params, windows_ABT, keys_AB)
+        loss, grads = loss_and_grad(cfg, params, windows_ABT, keys_AB, scale)
         if mesh.size > 1:
             loss = jax.lax.pmean(loss, batch_axes(mesh))
             grads = mean_over_batch(cfg, mesh, grads, params_specs, specs)
         return loss, grads
 
-    return per_device(on_device, mesh, (params_specs, rows, rows), (P(), specs))
+    return per_device(on_device, mesh, (params_specs, rows, rows, P()), (P(), specs))
 
 
 def make_train_step(
@@ -162,8 +182,9 @@ def make_train_step(
     It takes K optimizer steps and donates the state it is given. Metrics hold K values each: `loss`
     in nats per token; `learning_rate`; `grad_norm`, the global norm before clipping;
     `gradient_norms`, the gradient's norm per parameter and layer; `skipped` and `in_a_row` of the
-    guard (see `guard.judge`). A step that is skipped leaves parameters and optimizer state as they
-    were and counts as a step. Dropout in step n depends on (config.seed, n) alone.
+    guard (see `guard.judge`); in float16 `loss_scale` and `next_loss_scale`, those of this step and
+    of the next. A step that is skipped leaves parameters and optimizer state as they were and
+    counts as a step. Dropout in step n depends on (config.seed, n) alone.
 
     Args:
         config: the settings.
@@ -177,11 +198,15 @@ def make_train_step(
 
     def one_step(state: TrainState, windows_ABT: Array) -> tuple[TrainState, Metrics]:
         keys_AB = dropout_keys(config, state.step, windows_ABT.shape[:2])
-        loss, grads = mean_loss_and_grad(state.params, windows_ABT, keys_AB)
+        now, after, overflow = state.loss_scale, None, None
+        scale = None if now is None else now.scale
+        loss, grads = mean_loss_and_grad(state.params, windows_ABT, keys_AB, scale)
         if corrupt is not None:
             loss, grads = corrupt(state.step, loss, grads)
         grad_norm = optax.tree.norm(grads)
-        ok, guard = judge(state.guard, loss, grad_norm, config.skip_spikes)
+        if now is not None:
+            overflow, after = adjust(config, now, loss, grad_norm)
+        ok, guard = judge(state.guard, loss, grad_norm, config.skip_spikes, overflow)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = optax.apply_updates(state.params, updates), opt_state
         params, opt_state = jax.tree.map(
@@ -195,7 +220,9 @@ def make_train_step(
             "skipped": guard.skipped,
             "in_a_row": guard.in_a_row,
         }
-        state = TrainState(state.step + 1, params, opt_state, guard)
+        if now is not None and after is not None:
+            metrics |= {"loss_scale": now.scale, "next_loss_scale": after.scale}
+        state = TrainState(state.step + 1, params, opt_state, guard, after)
         if mesh.size > 1:
             state = jax.lax.with_sharding_constraint(state, shardings)
         return state, metrics
