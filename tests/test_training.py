@@ -82,8 +82,8 @@ def test_accumulation_gate_turns_red(
     """The mistake: gradients summed, not averaged. (Adam hides it, the clip does not.)"""
     value_and_grad = loss_and_grad
 
-    def summed(cfg: GPTConfig, params: Any, windows: jax.Array, key: Any) -> Any:
-        loss, grads = value_and_grad(cfg, params, windows, key)
+    def summed(cfg: GPTConfig, params: Any, windows: jax.Array, *more: Any) -> Any:
+        loss, grads = value_and_grad(cfg, params, windows, *more)
         return loss, jax.tree.map(lambda g: g * windows.shape[0], grads)
 
     monkeypatch.setattr("gptjax.training.step.loss_and_grad", summed)
