@@ -91,8 +91,21 @@ class TrainConfig:
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
 
     max_iters: int = run(5000, "Number of optimizer steps.", section="Length and batch")
-    batch_size: int = experiment(12, "Sequences in a forward pass, over all devices together.")
-    gradient_accumulation_steps: int = experiment(1, "Forward passes in an optimizer step.")
+    batch_tokens: int = local(
+        0,
+        "Tokens in an optimizer step: gradient_accumulation_steps is then as many passes as that "
+        "takes, on any number of devices; 0 = it is as given.",
+    )
+    batch_size: int = experiment(
+        12,
+        "Sequences in a forward pass, over all devices together. auto is the largest that fits "
+        "into their memory, as compiling the step tells; give batch_tokens with it to keep the "
+        "tokens of a step.",
+        zero="auto",
+    )
+    gradient_accumulation_steps: int = experiment(
+        1, "Forward passes in an optimizer step, where batch_tokens does not decide."
+    )
     seed: int = experiment(1337, "Random seed of parameters, dropout and the order of the data.")
 
     optimizer: Literal["adamw", "muon"] = state(
@@ -159,6 +172,11 @@ class TrainConfig:
     )
     log_interval: int = run(10, "Steps between logged lines of metrics.")
     loss_axis: Literal["linear", "log"] = run("linear", "Scale of the loss axis in loss.png.")
+    eval_batch_size: int = run(
+        0,
+        "Sequences in each of those batches; 0 = batch_size. It becomes the batch_size that was "
+        "asked for where the devices, auto or a resume take another, so that the windows stay.",
+    )
     sample_interval: int = run(500, "Steps between generated samples; 0 = only at the end.")
     sample_tokens: int = run(200, "Number of tokens in each sample; 0 = no samples.")
 
@@ -232,12 +250,13 @@ class TrainConfig:
     debug: bool = once(False, DEBUG)
 
     def __post_init__(self) -> None:
-        require_range(self, "batch_size gradient_accumulation_steps log_interval", 1)
+        require_range(self, "gradient_accumulation_steps log_interval", 1)
         require_range(self, "keep_checkpoints max_skips heartbeat_timeout", 1)
         require_range(self, "loss_scale_growth_interval", 1)
         require_range(self, "loss_scale", 0, 2**32)
         require_range(self, "max_iters eval_interval eval_iters sample_interval sample_tokens", 0)
         require_range(self, "checkpoint_interval steps_per_dispatch stop_step num_processes", 0)
+        require_range(self, "batch_tokens batch_size eval_batch_size", 0)
         require_range(self, "skip_spikes warmup_iters lr_decay_iters weight_decay grad_clip", 0)
         require_range(self, "muon_momentum_warmup embedding_learning_rate", 0)
         require_range(self, "vector_learning_rate", 0)

@@ -54,6 +54,11 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
+def gigabytes(count: int) -> str:
+    """Return a number of bytes as text, such as 12.3 GB."""
+    return f"{count / 1e9:,.1f} GB"
+
+
 def check_fits(state: PyTree) -> None:
     """Raise MemoryError if a training state cannot fit into the host's memory.
 

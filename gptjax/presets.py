@@ -11,7 +11,7 @@ GPT2_RECIPE = TrainConfig(  # nanoGPT's and llm.c's: half a million tokens a ste
     model=GPT2_124M,
     max_iters=600_000,
     batch_size=16,
-    gradient_accumulation_steps=32,
+    batch_tokens=524_288,
     learning_rate=6e-4,
     min_lr=6e-5,
     warmup_iters=2000,
@@ -64,9 +64,9 @@ PRESETS = {
         beta2=0.99,
         out_dir="out/shakespeare_char",
     ),
-    # python train.py gpt2 --batch_size=64 --gradient_accumulation_steps=8: keep their product at
-    # 512, with as large a batch as the devices hold. A pass over 64 sequences with its update takes
-    # 124 ms on one H200; no whole run was measured, nor the larger sisters
+    # python train.py gpt2 --batch_size=auto: as large a batch as the devices hold. A pass over 64
+    # sequences with its update takes 124 ms on one H200; no whole run was measured, nor the larger
+    # sisters
     "gpt2": GPT2_RECIPE,
     "gpt2_medium": dataclasses.replace(
         GPT2_RECIPE,
@@ -81,7 +81,6 @@ PRESETS = {
         learning_rate=2.5e-4,
         min_lr=2.5e-5,
         batch_size=8,
-        gradient_accumulation_steps=64,
         out_dir="out/gpt2_large",
     ),
     "gpt2_xl": dataclasses.replace(
@@ -90,7 +89,6 @@ PRESETS = {
         learning_rate=2e-4,
         min_lr=2e-5,
         batch_size=8,
-        gradient_accumulation_steps=64,
         out_dir="out/gpt2_xl",
     ),
     # python train.py finetune_gpt2 --init_from=RUN: nanoGPT's recipe on a trained run; not yet

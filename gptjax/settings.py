@@ -25,6 +25,7 @@ class Role:
         section: str = "",
         older: T | None = None,
         path: bool = False,
+        zero: str = "",
     ) -> T:
         """Declare a field.
 
@@ -35,9 +36,11 @@ class Role:
                 before it.
             older: its value in runs that are older than the field; None = the default.
             path: whether it may hold the path of a file or folder.
+            zero: a word of the command line that means 0.
         """
         older = default if older is None else older
-        metadata = {"role": self, "help": help, "section": section, "older": older, "path": path}
+        said = {"help": help, "section": section, "path": path, "zero": zero}
+        metadata = {"role": self, "older": older, **said}
         return dataclasses.field(default=default, metadata=metadata)
 
 

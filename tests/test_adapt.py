@@ -14,6 +14,7 @@ import train
 from gptjax.checkpoints.run_folder import Run
 from gptjax.commands import doctor, evaluate
 from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config_file import to_json
 from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
@@ -90,13 +91,17 @@ def test_every_preset_starts_on_any_number_of_devices() -> None:
     assert batch(finetune, 1) == (1, 32, False)
     assert batch(finetune, 2) == (2, 16, True)
     assert batch(finetune, 8) == (8, 4, True)
-    assert batch(finetune, 3) == (3, 32, True)  # 32 windows a step cannot be shared by 3
+    assert batch(finetune, 3) == (3, 11, True)  # 32 windows a step cannot be shared by 3
     assert batch(PRESETS["quickstart"], 16) == (16, 1, True)
     assert batch(finetune, 2, "gradient_accumulation_steps") == (2, 32, True)
     for preset in PRESETS.values():
         for devices in (1, 2, 3, 4, 6, 8, 64):
             size, passes, _ = batch(preset, devices)
             assert size % devices == 0 and size * passes >= preset.batch_size
+    for name in ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"):
+        for devices in (1, 2, 4, 8, 64, 256):
+            size, passes, _ = batch(PRESETS[name], devices)
+            assert size * passes * 1024 == 524_288 and size <= max(16, devices)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,129 @@ def test_a_batch_that_was_given_is_refused_with_its_neighbours(
     config = TrainConfig(batch_size=size)
     with pytest.raises(UsageError, match=f"{choices}$"):
         adapt.fit_batch(config, devices, {"batch_size"})
+
+
+HALF_A_MILLION = TrainConfig(batch_size=12, batch_tokens=524_288)  # context 1024: 512 sequences
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "fitted"),
+    [
+        ({}, 1, (8, 64)),  # the largest below 12 that divides 512
+        ({}, 4, (8, 64)),
+        ({}, 16, (16, 32)),
+        ({}, 512, (512, 1)),
+        ({"batch_size": 64}, 8, (64, 8)),
+        ({"gradient_accumulation_steps": 2}, 8, (256, 2)),
+        ({"gradient_accumulation_steps": 8, "batch_size": 64}, 8, (64, 8)),
+        ({"batch_tokens": 96 * 1024}, 3, (12, 8)),
+        ({"batch_tokens": 1024}, 1, (1, 1)),
+        ({"batch_tokens": 0}, 1, (12, 1)),
+    ],
+    ids=str,
+)
+def test_a_step_of_so_many_tokens(
+    settings: dict[str, int], devices: int, fitted: tuple[int, int]
+) -> None:
+    config = dataclasses.replace(HALF_A_MILLION, **settings)  # type: ignore[arg-type]
+    size, passes, _ = batch(config, devices, "batch_tokens", *settings)
+    assert (size, passes) == fitted
+    tokens = size * passes * 1024
+    assert config.batch_tokens in (0, tokens)
+    found, _ = adapt.fit_batch(config, devices, {"batch_tokens", *settings})
+    assert adapt.fit_batch(found, devices, ()) == (found, None)  # as a resumed run
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "said"),
+    [
+        ({"batch_tokens": 500_000}, 1, "multiple of 1024 .*take 499712 or 500736$"),
+        ({"batch_tokens": 500_000}, 8, "multiple of 8192 .*take 499712 or 507904$"),
+        ({"batch_tokens": 5}, 8, "multiple of 8192 .*take 8192$"),
+        ({"batch_size": 48}, 8, "multiple of 49152 .*batch_size=48.*take 491520 or 540672$"),
+        ({"gradient_accumulation_steps": 3}, 2, "multiple of 6144 .*take 522240 or 528384$"),
+        (
+            {"gradient_accumulation_steps": 4, "batch_size": 64},
+            8,
+            r"--batch_tokens=524288: must be 262144 \(block_size=1024 x batch_size=64 x grad",
+        ),
+        ({"batch_size": 12}, 8, "--batch_size=12: must be divisible by 8 devices; take 8 or 16$"),
+    ],
+    ids=str,
+)
+def test_tokens_that_cannot_be_are_refused_with_their_neighbours(
+    settings: dict[str, int], devices: int, said: str
+) -> None:
+    config = dataclasses.replace(HALF_A_MILLION, **settings)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=said):
+        adapt.fit_batch(config, devices, {"batch_tokens", *settings})
+
+
+def test_a_preset_s_tokens_make_room_for_what_was_given() -> None:
+    gpt2 = PRESETS["gpt2"]
+    for settings, devices, tokens in (
+        ({"gradient_accumulation_steps": 1}, 1, 16 * 1024),
+        ({"gradient_accumulation_steps": 40, "batch_size": 12}, 1, 480 * 1024),
+        ({"batch_size": 48}, 1, 11 * 48 * 1024),
+        ({}, 3, 28 * 18 * 1024),
+    ):
+        config = dataclasses.replace(gpt2, **settings)  # type: ignore[arg-type]
+        found, note = adapt.fit_batch(config, devices, settings)
+        assert found.batch_tokens == tokens and note is not None
+        assert found.batch_size * found.gradient_accumulation_steps * 1024 == tokens
+    short = dataclasses.replace(gpt2, model=dataclasses.replace(gpt2.model, block_size=1000))
+    found, note = adapt.fit_batch(short, 1, {"block_size"})
+    assert found.batch_tokens == 524_000 and note is not None and "524,000" in note
+
+
+def test_evaluations_do_not_depend_on_the_devices() -> None:
+    finetune = PRESETS["finetune_gpt2"]
+    for devices in (1, 2, 8):
+        config, _ = adapt.fit_batch(finetune, devices, ())
+        assert (config.eval_batch_size or config.batch_size) == 1
+    given = dataclasses.replace(PRESETS["gpt2"], batch_size=64)
+    assert adapt.fit_batch(given, 8, {"batch_size"})[0].eval_batch_size == 0  # 64, as asked for
+
+
+# ---- The batch of a run that goes on
+
+
+def resumed(tmp_path: Path, *argv: str, **stored: int) -> TrainConfig:
+    """The settings of a run of 8 sequences a step, as it goes on with these flags."""
+    (tmp_path / "out").mkdir(exist_ok=True)
+    settings = to_json(TrainConfig(**{"batch_size": 8, **stored}))  # type: ignore[arg-type]
+    (tmp_path / "out" / "config.json").write_text(settings)
+    config, given = read_settings(
+        [f"--out_dir={tmp_path / 'out'}", "--init_from=resume", *argv],
+    )
+    return adapt.fit_batch(config, 4, given, resumed=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        ([], (8, 1, 0)),
+        (["--batch_size=4"], (4, 2, 8)),  # the same tokens, and the same evaluations
+        (["--batch_size=4", "--gradient_accumulation_steps=2"], (4, 2, 8)),
+        (["--batch_size=4", "--allow_change=batch_size"], (4, 1, 0)),
+        (["--batch_size=auto"], (0, 1, 8)),
+        (["--batch_size=4", "--eval_batch_size=2"], (4, 2, 2)),
+    ],
+    ids=str,
+)
+def test_a_run_that_goes_on_keeps_the_tokens_of_a_step(
+    argv: list[str], found: tuple[int, int, int], tmp_path: Path
+) -> None:
+    config = resumed(tmp_path, *argv)
+    sizes = config.batch_size, config.gradient_accumulation_steps, config.eval_batch_size
+    assert sizes == found
+
+
+def test_a_run_that_goes_on_fits_its_batch_to_the_devices(tmp_path: Path) -> None:
+    config = resumed(tmp_path, batch_size=6, gradient_accumulation_steps=2)
+    assert (config.batch_size, config.gradient_accumulation_steps) == (4, 3)
+    with pytest.raises(UsageError, match="by 4 devices; take 4 or 8 with --allow_change=batch_"):
+        resumed(tmp_path, batch_size=6)
 
 
 # ---- Another model's parameters

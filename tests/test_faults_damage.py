@@ -102,7 +102,7 @@ def test_settings_of_another_experiment_are_refused(environment: Environment, ou
     """And those that only say how to go on are not (F17)."""
     for flags in (
         ("--n_layer=3", "--n_head=1", "--optimizer=adamw"),
-        ("--seed=7", "--batch_size=4", "--gradient_accumulation_steps=2"),
+        ("--seed=7", "--batch_size=4", "--gradient_accumulation_steps=3"),
         ("--dtype=bfloat16", "--dropout=0.2"),
     ):
         refused = resume(environment, out, *flags, "--max_iters=41", expect=2)

@@ -66,6 +66,18 @@ def test_a_bad_value_is_one_clean_line(
     assert capsys.readouterr() == ("", f"error: {said}\n")
 
 
+def test_a_word_may_stand_for_0(capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig()
+    assert flags.read(TrainConfig, ["--batch_size=auto"], config, "") == {"batch_size": 0}
+    for argv in (["--batch_size=most"], ["--seed=auto"], ["--n_layer="]):
+        with pytest.raises(UsageError, match="must be a whole number"):
+            flags.read(TrainConfig, argv, config, "")
+    for size, shown in ((0, "auto"), (7, "7")):
+        flags.print_help(dataclasses.replace(config, batch_size=size), "")
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"(default: {shown}) --gradient_accumulation_steps" in said
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -82,6 +82,15 @@ def test_another_experiment_only_where_allowed(name: str, change: dict[str, Any]
     assert any(name in line for line in check(record(**change), (name,)))
 
 
+def test_another_split_of_a_step_is_the_same_experiment() -> None:
+    assert check(record(batch_size=4, gradient_accumulation_steps=3)) == [
+        "resuming with batch_size=4, it was 12",
+        "resuming with gradient_accumulation_steps=3, it was 1",
+    ]
+    with pytest.raises(UsageError, match="--allow_change=batch_size,gradient_accumulation_steps"):
+        check(record(batch_size=4, gradient_accumulation_steps=2))
+
+
 def test_the_rest_is_free_and_said() -> None:
     assert check(record(learning_rate=1e-3, beta2=0.99)) == [
         "resuming with learning_rate=0.001, it was 0.0006",
@@ -142,6 +151,7 @@ def test_the_lists_that_the_roles_make() -> None:
     assert set(flatten(TrainConfig())) - set(COMPARED) - set(names(TrainConfig, once)) == {
         *("dataset", "val_dataset", "val_fraction", "tokenizer", "tokenizer_dir"),
         *("out_dir", "init_from", "compile_cache", "heartbeat_timeout", "wait_for_checkpoints"),
+        "batch_tokens",
     }
     help = fields_of(TrainConfig)["allow_change"].metadata["help"]
     assert [name for name in GUARDED if not re.search(rf"\b{name}\b", help)] == []

@@ -19,12 +19,13 @@ from gptjax.checkpoints.record import make_record
 from gptjax.checkpoints.save import Saver
 from gptjax.checkpoints.steps import About
 from gptjax.config import TrainConfig, parse_mesh
-from gptjax.data.batches import sample_batch
+from gptjax.data.batches import eval_windows, sample_batch
 from gptjax.data.datasets import Dataset
 from gptjax.errors import DataError, DiskError, NonFiniteError, UsageError
 from gptjax.terminal.console import TrainConsole
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import faults, plan
+from gptjax.training.adapt import fit_batch
 from gptjax.training.feed import BatchFeed, step_starts, step_windows
 from gptjax.training.metrics import Record
 from gptjax.training.run_log import RunLog
@@ -46,6 +47,9 @@ CFG = tiny(vocab_size=256)
 CONFIG = TrainConfig(
     model=CFG, batch_size=8, max_iters=12, warmup_iters=2, learning_rate=1e-2, eval_interval=6
 )
+
+
+SIX_STEPS = step_windows(CONFIG, [TOKENS], range(6)).reshape(6, 8, 17)
 
 
 def change(**settings: Any) -> TrainConfig:
@@ -138,6 +142,28 @@ def test_rows_of_a_step_are_where_its_windows_come_from() -> None:
         np.testing.assert_array_equal(TOKENS[start : start + 17], window)
 
 
+def test_a_step_of_so_many_tokens_is_the_same_on_any_number_of_devices() -> None:
+    """Its windows in their order, and the loss of each of 6 steps; only the passes differ."""
+    asked = change(batch_tokens=8 * 16, batch_size=2)
+    curves, splits = [], set()
+    for n_devices in (1, 2, 4, 8):
+        config, _ = fit_batch(asked, n_devices, {"batch_tokens"})
+        splits.add((config.gradient_accumulation_steps, config.batch_size))
+        windows = step_windows(config, [TOKENS], range(6))
+        np.testing.assert_array_equal(windows.reshape(6, 8, 17), SIX_STEPS)
+        mesh = sharding.make_mesh(jax.devices()[:n_devices])
+        abstract = abstract_state(config, mesh)
+        state, step = init_state(config, abstract), make_train_step(config, abstract)
+        losses = []
+        for batch in windows:
+            state, values = step(state, sharding.place(batch[None], mesh, axis=2))
+            losses.append(float(values["loss"][0]))
+        curves.append(losses)
+    assert splits == {(4, 2), (2, 4), (1, 8)}
+    assert np.ptp(curves, axis=0).max() <= 1e-5, curves
+    assert np.ptp(curves, axis=1).min() > 1e-2
+
+
 def test_a_fault_of_the_data_comes_with_its_step() -> None:
     mesh = sharding.make_mesh(jax.devices()[:1])
     feed = BatchFeed(CONFIG, [TOKENS], mesh, 1, faults.Fault("raise", 2, 2))
@@ -188,6 +214,20 @@ def test_validation_is_the_mean_over_its_windows() -> None:
     found = validate(config, [shard], mesh, losses, lambda: False)
     assert found == pytest.approx((sum(range(8)) + 100 + 101) / 10)
     np.testing.assert_array_equal(np.concatenate(seen)[:10, 0], shard[:-1:16])
+
+
+@pytest.mark.parametrize("size", [2, 4, 12])
+def test_validation_reads_the_same_windows_with_any_batch(size: int) -> None:
+    mesh, seen = sharding.make_mesh(jax.devices()[:2]), list[np.ndarray]()
+
+    def losses(windows: jax.Array) -> jax.Array:
+        seen.append(np.asarray(windows))
+        return jnp.zeros(size)
+
+    config = change(eval_iters=3, batch_size=size, eval_batch_size=4)
+    validate(config, [TOKENS], mesh, losses, lambda: False)
+    expected = [start for _, start in eval_windows([TOKENS], 16, 12)]
+    np.testing.assert_array_equal(np.concatenate(seen)[:, 0], TOKENS[expected])
 
 
 def test_a_signal_breaks_validation_and_sample_off() -> None:

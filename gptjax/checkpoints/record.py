@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ Record = dict[str, Any]
 FIXED = names(TrainConfig, architecture, state)
 GUARDED = [*names(TrainConfig, experiment), "data", "tokenizer"]
 COMPARED = names(TrainConfig, architecture, state, experiment, run)
+BATCH = ("batch_size", "gradient_accumulation_steps")  # only their product makes an experiment
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLED = 256  # blocks of a token file that its fingerprint reads
@@ -113,7 +115,9 @@ def check_record(
         raise UsageError(
             f"the checkpoint has {'; '.join(fixed)}; keep the old value, or take another --out_dir"
         )
-    guarded = [name for name in changed if name in GUARDED and name not in allow_change]
+    sequences = (math.prod(settings[name] for name in BATCH) for settings in (before, now))
+    free = {*allow_change, *(BATCH if len({*sequences}) == 1 else ())}
+    guarded = [name for name in changed if name in GUARDED and name not in free]
     if guarded:
         raise UsageError(
             f"the checkpoint has {'; '.join(map(show, guarded))}; keep what it had, or take "

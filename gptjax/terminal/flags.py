@@ -69,7 +69,8 @@ def read(
             read = (read_value(name, each, value) for value in values)
             given[name] = (*given.get(name, ()), *read)
         else:
-            given[name] = read_value(name, kind, values[0])
+            zero = bool(values[0]) and values[0] == fields[name].metadata["zero"]
+            given[name] = 0 if zero else read_value(name, kind, values[0])
     return given
 
 
@@ -137,7 +138,8 @@ def print_help(default: Any, description: str, prog: str | None = None) -> None:
             kind = f"{get_args(field.type)[0].__name__.upper()} ..."
         elif choices:
             kind = f"{{{','.join(choices)}}}"
-        text = f"{field.metadata['help']} (default: {show(values[name])})".replace("%", "%%")
+        shown = show(values[name] or field.metadata["zero"] or values[name])
+        text = f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
         section.add_argument(f"--{name}", metavar=kind, help=text)
     print(parser.format_help(), end="", flush=True)  # argparse's own would hide a full disk
 

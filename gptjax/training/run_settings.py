@@ -15,7 +15,7 @@ from gptjax.presets import PRESETS
 from gptjax.settings import fields_of, names, once
 from gptjax.terminal import flags, output
 from gptjax.terminal.nanogpt_flags import config_file_problem
-from gptjax.training.adapt import adapt_preset
+from gptjax.training.adapt import adapt_preset, keep_batch
 from gptjax.training.origin import with_architecture_of
 
 
@@ -42,7 +42,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
     settings = settings_to_go_on(run_dir, given.get("init_from"), given.get("replay"))
     if settings is not None:
         fresh = {name: getattr(config, name) for name in names(TrainConfig, once)}
-        config = dataclasses.replace(load_config(settings), **fresh)
+        config = keep_batch(dataclasses.replace(load_config(settings), **fresh), given)
     else:
         source = given.get("init_from", config.init_from)
         config = with_shape_of(config, str(files.expand(source)))

@@ -26,7 +26,8 @@ from gptjax.terminal import cli, output
 from gptjax.terminal.console import TrainConsole, show_progress
 from gptjax.tokenizer import Tokenizer, save_tokenizer
 from gptjax.training import bad_steps, faults, metrics, origin, plan
-from gptjax.training.adapt import fit_batch
+from gptjax.training.adapt import fit_batch, step_rows
+from gptjax.training.auto_batch import largest_batch
 from gptjax.training.failures import explain_failures
 from gptjax.training.loss_scale import abstract_loss_scale, resume_loss_scale
 from gptjax.training.run_settings import name_settings, settings_to_go_on
@@ -88,10 +89,11 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
     steps, source = origin.find_start(config, run_dir, bad)
     check_flags(config, given, steps, replaying=bad is not None)
     mesh = sharding.make_mesh(axes=parse_mesh(config.mesh))
-    fixed, how = ({"batch_size"}, " with --allow_change=batch_size") if steps else (given, "")
-    config, batch_note = fit_batch(config, sharding.batch_shards(mesh), fixed, how)
+    n_devices = sharding.batch_shards(mesh)
     cfg = config.model if source is None else origin.model_of_source(config, source, given)
     sharding.require_equal_parts(mesh, cfg)
+    config = dataclasses.replace(config, model=cfg)
+    config, batch_note = fit_batch(config, n_devices, given, resumed=bool(steps))
     console = TrainConsole(config.max_iters, quiet=jax.process_index() > 0)
     if batch_note:
         console.note(batch_note)
@@ -104,7 +106,15 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
             f"--vocab_size={cfg.vocab_size}: must be the tokenizer's, {n_vocab} tokens; "
             "leave the flag out"
         )
-    stored = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
+    config = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
+    if config.batch_size == 0:
+        resolved = dataclasses.replace(config, model=model.resolve(config.model))
+        rows = step_rows(config, given)
+        size, note = largest_batch(resolved, mesh, n_devices, 0 if rows % n_devices else rows)
+        console.note(note)
+        config = dataclasses.replace(config, batch_size=size)
+        config, _ = fit_batch(config, n_devices, given, resumed=bool(steps))
+    stored = config
     if source is not None or config.tokenizer not in MAKERS:
         # The run folder's own counts when this run is resumed, also if a file is gone by then.
         stored = dataclasses.replace(stored, tokenizer="auto")

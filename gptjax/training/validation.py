@@ -32,7 +32,8 @@ def validate(
     index, count = sharding.batch_share(mesh)
     share = rows // count
     first = share * index
-    starts = eval_windows(shards, cfg.block_size, config.eval_iters * rows)
+    n_windows = config.eval_iters * (config.eval_batch_size or rows)
+    starts = eval_windows(shards, cfg.block_size, n_windows)
     losses: list[jax.Array] = []
     for i in range(0, len(starts), rows):
         if stopped():
