@@ -19,8 +19,10 @@ from .helpers import (
     Environment,
     SmallDisk,
     digest,
+    logged_losses,
     newest,
     resume,
+    run,
     wait_for,
 )
 
@@ -121,6 +123,81 @@ def test_processes_compute_what_one_does(
     assert len(found) == len(expected) == 3
     difference = np.subtract([float(x) for x in found], [float(x) for x in expected])
     assert np.abs(difference).max() <= 1e-3
+
+
+@slow
+def test_processes_share_a_step_of_so_many_tokens(
+    environment: Environment, start: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Each of four takes a row of each pass; one alone takes two passes: the same loss at a step.
+
+    So do two that go on with passes of another size, and with what one had computed.
+    """
+    argv = (*start, *PLAIN, "--log_interval=1", f"--batch_tokens={8 * 16}")
+    argv = tuple(word for word in argv if not word.startswith(("--out_dir", "--batch_size")))
+    alone = (*argv, "--batch_size=2", f"--out_dir={tmp_path}/alone")
+    run(environment, "train.py", *alone)
+    expected = logged_losses(tmp_path / "alone")
+    four = (*argv, "--batch_size=4", f"--out_dir={tmp_path}/four", "--stop_step=20")
+    two = (f"--out_dir={tmp_path}/four", "--init_from=resume", "--batch_size=8")
+    for count, flags in ((4, four), (2, two)):
+        processes = start_processes(environment, count, flags)
+        ends = [process.communicate(timeout=240) for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, ends
+    assert "resuming with gradient_accumulation_steps=1, it was 2" in ends[0][0]
+    found = logged_losses(tmp_path / "four")
+    assert len(found) == len(expected) == 40
+    assert np.abs(found - expected).max() <= 1e-5, np.abs(found - expected)
+
+
+HOSTS = """
+import os, sys
+import jax
+from jax._src.clusters import cloud_tpu_cluster, cluster
+
+hosts = {"worker-network-endpoints": os.environ["HOSTS"], "tpu-env": "TYPE: 'v5litepod-16'"}
+answers = {**hosts, "agent-worker-number": os.environ["HOST"]}
+cloud_tpu_cluster.get_metadata = lambda key: (answers[key], 200)
+cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True
+del os.environ["TPU_SKIP_MDS_QUERY"]
+jax.config.update("jax_platforms", "tpu")
+
+import train
+from gptjax import distributed
+from gptjax.terminal import cli
+
+def start(config, start=distributed.start):
+    start(config)
+    jax.config.update("jax_platforms", "cpu")
+
+distributed.start = start
+sys.exit(cli.run(train.main, sys.argv[1:]))
+"""
+
+
+@slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_hosts_of_a_tpu_slice_find_each_other(
+    environment: Environment, start: tuple[str, ...], count: int
+) -> None:
+    """All but the TPU: Google's metadata server is faked, and the devices are CPUs."""
+    address = on_loopback(environment, count)["JAX_COORDINATOR_ADDRESS"]
+    common = {"JAX_COORDINATOR_PORT": address.partition(":")[2], "NPROC": "1"}
+    common["HOSTS"] = ",".join(["127.0.0.1"] * count)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOSTS, *start, *PLAIN],
+            env={**environment, **common, "HOST": str(i)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, ends
+    assert f"on {count} x cpu" in ends[0][0]
 
 
 @slow
