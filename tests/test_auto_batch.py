@@ -68,7 +68,7 @@ def test_the_answer_is_what_compiling_says(monkeypatch: pytest.MonkeyPatch) -> N
     for count, size in ((needed + 1, 16), (needed - 1, 8)):
         memory = int(count / (1 - auto_batch.FREE))
         monkeypatch.setattr(auto_batch, "device_memory", lambda memory=memory: memory)
-        found, said = largest_batch(CONFIG, mesh, 2)
+        found, said = largest_batch(CONFIG, mesh)
         assert found == size and f"{memory / 1e9:.1f} GB" in said
 
 
@@ -76,7 +76,7 @@ def test_one_sequence_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(auto_batch, "device_memory", lambda: 2**20)
     monkeypatch.setattr(auto_batch, "step_bytes", lambda config, mesh: 2**20)
     with pytest.raises(OutOfMemoryError, match=r"batch_size=1, .*--remat"):
-        largest_batch(CONFIG, ONE, 1, rows=2)
+        largest_batch(CONFIG, ONE, rows=2)
 
 
 def test_memory_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_processes_share_a_step_of_so_many_tokens(
 
     So do two that go on with passes of another size, and with what one had computed.
     """
-    argv = (*start, *PLAIN, "--log_interval=1", f"--batch_tokens={8 * 16}")
+    argv = (*start, *PLAIN, "--dropout=0.1", "--log_interval=1", f"--batch_tokens={8 * 16}")
     argv = tuple(word for word in argv if not word.startswith(("--out_dir", "--batch_size")))
     alone = (*argv, "--batch_size=2", f"--out_dir={tmp_path}/alone")
     run(environment, "train.py", *alone)

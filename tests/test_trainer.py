@@ -143,8 +143,11 @@ def test_rows_of_a_step_are_where_its_windows_come_from() -> None:
 
 
 def test_a_step_of_so_many_tokens_is_the_same_on_any_number_of_devices() -> None:
-    """Its windows in their order, and the loss of each of 6 steps; only the passes differ."""
-    asked = change(batch_tokens=8 * 16, batch_size=2)
+    """Its windows in their order, dropout, and the loss of each of 6 steps; not the passes."""
+    model = tiny(vocab_size=256, n_layer=1, n_embd=16, dropout=0.2)
+    asked = change(batch_tokens=8 * 16, batch_size=2, model=model)
+    alone = sharding.make_mesh(jax.devices()[:1])
+    fresh = jax.device_get(init_state(asked, abstract_state(asked, alone)))
     curves, splits = [], set()
     for n_devices in (1, 2, 4, 8):
         config, _ = fit_batch(asked, n_devices, {"batch_tokens"})
@@ -153,8 +156,8 @@ def test_a_step_of_so_many_tokens_is_the_same_on_any_number_of_devices() -> None
         np.testing.assert_array_equal(windows.reshape(6, 8, 17), SIX_STEPS)
         mesh = sharding.make_mesh(jax.devices()[:n_devices])
         abstract = abstract_state(config, mesh)
-        state, step = init_state(config, abstract), make_train_step(config, abstract)
-        losses = []
+        state = jax.device_put(fresh, sharding.shardings_of(abstract))
+        step, losses = make_train_step(config, abstract), []
         for batch in windows:
             state, values = step(state, sharding.place(batch[None], mesh, axis=2))
             losses.append(float(values["loss"][0]))

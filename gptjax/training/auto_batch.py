@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gptjax.config import TrainConfig
 from gptjax.errors import OutOfMemoryError, UsageError
 from gptjax.memory import allowed_memory, gigabytes
-from gptjax.sharding import batch_sharding
+from gptjax.sharding import batch_sharding, batch_shards
 from gptjax.training import plan
 from gptjax.training.step import abstract_state, make_train_step
 
@@ -26,21 +26,19 @@ FIRST = 4  # sequences of each device in the first trial
 CPU_TOKENS = 4096  # of each device: on a CPU, larger passes are not faster
 
 
-def largest_batch(
-    config: TrainConfig, mesh: Mesh, n_devices: int, rows: int = 0
-) -> tuple[int, str]:
+def largest_batch(config: TrainConfig, mesh: Mesh, rows: int = 0) -> tuple[int, str]:
     """Return a batch_size, over all devices together, and a sentence that says why.
 
     Args:
         config: the settings, whose model has no "auto" left.
         mesh: the devices of the training state.
-        n_devices: how many parts each forward pass has.
         rows: sequences of a step, which the result divides; 0 = any number of them.
 
     Raises:
         OutOfMemoryError: not even one sequence for each device fits.
         UsageError: the devices do not tell how much memory they have.
     """
+    n_devices = batch_shards(mesh)
     most = max(1, CPU_TOKENS // config.model.block_size) * n_devices
     on_cpu = jax.default_backend() == "cpu"
     memory = device_memory()

@@ -110,7 +110,7 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
     if config.batch_size == 0:
         resolved = dataclasses.replace(config, model=model.resolve(config.model))
         rows = step_rows(config, given)
-        size, note = largest_batch(resolved, mesh, n_devices, 0 if rows % n_devices else rows)
+        size, note = largest_batch(resolved, mesh, 0 if rows % n_devices else rows)
         console.note(note)
         config = dataclasses.replace(config, batch_size=size)
         config, _ = fit_batch(config, n_devices, given, resumed=bool(steps))
