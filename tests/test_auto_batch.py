@@ -9,10 +9,12 @@ import pytest
 from gptjax import sharding
 from gptjax.config import TrainConfig
 from gptjax.errors import OutOfMemoryError, UsageError
+from gptjax.memory import tree_bytes
 from gptjax.training import auto_batch
 from gptjax.training.auto_batch import largest_batch, size_below, step_bytes, try_sizes
 from gptjax.training.run_settings import read_settings
 from gptjax.training.start import open_run
+from gptjax.training.step import abstract_state
 
 from .helpers import tiny
 
@@ -65,6 +67,9 @@ def test_the_answer_is_what_compiling_says(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(auto_batch, "CPU_TOKENS", 16 * 16)
     mesh = sharding.make_mesh(jax.devices()[:2])
     needed = step_bytes(dataclasses.replace(CONFIG, batch_size=16), mesh)
+    state = abstract_state(CONFIG, mesh)
+    logits = 8 * 16 * CONFIG.model.padded_vocab_size * 4
+    assert needed >= tree_bytes(state) + tree_bytes(state.params) + logits  # and gradients
     for count, size in ((needed + 1, 16), (needed - 1, 8)):
         memory = int(count / (1 - auto_batch.FREE))
         monkeypatch.setattr(auto_batch, "device_memory", lambda memory=memory: memory)

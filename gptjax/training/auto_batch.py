@@ -93,7 +93,7 @@ def try_sizes(
         first_end = min(n_fitting, len(points) - 1) - 1
         (a, bytes_a), (b, bytes_b) = points[first_end : first_end + 2]
         guess = a + (limit - bytes_a) * (b - a) / max(bytes_b - bytes_a, 1)
-        size = allowed(min(guess, b - 1) if bytes_b > limit else max(guess, 2 * b))
+        size = allowed(guess if bytes_b > limit else max(guess, 2 * b))
         if size in found:
             break
     return found
