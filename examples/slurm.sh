@@ -1,7 +1,8 @@
 #!/bin/bash
 # Train on 2 nodes of 8 GPUs under SLURM: sbatch examples/slurm.sh
 #
-# One process a GPU; srun's variables tell train.py of the others, so no address is given.
+# One process a GPU; srun's variables tell train.py of the others, so no address is given. With
+# --ntasks-per-node=1 --gpus-per-node=8 instead, one process takes the 8 GPUs of its node.
 # --signal sends SIGTERM to every process 120 seconds before the time is over. Whichever sees it
 # first, all of them stop at the same step, save it and end with 143. No "B:" in front of TERM: it
 # would signal this script only, and not the processes. --requeue puts a preempted job back into the
@@ -20,7 +21,7 @@
 RUN=$PWD/out/gpt2 # on a file system that all nodes share
 
 srun --kill-on-bad-exit=1 python train.py gpt2 --out_dir="$RUN" --init_from=auto \
-    --batch_size=256 --gradient_accumulation_steps=2 --checkpoint_interval=500
+    --batch_size=256 --checkpoint_interval=500
 code=$?
 
 # 143: stopped by SIGTERM after saving. Anything else that is not 0 is an error that stays.

@@ -93,6 +93,6 @@ def explain(error: BaseException, config: TrainConfig) -> OutOfMemoryError | Non
     return OutOfMemoryError(
         f"out of memory ({first_line(error)[:200]}) with batch_size={config.batch_size}, "
         f"block_size={cfg.block_size}, n_layer={cfg.n_layer}, n_embd={cfg.n_embd}; lower "
-        "--batch_size and raise --gradient_accumulation_steps, lower --block_size, or take "
-        "--remat; saved steps are unchanged"
+        "--batch_size (auto finds what fits) and raise --gradient_accumulation_steps, lower "
+        "--block_size, or take --remat; saved steps are unchanged"
     )
