@@ -1,6 +1,5 @@
 """Train a GPT: `python train.py [preset] [--flag=value ...]`; `--help` lists the flags."""
 
-import functools
 import math
 import signal
 import sys
@@ -11,7 +10,7 @@ from gptjax import distributed, memory, programs
 from gptjax.checkpoints.save import About, Saver
 from gptjax.errors import DiskError, plural
 from gptjax.terminal import cli
-from gptjax.training import plan
+from gptjax.training import compiling, plan
 from gptjax.training.feed import BatchFeed
 from gptjax.training.replay import replay
 from gptjax.training.resume_check import resume_check
@@ -24,14 +23,7 @@ from gptjax.training.start import (
     open_run,
     prepare_folder,
 )
-from gptjax.training.step import (
-    TrainState,
-    abstract_state,
-    digest,
-    make_eval_step,
-    make_train_step,
-)
-from gptjax.training.validation import validate, write_sample
+from gptjax.training.step import TrainState, abstract_state, digest
 
 
 def main(argv: list[str]) -> int:
@@ -55,10 +47,9 @@ def train(run: TrainingRun) -> int:
     config, mesh = run.config, run.mesh
     abstract = abstract_state(config, mesh)
     memory.check_fits(abstract)
+    train_step, validate, write_sample = compiling.begin(run, abstract)
     state, progress = init_or_restore(run, abstract)
     prepare_folder(run, abstract, progress)
-    train_step = make_train_step(config, abstract, run.fault)
-    eval_step = make_eval_step(config.model, abstract.params)
     per_call = plan.steps_per_call(config)
     feed = BatchFeed(config, run.dataset.train, mesh, per_call, run.fault)
     stop = distributed.StopVote(run.stop_signals, mesh)
@@ -78,13 +69,10 @@ def train(run: TrainingRun) -> int:
             with log.paused():
                 fresh = step != progress.step or val_loss is None  # else both were done before
                 if fresh and plan.is_evaluation_due(config, step):
-                    losses = functools.partial(eval_step, state.params)
-                    val_loss = validate(config, run.dataset.val, mesh, losses, stop.at_once)
+                    val_loss = validate(state.params, stop.at_once)
                     log.validation(step, val_loss)
                 if fresh and plan.is_sample_due(config, step):
-                    tokenizer = run.dataset.tokenizer
-                    text = write_sample(config, state.params, tokenizer, stop.at_once)
-                    log.sample(step, text)
+                    log.sample(step, write_sample(state.params, stop.at_once))
 
                 leaving = leaving or stop.at_once()  # a signal may have come meanwhile
                 if step != saved and (leaving or plan.is_checkpoint_due(config, step)):

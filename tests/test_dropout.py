@@ -15,7 +15,7 @@ import pytest
 from gptjax import attention, model, sharding
 from gptjax.config import TrainConfig
 from gptjax.dropout import drop, drop_rows, keep_mask, keys_of_places
-from gptjax.training.step import loss_and_grad
+from gptjax.training.step import dropout_keys, loss_and_grad
 
 from .helpers import scaled_params, tiny
 
@@ -190,9 +190,13 @@ def test_how_a_step_is_cut_into_passes_does_not_change_its_masks() -> None:
     cfg = tiny(dropout=0.3)
     params = scaled_params(cfg, jax.random.key(0))
     windows = np.random.default_rng(0).integers(0, 61, (8, 17), dtype=np.int32)
-    key = jax.random.fold_in(jax.random.key(TrainConfig().seed), 4)
-    compute = jax.jit(loss_and_grad, static_argnums=0)
-    one, two, four = (compute(cfg, params, windows.reshape(a, -1, 17), key) for a in (1, 2, 4))
+    config, compute = TrainConfig(model=cfg), jax.jit(loss_and_grad, static_argnums=0)
+
+    def in_passes(passes: int) -> object:
+        windows_ABT = windows.reshape(passes, -1, 17)
+        return compute(cfg, params, windows_ABT, dropout_keys(config, 4, windows_ABT.shape[:2]))
+
+    one, two, four = in_passes(1), in_passes(2), in_passes(4)
     for other in (two, four):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             assert float(jnp.abs(a - b).max()) <= 1e-5 * max(1e-2, float(jnp.abs(a).max()))

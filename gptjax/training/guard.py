@@ -19,7 +19,7 @@ class Guard(NamedTuple):
 def init_guard() -> Guard:
     """Return the guard before the first step."""
     none = jnp.zeros((), jnp.int32)
-    return Guard(jnp.full((WINDOW, 2), jnp.nan), none, none)
+    return Guard(jnp.full((WINDOW, 2), jnp.nan, jnp.float32), none, none)
 
 
 def judge(

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from gptjax import model, sampling, sharding
 from gptjax.config import SampleConfig, TrainConfig
 from gptjax.data.batches import Shards, eval_windows, read_windows
 from gptjax.tokenizer import Tokenizer, decode
+
+HOW = SampleConfig()  # how the samples are drawn
 
 
 def validate(
@@ -64,7 +66,7 @@ def write_sample(
         cfg,
         model.prepare_for_decoding(cfg, params),
         [[tokenizer.start_id]],
-        SampleConfig(),
+        HOW,
         max_new_tokens=config.sample_tokens,
         seed=config.seed,
     )
@@ -74,3 +76,27 @@ def write_sample(
         if stopped():
             break
     return decode(tokenizer, np.array(ids, np.int32))
+
+
+def compile_sampler(config: TrainConfig, abstract: model.Params) -> None:
+    """Compile what `write_sample` calls, for parameters of these shapes."""
+    cfg, (device, *_) = config.model, sharding.mesh_of(abstract).local_devices
+
+    def on_device(tree: sharding.PyTree) -> sharding.PyTree:
+        """Return the shapes of arrays that lie on the device."""
+        shardings = jax.tree.map(lambda leaf: SingleDeviceSharding(device), tree)
+        return sharding.abstract_tree(tree, shardings)
+
+    prepare = model.prepare_for_decoding.lower(cfg, on_device(abstract))
+    params = on_device(prepare.out_info)
+    size = sampling.bucket(1 + config.sample_tokens, cfg.block_size)
+    tokens_BT = np.zeros((1, sampling.bucket(1, size)), np.int32)
+    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    length_B, n_drawn = np.ones(1, np.int32), np.int32(0)
+    prefill = sampling.prefill.lower(
+        cfg, HOW, size, params, tokens_BT, length_B, keys_B, n_drawn, None, None
+    )
+    state = on_device(prefill.out_info)
+    decode = sampling.decode.lower(cfg, HOW, sampling.CHUNK, params, state, keys_B)
+    for program in (prepare, prefill, decode):
+        program.compile()
