@@ -14,7 +14,7 @@ from gptjax import model, programs
 from gptjax.checkpoints.save import Saver
 from gptjax.errors import NonFiniteError, plural
 from gptjax.files import append_line
-from gptjax.training import bad_steps, feed, metrics
+from gptjax.training import bad_steps, bands, feed, metrics
 from gptjax.training.plan import is_due
 from gptjax.training.start import TrainingRun
 from gptjax.training.step import Metrics
@@ -48,6 +48,8 @@ class RunLog:
         self.painter = ThreadPoolExecutor(max_workers=1)  # matplotlib takes 1 s at first, then 0.3
         self.drawn: Future[None] | None = None
         data = run.dataset
+        self.band = bands.find_band(config, data)
+        self.where = ""  # the last validation loss, beside the band
         self.note(
             f"{n_params:,} parameters, {cfg.dtype}, {cfg.attention} attention, on {n_devices} x "
             f"{device}; {data.name}: {sum(map(len, data.train)):,} + {sum(map(len, data.val)):,} "
@@ -179,12 +181,21 @@ class RunLog:
         self.best = min(self.best, val_loss)
         self.fields["val"] = f"{val_loss:.4f}"
         self.note(f"step {step}: val loss {val_loss:.4f}, best {self.best:.4f}")
+        self._compare(step, val_loss)
         self.run.console.update(step, self.fields, log=False)  # the bar stays as it was last
         self._emit({"step": step, "val_loss": val_loss})
         if self.run.primary and (
             self.drawn is None or self.drawn.running() or self.drawn.done()
         ):  # one that still waits will show this point too
             self.drawn = self.painter.submit(self._draw)
+
+    def _compare(self, step: int, val_loss: float) -> None:
+        """Say that the loss has left the band of the preset, or that it is there at the end."""
+        where = bands.place(self.band, step, val_loss) if self.band else ""
+        left = where in ("above", "below") and where != self.where
+        if self.band and (left or (where == "in" and step == self.config.max_iters)):
+            self.note(bands.remark(self.band, step, val_loss, where))
+        self.where = where or self.where
 
     def _draw(self) -> None:
         try:
