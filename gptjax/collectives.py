@@ -133,6 +133,19 @@ def constrain(x: Array, *spec: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def each_with_its_heads(function: Callable[..., Array], *arrays_BTHK: Array) -> Array:
+    """Return a function of arrays (B, T, H, K), each device along `tensor` computing its heads.
+
+    For kernels that XLA cannot split.
+    """
+    if axis_size("tensor") == 1:
+        return function(*arrays_BTHK)
+    heads = P(None, None, "tensor")
+    return jax.shard_map(
+        function, in_specs=heads, out_specs=heads, axis_names={"tensor"}, check_vma=False
+    )(*arrays_BTHK)
+
+
 def by_heads(layer: PyTree) -> PyTree:
     """Return a layer with c_attn's columns ordered by device: its q, its k, its v, then the next's.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
+from gptjax import attention, collectives, sharding
 from gptjax.checkpoints.hashes import leaf_digests
 from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.save import Saver
@@ -124,6 +124,22 @@ def test_loss_and_gradient_equal_those_of_one_device(mesh: str) -> None:
     assert difference(found[0], expected[0]) <= 1e-6
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
     assert difference(found[1], expected[1]) <= 1e-5 * scale
+
+
+def test_a_kernel_that_xla_cannot_split_gets_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuDNN's attention does on GPUs, here with the reference in its place."""
+    shapes = set()
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, **_: Any) -> jax.Array:
+        def attend(*arrays: jax.Array) -> jax.Array:
+            shapes.add(arrays[0].shape)
+            return attention.attend_xla(*arrays)
+
+        return collectives.each_with_its_heads(attend, q, k, v)
+
+    monkeypatch.setitem(attention.ATTENTION, "xla", kernel)
+    check_equals_one_device("data:2,tensor:4")
+    assert (4, 16, 1, 8) in shapes  # rows of a device, time, one head, its width
 
 
 def test_gradients_are_added_in_the_dtype_asked_for() -> None:

@@ -141,6 +141,7 @@ def test_the_lists_that_the_roles_make() -> None:
             "dtype",
             "dropout",
             "zero_projections",
+            "reduce_dtype",
         ),
         *("data", "tokenizer"),
     }
