@@ -76,7 +76,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in parts)
         if cache is None:
             keys_B = None if keys_PB is None else keys_PB[0]
-            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=cfg.dropout, keys_B=keys_B)
+            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=cfg.weights_dropout, keys_B=keys_B)
         else:
             positions_BT = cache.positions(T)
             k, v, cache = cache.update(layer, k, v)

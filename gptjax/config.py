@@ -207,7 +207,8 @@ class TrainConfig:
     allow_change: str = once(
         "",
         "What may differ from the run on resume, separated by commas: seed, batch_size, dtype, "
-        "gradient_accumulation_steps, dropout, reduce_dtype, zero_projections, data, tokenizer.",
+        "gradient_accumulation_steps, dropout, attention_dropout, reduce_dtype, zero_projections, "
+        "data, tokenizer.",
     )
     stop_step: int = once(0, "Save and stop after this step, whatever max_iters is; 0 = never.")
     resume_check: bool = once(

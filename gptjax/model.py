@@ -42,7 +42,7 @@ Params = dict[str, Any]
 def resolve(cfg: GPTConfig) -> GPTConfig:
     """Return the config with every "auto" decided for this machine."""
     dtype = choose_dtype(cfg.dtype)
-    attention = choose_attention(cfg.attention, dtype, cfg.dropout)
+    attention = choose_attention(cfg.attention, dtype, cfg.weights_dropout)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 
 

@@ -35,6 +35,11 @@ class GPTConfig:
         "Activation function of the MLP: gelu_tanh is GPT-2's, gelu the exact form, nanoGPT's.",
     )
     dropout: float = experiment(0.0, "Probability of dropping an activation in training.")
+    attention_dropout: bool = experiment(
+        True,
+        "Whether dropout drops attention weights too, or only what is added to the residual "
+        "stream: then attention may be cudnn.",
+    )
     dtype: DType = experiment(
         "auto",
         f"Data type of the computation; parameters are float32 whatever it is. {AUTO_DTYPE}",
@@ -70,11 +75,17 @@ class GPTConfig:
             f"must divide n_embd={self.n_embd}; take --n_head={nearest}, or another --n_embd",
         )
         require(
-            self.attention != "cudnn" or self.dropout == 0,
+            self.attention != "cudnn" or self.weights_dropout == 0,
             "attention",
             self.attention,
-            f"does not support --dropout={self.dropout}; take --attention=xla or --dropout=0",
+            f"does not support --dropout={self.dropout} of attention weights; take "
+            "--attention=xla, --attention_dropout=False or --dropout=0",
         )
+
+    @property
+    def weights_dropout(self) -> float:
+        """Probability of dropping an attention weight in training."""
+        return self.dropout if self.attention_dropout else 0.0
 
     @property
     def head_dim(self) -> int:

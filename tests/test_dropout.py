@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax import attention, model, sharding
-from gptjax.config import TrainConfig
+from gptjax.config import GPTConfig, TrainConfig
 from gptjax.dropout import drop, drop_rows, keep_mask, keys_of_places
 from gptjax.training.step import dropout_keys, loss_and_grad
 
@@ -180,6 +180,23 @@ def test_remat_and_a_rolled_scan_drop_the_same() -> None:
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert float(jnp.abs(a - b).max()) <= 1e-5 * float(jnp.abs(a).max()) + 1e-7
+
+
+def test_attention_weights_are_kept_where_that_is_asked_for() -> None:
+    """The rest is dropped by the same masks; then cuDNN may compute the attention."""
+    tokens, found = jnp.arange(48).reshape(3, 16), []
+    for kept in (False, True):
+        cfg = tiny(dropout=0.3, attention_dropout=not kept)
+        params = scaled_params(cfg, jax.random.key(0))
+        with pytest.MonkeyPatch.context() as patch:
+            if kept:  # it never asks for a mask
+                patch.setattr(attention, "keep_mask", None)
+            else:
+                patch.setattr(attention, "drop", lambda weights, keep, rate: weights)
+            x, _ = model.hidden_states(cfg, params, tokens, dropout_key=row_keys(0, 3))
+        found.append(x)
+    assert float(jnp.abs(found[0] - found[1]).max()) <= 1e-6
+    assert GPTConfig(attention="cudnn", dropout=0.3, attention_dropout=False).weights_dropout == 0
 
 
 # ---- In the step ---------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def test_the_lists_that_the_roles_make() -> None:
             "gradient_accumulation_steps",
             "dtype",
             "dropout",
+            "attention_dropout",
             "zero_projections",
             "reduce_dtype",
         ),

@@ -107,7 +107,7 @@ def format_config(cfg: GPTConfig, special: Mapping[str, object] | None) -> dict[
         "vocab_size": cfg.vocab_size,
         "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[cfg.activation],
         "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": cfg.dropout,
+        "attn_pdrop": cfg.weights_dropout,
         "embd_pdrop": cfg.dropout,
         "resid_pdrop": cfg.dropout,
         **(NO_IDS if special is None else special),  # as the tokenizer's model had them
