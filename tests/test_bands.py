@@ -45,10 +45,7 @@ def test_a_band_is_of_a_preset_and_of_its_steps(band: Band) -> None:
 
 
 def test_every_preset_has_a_band_but_the_one_that_goes_on_with_any_model() -> None:
-    assert {band.preset for band in bands.BANDS} == set(PRESETS) - {
-        "finetune_gpt2",
-        "shakespeare_char",
-    }
+    assert {band.preset for band in bands.BANDS} == set(PRESETS) - {"finetune_gpt2"}
 
 
 def test_settings_that_decide_nothing_exist() -> None:

@@ -32,6 +32,24 @@ BANDS = (
         ((325, 2.14, 2.26), (650, 1.91, 2.02), (975, 1.74, 1.84), (1300, 1.66, 1.74)),
     ),
     Band(
+        "shakespeare_char",
+        "tinyshakespeare",
+        "char",
+        "measured with 2 seeds on one H100",
+        (
+            *((250, 2.03, 2.14), (500, 1.66, 1.76), (750, 1.54, 1.62), (1000, 1.48, 1.54)),
+            *((1500, 1.44, 1.49), (2000, 1.42, 1.48), (3000, 1.46, 1.56)),
+            *((4000, 1.55, 1.70), (5000, 1.60, 1.80)),  # it overfits
+        ),
+    ),
+    Band(
+        "shakespeare_char_fast",
+        "tinyshakespeare",
+        "char",
+        "measured with one seed on one H100",
+        ((450, 1.50, 1.60), (900, 1.41, 1.48)),
+    ),
+    Band(
         "gpt2",
         "data/openwebtext",
         "gpt2",
