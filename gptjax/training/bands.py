@@ -47,7 +47,7 @@ BANDS = (
         "tinyshakespeare",
         "char",
         "measured with one seed on one H100",
-        ((450, 1.50, 1.60), (900, 1.41, 1.48)),
+        ((600, 1.50, 1.61), (960, 1.43, 1.51), (1200, 1.40, 1.48)),
     ),
     Band(
         "gpt2",
