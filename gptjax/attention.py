@@ -3,10 +3,13 @@
 B batch, T query time, S context time, H heads, K head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gptjax import collectives
 from gptjax.config import Attention
 from gptjax.dropout import drop, keep_mask
 from gptjax.errors import UsageError
@@ -92,9 +95,8 @@ def attend_cudnn(
     It runs in half precision on NVIDIA GPUs from compute capability 8.0 on, and has no dropout.
     """
     assert dropout == 0 or keys_B is None, "GPTConfig refuses cudnn with dropout"
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
-    )
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    return collectives.each_with_its_heads(attend, q_BTHK, k_BTHK, v_BTHK)
 
 
 # By GPTConfig.attention. Of whole sequences, where T = S and query t has position t:

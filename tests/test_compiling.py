@@ -25,6 +25,11 @@ TOKENIZER = SimpleNamespace(start_id=0, decode_bytes=lambda ids: b"x" * len(ids)
 DATASET = SimpleNamespace(val=[np.arange(40, dtype=np.uint16)], tokenizer=TOKENIZER)
 
 
+@pytest.fixture(autouse=True)
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "available_cpus", lambda: 4)
+
+
 def begin(config: TrainConfig = CONFIG, **changes: Any) -> tuple[compiling.Loop, Any]:
     """Return the functions of a run on one device, and the shapes of its state."""
     mesh = sharding.make_mesh(jax.devices()[:1])
@@ -96,3 +101,9 @@ def test_only_what_the_first_round_calls_is_compiled(
     begin(dataclasses.replace(CONFIG, **changes), steps=steps)
     names = {"train_step": "train", "<lambda>": "eval", "write_sample": "sample"}
     assert sorted(names[name] for name in begun) == sorted(ahead.split())
+
+
+def test_few_cores_compile_one_program_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(begin()[0].train_step, compiling.Ahead)
+    monkeypatch.setattr(compiling, "available_cpus", lambda: 2)
+    assert not isinstance(begin()[0].train_step, compiling.Ahead)
