@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import GPTConfig
+from gptjax.errors import plural
 from gptjax.settings import require
 
 SLAB = 64 * 10**6  # bytes
@@ -68,7 +69,8 @@ def make_mesh(
     sizes = {name: size or max(1, len(devices) // known) for name, size in sizes.items()}
     text = ",".join(f"{name}:{size}" for name, size in sizes.items() if size > 1)
     ok = math.prod(sizes.values()) == len(devices)
-    require(ok, "mesh", text, f"must be {len(devices)} devices in all, as there are")
+    count = f"{len(devices)} {plural(len(devices), 'device')}"
+    require(ok, "mesh", text, f"must be {count} in all, as many as there are")
     # An axis of one device is left out, but for `data`: there is always one that splits the batch.
     names = tuple(name for name, size in sizes.items() if size > 1 or name == "data")
     shape = [sizes[name] for name in names]
