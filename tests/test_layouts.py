@@ -1,6 +1,7 @@
 """Layouts: how arrays lie on a mesh changes who computes and holds what, not what comes out."""
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from gptjax.checkpoints.hashes import leaf_digests
 from gptjax.checkpoints.restore import restore_newest
 from gptjax.checkpoints.save import Saver
 from gptjax.config import GPTConfig, TrainConfig, parse_mesh
+from gptjax.config_file import load_config, to_json
 from gptjax.errors import UsageError
 from gptjax.training.step import (
     TrainState,
@@ -268,3 +270,11 @@ def test_slabs_are_the_array_in_c_order(monkeypatch: pytest.MonkeyPatch) -> None
     found = list(sharding.slabs(spread))
     assert [len(slab) for slab in found] == [4, 4, 4]
     assert np.array_equal(np.concatenate(found), array)
+
+
+def test_a_run_from_before_the_mesh_splits_the_batch(tmp_path: Path) -> None:
+    """Its config.json has a strategy, which had one value."""
+    stored = json.loads(to_json(TrainConfig()))
+    del stored["mesh"]
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "strategy": "data"}))
+    assert load_config(tmp_path / "config.json").mesh == "data"
