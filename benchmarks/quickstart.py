@@ -19,7 +19,7 @@ from gptjax.config import GPTConfig, TrainConfig
 from gptjax.data import batches
 from gptjax.data.datasets import load_dataset
 from gptjax.training.optimizer import make_schedule
-from tests.torch_gpt import TorchGPT, make_adamw, train_step
+from tests.torch_gpt import MeanLoss, TorchGPT, make_adamw, train_step
 
 
 def run_recipe(dataset: str) -> tuple[float, float]:
@@ -33,14 +33,14 @@ def run_recipe(dataset: str) -> tuple[float, float]:
     schedule = [float(rate) for rate in map(make_schedule(config), range(config.max_iters))]
     data = load_dataset(dataset, block_size=model.block_size)
     twin = TorchGPT(model)
-    adamw = make_adamw(twin, config)
+    adamw, loss = make_adamw(twin, config), MeanLoss(twin)
     for step in range(config.max_iters):
         for group in adamw.param_groups:
             group["lr"] = schedule[step]
         windows = batches.sample_batch(
             data.train, seed=1337, step=step, batch_size=12, block_size=64, n_vocab=65
         )
-        train_step(twin, adamw, torch.from_numpy(windows.astype(np.int64)), config.grad_clip)
+        train_step(loss, adamw, torch.from_numpy(windows.astype(np.int64)), config.grad_clip)
     starts = batches.eval_windows(data.val, model.block_size)
     val = torch.from_numpy(
         batches.read_windows(data.val, starts, model.block_size, 65).astype(np.int64)

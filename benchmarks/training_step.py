@@ -3,6 +3,9 @@
 Every side runs in a process of its own, in turn, for several rounds; the table shows the median of
 the rounds' medians, and the fastest step of all, in ms. Both sides compute the same: AdamW,
 clipping, no dropout, no biases; float32 on CPU (but where bf16 is said), bfloat16 on GPU.
+
+With `--gpus=4` each GPU takes the batch of the shape: gptjax's share it as `--mesh` says, the
+twin's by DistributedDataParallel, a process for each. Both may take nearly all of their memory.
 """
 
 import argparse
@@ -29,8 +32,10 @@ SHAPES = {  # device -> name -> layers, heads, width, context, vocabulary; batch
     "gpu": {
         "GPT-2 124M, context 1024, batch 32": ((12, 12, 768, 1024, 50257), 32, 40),
         "GPT-2 124M, context 1024, batch 64": ((12, 12, 768, 1024, 50257), 64, 20),
+        "GPT-2 XL 1.6B, context 1024, batch 8": ((48, 25, 1600, 1024, 50257), 8, 20),
     },
 }
+RANK = int(os.environ.get("RANK", "0"))  # of the twin's processes, as torch.distributed.run says
 SIDES = {
     "cpu": ("gptjax", "torch eager", "torch.compile", "torch bf16 autocast"),
     "gpu": ("gptjax", "torch.compile, bf16 autocast"),
@@ -45,17 +50,18 @@ def make_config(device: str, shape: str) -> tuple[TrainConfig, int, int]:
     return TrainConfig(model=model, batch_size=batch_size), batch_size, steps
 
 
-def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
+def make_gptjax_step(config: TrainConfig, gpus: int) -> Callable[[np.ndarray], None]:
     """A function that takes one step on windows (B, T+1) and returns when it is done."""
 
     import jax
 
     from gptjax import allocator, model, sharding
+    from gptjax.config import parse_mesh
     from gptjax.training.step import abstract_state, init_state, make_train_step
 
     allocator.keep_freed_memory()
     config = dataclasses.replace(config, model=model.resolve(config.model))
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:gpus], parse_mesh(config.mesh))
     abstract = abstract_state(config, mesh)
     state, train_step = init_state(config, abstract), make_train_step(config, abstract)
 
@@ -67,35 +73,49 @@ def make_gptjax_step(config: TrainConfig) -> Callable[[np.ndarray], None]:
     return step
 
 
-def make_torch_step(config: TrainConfig, device: str, side: str) -> Callable[[np.ndarray], None]:
-    """The same with the twin."""
+def make_torch_step(
+    config: TrainConfig, device: str, side: str, gpus: int
+) -> Callable[[np.ndarray], None]:
+    """The same with the twin; of `gpus` processes, each its own GPU's part."""
     import torch
 
     from tests import torch_gpt
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)) // gpus)
     name = "cuda" if device == "gpu" else "cpu"
+    if gpus > 1:
+        torch.cuda.set_device(RANK)
+        torch.distributed.init_process_group("nccl")
     twin = torch_gpt.TorchGPT(config.model).to(name)
     adamw = torch_gpt.make_adamw(twin, config)
-    compiled = "compile" in side
-    loss = torch.compile(torch_gpt.mean_loss) if compiled else torch_gpt.mean_loss
+    loss: torch.nn.Module = torch_gpt.MeanLoss(twin)
+    if "compile" in side:
+        loss.compile()
+    if gpus > 1:
+        loss = torch.nn.parallel.DistributedDataParallel(
+            loss, device_ids=[RANK], gradient_as_bucket_view=True
+        )
 
     def step(windows: np.ndarray) -> None:
         batch = torch.from_numpy(windows).to(name, non_blocking=True)
         with torch.autocast(name, torch.bfloat16, enabled="bf16" in side):
-            torch_gpt.train_step(twin, adamw, batch, config.grad_clip, loss).item()
+            torch_gpt.train_step(loss, adamw, batch, config.grad_clip).item()
 
     return step
 
 
-def time_side(device: str, side: str, shape: str) -> list[float]:
+def time_side(device: str, side: str, shape: str, gpus: int, mesh: str) -> list[float]:
     """Milliseconds of each step after the first five."""
     config, batch_size, steps = make_config(device, shape)
-    rng = np.random.default_rng(0)
+    ours = side == "gptjax"
+    if ours:
+        batch_size *= gpus
+        config = dataclasses.replace(config, batch_size=batch_size, mesh=mesh)
+    rng = np.random.default_rng(RANK)
     size = (batch_size, config.model.block_size + 1)
-    dtype = np.int32 if side == "gptjax" else np.int64
+    dtype = np.int32 if ours else np.int64
     batches = [rng.integers(0, config.model.vocab_size, size).astype(dtype) for _ in range(8)]
-    step = make_gptjax_step(config) if side == "gptjax" else make_torch_step(config, device, side)
+    step = make_gptjax_step(config, gpus) if ours else make_torch_step(config, device, side, gpus)
     times = []
     for i in range(steps + 5):
         began = time.perf_counter()
@@ -107,30 +127,46 @@ def time_side(device: str, side: str, shape: str) -> list[float]:
 def main() -> None:
     """Run all sides in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=SHAPES, default="cpu", help="gpu: one NVIDIA GPU")
+    parser.add_argument("--device", choices=SHAPES, default="cpu", help="gpu: NVIDIA GPUs")
+    parser.add_argument("--gpus", type=int, default=1, help="as many share a step")
+    parser.add_argument("--mesh", default="data", help="how gptjax's share it; see train.py --help")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--shape", action="append", help="time these alone, by a part of their name"
+    )
     parser.add_argument("--side", help="run this side alone, print its times")
-    parser.add_argument("--shape")
     args = parser.parse_args()
+    asked = args.shape or [""]
+    shapes = [name for name in SHAPES[args.device] if any(part in name for part in asked)]
     if args.side:
-        print(json.dumps(time_side(args.device, args.side, args.shape)))
+        steps = time_side(args.device, args.side, shapes[0], args.gpus, args.mesh)
+        if RANK == 0:
+            print(json.dumps(steps))
         return
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, {platform.machine()}, {versions}, {args.rounds} rounds")
+    # JAX alone would take 3/4 of a GPU's memory, PyTorch takes all.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
     sides = SIDES[args.device]
-    for shape in SHAPES[args.device]:
+    for shape in shapes:
         times: dict[str, list[list[float]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side in sides:
-                command = [sys.executable, "-m", "benchmarks.training_step"]
-                command += ["--device", args.device, "--side", side, "--shape", shape]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                command = [sys.executable, "-m"]
+                if args.gpus > 1 and side != "gptjax":
+                    command += ["torch.distributed.run", f"--nproc-per-node={args.gpus}", "-m"]
+                command += ["benchmarks.training_step", f"--device={args.device}", f"--side={side}"]
+                command += [f"--shape={shape}", f"--gpus={args.gpus}", f"--mesh={args.mesh}"]
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+                )
                 times[side].append(json.loads(done.stdout.splitlines()[-1]))
         config, batch_size, _ = make_config(args.device, shape)
-        tokens = batch_size * config.model.block_size
+        tokens = args.gpus * batch_size * config.model.block_size
         medians = {s: statistics.median(map(statistics.median, t)) for s, t in times.items()}
-        print(f"\n| {shape} | median ms | fastest ms | tokens/s | gptjax is ... times as fast |")
+        where = f"{shape} on each of {args.gpus} GPUs, {args.mesh}" if args.gpus > 1 else shape
+        print(f"\n| {where} | median ms | fastest ms | tokens/s | gptjax is ... times as fast |")
         print("|---|---|---|---|---|")
         for side, median in medians.items():
             fastest, ratio = min(map(min, times[side])), median / medians["gptjax"]

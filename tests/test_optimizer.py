@@ -148,14 +148,21 @@ def parameters_after_20_steps(tx: optax.GradientTransformation, batches: np.ndar
 def difference_to_torch(tx: optax.GradientTransformation, config: TrainConfig) -> float:
     """Largest difference of any parameter after 20 steps of AdamW with clipping."""
     torch = need("torch")
-    from .torch_gpt import TorchGPT, copy_params, make_adamw, named_gradients, train_step
+    from .torch_gpt import (
+        MeanLoss,
+        TorchGPT,
+        copy_params,
+        make_adamw,
+        named_gradients,
+        train_step,
+    )
 
     batches = np.random.default_rng(0).integers(0, 61, (20, 4, 17))
     twin = TorchGPT(CFG)
     copy_params(PARAMS, twin)
     adamw = make_adamw(twin, config)
     for windows in batches:
-        train_step(twin, adamw, torch.tensor(windows), config.grad_clip)
+        train_step(MeanLoss(twin), adamw, torch.tensor(windows), config.grad_clip)
     theirs = named_gradients(twin, of="data")
     ours = paths(parameters_after_20_steps(tx, batches))
     return max(float(np.abs(ours[path] - theirs[path]).max()) for path in theirs)

@@ -80,15 +80,26 @@ def mean_loss(model: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
+class MeanLoss(nn.Module):
+    """`mean_loss` of a model, as one module that can be compiled and distributed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """(B, T+1) -> ()."""
+        return mean_loss(self.model, windows)
+
+
 def train_step(
-    model: Callable[[Tensor], Tensor],
+    mean_loss: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     windows: Tensor,
     clip: float,
-    mean_loss: Callable[..., Tensor] = mean_loss,
 ) -> Tensor:
-    """One optimizer step on windows (B, T+1); returns the loss. `mean_loss` may be compiled."""
-    loss = mean_loss(model, windows)
+    """One optimizer step on windows (B, T+1), of which `mean_loss` is taken; returns the loss."""
+    loss = mean_loss(windows)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, clip)
