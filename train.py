@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         return 0
     run_dir = Path(config.out_dir)
     cli.make_run_dir(run_dir)
+    memory.take_gpu_memory()
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
     with hold_folder(config, run_dir, given):

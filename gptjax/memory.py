@@ -18,6 +18,14 @@ CGROUP_LIMITS = (
 )
 
 
+def take_gpu_memory() -> None:
+    """Let JAX take 92 % of a GPU's memory, instead of 75 %, unless its variable says how much.
+
+    Call it before JAX looks for devices. The rest is left to the driver and to a screen.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+
 def physical_memory() -> int:
     """Return the bytes of memory of the machine, whoever uses them now."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -81,14 +81,15 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
     if available_cpus() < CORES or jax.process_count() > 1:
         return loop
     step, fresh = run.steps[-1] if run.steps else 0, not run.steps
+    # The training step takes longest, so it is the first to begin.
+    if count := plan.steps_of_next_call(config, step, plan.steps_per_call(config)):
+        batch = windows(run, count, config.gradient_accumulation_steps)
+        loop = loop._replace(train_step=Ahead(train_step, compiler(train_step, abstract, batch)))
     if fresh and plan.is_evaluation_due(config, step):
         eval_step = Ahead(eval_step, compiler(eval_step, params, windows(run)))
     if fresh and plan.is_sample_due(config, step):
         compile_sampler = functools.partial(validation.compile_sampler, config, params)
         loop = loop._replace(write_sample=Ahead(write_sample, compile_sampler))
-    if count := plan.steps_of_next_call(config, step, plan.steps_per_call(config)):
-        batch = windows(run, count, config.gradient_accumulation_steps)
-        loop = loop._replace(train_step=Ahead(train_step, compiler(train_step, abstract, batch)))
     return loop
 
 
