@@ -37,6 +37,7 @@ from gptjax.kv_cache import KVCache
 from gptjax.precision import choose_dtype
 
 Params = dict[str, Any]
+ONE_HOT = 1024  # rows of the token embedding up to which a GPU takes a product for the gather
 
 
 def resolve(cfg: GPTConfig) -> GPTConfig:
@@ -106,14 +107,22 @@ def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
 def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache | None = None) -> Array:
     """Return (B, T, D): token plus position embeddings, from position 0 or the cache's end on."""
     (B, T), wpe_SD = tokens_BT.shape, params["wpe"]["embedding"]
+    wte_VD = params["wte"]["embedding"]
     if cache is None:
         assert cfg.block_size >= T, f"{T} tokens in a context of {cfg.block_size}"
         # A slice, because the gradient of a gather is slow.
         wpe_BTD = jnp.broadcast_to(wpe_SD[:T], (B, T, cfg.n_embd))
     else:
         wpe_BTD = wpe_SD[cache.positions(T)]
+    if len(wte_VD) <= ONE_HOT and cache is None and jax.default_backend() == "gpu":
+        # The gather as a product, whose gradient has the same bits each time. A scatter-add on a
+        # GPU adds in any order, so that a resumed run would end with other bits.
+        one_hot_BTV = jax.nn.one_hot(tokens_BT, len(wte_VD), dtype=wte_VD.dtype)
+        wte_BTD = jnp.einsum("BTV,VD->BTD", one_hot_BTV, wte_VD, precision="highest")
+    else:
+        wte_BTD = wte_VD[tokens_BT]
     # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
-    return (params["wte"]["embedding"][tokens_BT] + wpe_BTD).astype(cfg.dtype)
+    return (wte_BTD + wpe_BTD).astype(cfg.dtype)
 
 
 def hidden_states(
