@@ -83,8 +83,8 @@ PRESETS = {
         out_dir="out/shakespeare_char_fast",
     ),
     # python train.py gpt2 --batch_size=auto: as large a batch as the devices hold. A pass over 64
-    # sequences with its update takes 124 ms on one H200; no whole run was measured, nor those of medium
-    # and large
+    # sequences with its update takes 124 ms on one H200; no whole run was measured, and nothing of
+    # medium and large
     "gpt2": GPT2_RECIPE,
     # python train.py gpt2_fast --batch_size=auto, on one GPU or on eight, with llm.c's shards of
     # FineWeb (fineweb_train_*.bin, fineweb_val_*.bin) in data/fineweb10B. Not measured: 3.28 at the
@@ -122,8 +122,8 @@ PRESETS = {
         batch_size=8,
         out_dir="out/gpt2_large",
     ),
-    # python train.py gpt2_xl: a pass over 8 sequences takes 177 ms on one H100 and 44 GB of it, over
-    # 32 on four 203 ms (--batch_size=32); no whole run was measured
+    # python train.py gpt2_xl: a pass over 8 sequences takes 177 ms on one H100, and 44 GB of it;
+    # --batch_size=32 on four takes 203 ms; no whole run was measured
     "gpt2_xl": dataclasses.replace(
         GPT2_RECIPE,
         model=dataclasses.replace(GPT2_124M, n_layer=48, n_head=25, n_embd=1600),

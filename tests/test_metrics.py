@@ -145,7 +145,7 @@ def test_picture_shows_both_losses(tmp_path: Path, scale: str) -> None:
     val: list[metrics.Record] = [{"step": i, "val_loss": 4.5 / (i + 1)} for i in (0, 25, 49)]
     blank = []
     for records in ([], train, train + val):
-        metrics.draw_losses(records, path, scale)
+        metrics.draw_losses(records, path, scale, 65)
         pixels = imread(path)[..., :3]
         blue = (pixels[..., 2] > pixels[..., 0] + 0.3).sum()
         red = (pixels[..., 0] > pixels[..., 2] + 0.3).sum()
@@ -191,7 +191,7 @@ def test_broken_lines_are_skipped_and_counted(name: str, tmp_path: Path) -> None
     if name == "cut short at the end":  # it is in the middle now
         count = 1
     assert [line for line in said if f"skipped {count} line" in line] == said != []
-    metrics.draw_losses(metrics.read_metrics(path), tmp_path / "loss.png", "linear")
+    metrics.draw_losses(metrics.read_metrics(path), tmp_path / "loss.png", "linear", 65)
     metrics.drop_metrics_from(path, 5, said.append)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n' and len(said) == 2
 
@@ -217,5 +217,5 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(
 
     monkeypatch.setattr(Figure, "savefig", fill)
     with pytest.raises(OSError, match="No space"):
-        metrics.draw_losses([], path, "linear")
+        metrics.draw_losses([], path, "linear", 65)
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"] and path.read_bytes() == b"older"

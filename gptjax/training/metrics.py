@@ -228,8 +228,17 @@ def drop_metrics_from(
         file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def draw_losses(records: list[Record], path: Path, scale: str) -> None:
-    """Draw train and validation loss over the steps into a PNG file, which is replaced whole."""
+def draw_losses(records: list[Record], path: Path, scale: str, n_vocab: int) -> None:
+    """Draw train and validation loss over the steps into a PNG file, which is replaced whole.
+
+    Args:
+        records: the lines of metrics.jsonl.
+        path: the file.
+        scale: of the loss, linear or log.
+        n_vocab: tokens of the vocabulary. ln(n_vocab) is the loss of a model that takes them all
+            for equally likely, where a run begins.
+    """
+    from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s that --help need not pay
     from matplotlib.figure import Figure
 
@@ -239,16 +248,20 @@ def draw_losses(records: list[Record], path: Path, scale: str) -> None:
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
     if train:
-        axes.plot(*bin_means(np.array(train)).T, color="tab:blue", linewidth=1.5, label="train")
+        axes.plot(*bin_means(np.array(train)).T, color="tab:blue", linewidth=1.5, label="training")
     if val:
-        label = f"validation ({val[-1][1]:.3f} at the end)"
-        axes.plot(*np.array(val).T, color="tab:red", marker="o", markersize=4, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_yscale(scale)
-    axes.grid(alpha=0.3, which="both")
+        label = f"validation, {val[-1][1]:.3f} at the end"
+        axes.plot(*np.array(val).T, "o", color="tab:red", markersize=5, label=label)
     if train or val:
-        axes.legend(frameon=False)
+        label = f"ln {n_vocab:,}: all tokens equally likely"
+        axes.axhline(np.log(n_vocab), color="gray", linestyle="--", linewidth=1, label=label)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", yscale=scale)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    for set_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_format(ticker.FormatStrFormatter("%g"))  # 3, not 3 x 10^0
+    axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png")
 

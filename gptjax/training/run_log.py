@@ -199,8 +199,12 @@ class RunLog:
 
     def _draw(self) -> None:
         try:
-            records = metrics.read_metrics(self.metrics_file)
-            metrics.draw_losses(records, self.run.run_dir / "loss.png", self.config.loss_axis)
+            metrics.draw_losses(
+                metrics.read_metrics(self.metrics_file),
+                self.run.run_dir / "loss.png",
+                self.config.loss_axis,
+                self.config.model.vocab_size,
+            )
         except Exception as error:  # no picture is worth ending a run
             self.note(f"warning: loss.png was not drawn: {error}")
 
