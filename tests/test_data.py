@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.data import text
-from gptjax.data.datasets import Dataset, load_dataset
+from gptjax.data.datasets import Dataset, load_dataset, python_documentation
 from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import read_gpt2_files
 from gptjax.tokenizer import (
@@ -271,6 +271,13 @@ def test_ids_beyond_uint16_take_four_bytes(tmp_path: Path) -> None:
 
 
 # ---- Names ---------------------------------------------------------------------------------------
+
+
+def test_pythons_documentation_has_neither_indentation_nor_tables() -> None:
+    text = python_documentation()
+    assert len(text) > 300_000 and "Assert statements are a convenient way" in text
+    assert text.count("\n   ") < 0.1 * text.count("\n")  # what is left is code
+    assert text.count(" ") < 0.16 * len(text) and "|" not in text and "====" not in text
 
 
 def test_auto_falls_back_to_pydocs_and_says_so() -> None:

@@ -8,6 +8,8 @@ download or tokenisation.
 import contextlib
 import dataclasses
 import functools
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -39,7 +41,7 @@ DATASETS: dict[str, tuple[str | None, str | None]] = {
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
-    "pydocs": (None, None),  # CPython's language reference, as pydoc shows it
+    "pydocs": (None, None),  # CPython's language reference
 }
 SCANNED = 200_000_000  # tokens checked at the start, in 0.1 s; every batch is checked again
 
@@ -150,7 +152,7 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
     url, sha256 = DATASETS[name]
     path = cache_dir() / f"{name}.txt"
     if url is None or sha256 is None:
-        text = "\n".join(topics[key] for key in sorted(topics)).encode()
+        text = python_documentation().encode()
         if not path.is_file() or path.read_bytes() != text:  # perhaps in a cache for reading only
             with writing_to_cache():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,16 @@ def fetch(name: str, notify: Notify, progress: Progress) -> tuple[str, Path]:
         except DataError as error:
             raise DataError(f"cannot get {name}: {error}") from error
     return name, path
+
+
+def python_documentation() -> str:
+    """Return CPython's language reference, as pydoc shows it, without indentation and tables.
+
+    A fifth of it would be spaces otherwise, and so would be what a small model writes.
+    """
+    paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics[key] for key in sorted(topics)))
+    plain = (textwrap.dedent(part).strip() for part in paragraphs)
+    return "\n\n".join(part for part in plain if not re.search(r"[|+=*~^-]{4}|\|", part))
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
