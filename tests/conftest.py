@@ -20,7 +20,7 @@ from gptjax import allocator, model
 from gptjax.conversion import huggingface
 from gptjax.terminal import cli
 
-from .helpers import BYTES, TINY, Environment, SmallDisk, run, scaled_params
+from .helpers import BYTES, TINY, Environment, SmallDisk, end_processes, run, scaled_params
 
 allocator.keep_freed_memory()
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -47,6 +47,14 @@ def own_caches(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJAX_CACHE", str(cache / "gptjax"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache / "tiktoken"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there: no network
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """A process that outlives its test hangs, or would disturb the next one."""
+    yield
+    if left := end_processes():
+        pytest.fail("left running:\n" + "\n".join(left), pytrace=False)
 
 
 @pytest.fixture

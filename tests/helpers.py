@@ -1,10 +1,13 @@
 """What several test files use that is no fixture."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,19 +96,90 @@ TINY = (
 )
 
 
+STARTED: list[tuple[subprocess.Popen[Any], Path | None]] = []
+WITH_STACKS = """
+import faulthandler, runpy, sys
+faulthandler.enable(open(sys.argv[1], "w"))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_process(
+    command: Sequence[str], stacks: Path | None = None, **options: Any
+) -> subprocess.Popen[Any]:
+    """Start a process that ends with its test; one that hangs says where, see `end_processes`.
+
+    Args:
+        command: the words of the command.
+        stacks: a file for the stacks of a Python script whose standard error nobody reads.
+        options: of subprocess.Popen.
+    """
+    if stacks is not None:
+        command = [command[0], "-c", WITH_STACKS, str(stacks), *command[1:]]
+        options = {"cwd": ROOT, **options}
+    else:
+        options["env"] = {**(options.get("env") or os.environ), "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(command, **options)
+    STARTED.append((process, stacks))
+    return process
+
+
+def end_processes() -> list[str]:
+    """End what `start_process` started; return of each that still ran where it was."""
+    left = []
+    while STARTED:
+        process, stacks = STARTED.pop()
+        if process.poll() is None:
+            left.append(f"{process.args!r}\n{threads_of(process.pid)}\n{abort(process)}")
+            if stacks is not None and stacks.is_file():
+                left.append(stacks.read_text())
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what it never read
+                    stream.close()
+    return left
+
+
+def threads_of(pid: int) -> str:
+    """Return what each thread of a process waits for in Linux's kernel: a syscall, a function."""
+    lines = []
+    for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            names = ("comm", "wchan", "syscall")
+            lines.append(" ".join((thread / name).read_text().strip() for name in names))
+    return "\n".join(lines)
+
+
+def abort(process: subprocess.Popen[Any]) -> str:
+    """End a process that hangs; return the rest of its output, with the stacks of its threads."""
+    process.send_signal(signal.SIGABRT)
+    try:
+        ends = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "it does not react to SIGABRT"
+    return "\n".join(end if isinstance(end, str) else end.decode() for end in ends if end)
+
+
 def run(
     environment: Environment, script: str, *argv: str, expect: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as a process that must end with this exit code."""
-    done = subprocess.run(
+    process = start_process(
         [sys.executable, str(ROOT / script), *argv],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
-    assert done.returncode == expect, done.stderr
-    return done
+    try:
+        said = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n".join(end_processes()))
+    assert process.returncode == expect, said[1]
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def digest(output: str) -> str:

@@ -24,7 +24,7 @@ from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
 from gptjax.terminal import cli, flags
 
-from .helpers import ROOT
+from .helpers import ROOT, start_process
 
 pytestmark = pytest.mark.usefixtures("restore_process")
 
@@ -375,7 +375,7 @@ def test_the_second_interrupt_is_at_once_and_the_second_sigterm_is_none() -> Non
         "print(received, flush=True); libc = ctypes.CDLL(None);"
         "[libc.usleep(500000) for _ in range(100)]; libc.sleep(60)"
     )
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None

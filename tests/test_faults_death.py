@@ -14,7 +14,7 @@ import pytest
 
 from gptjax.checkpoints.steps import checkpoint_folder, quarantined, saved_steps
 
-from .helpers import PLAIN, ROOT, Environment, digest, newest, resume, run
+from .helpers import PLAIN, ROOT, Environment, digest, newest, resume, run, start_process
 
 slow = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def disturb(
     Returns the exit code, the last step printed, and all output.
     """
     with log.open("w") as output:
-        process = subprocess.Popen(
+        process = start_process(
             [sys.executable, str(ROOT / "train.py"), *argv, "--init_from=auto"],
             env=environment,
             stdout=output,
@@ -137,7 +137,7 @@ def test_killed_inside_the_save(
     """kill -9 as soon as a temporary folder is seen; the torn step is never chosen."""
     out, torn = tmp_path / "out", 0
     for _ in range(6):
-        process = subprocess.Popen(
+        process = start_process(
             [
                 sys.executable,
                 str(ROOT / "train.py"),
@@ -173,7 +173,7 @@ def test_a_stop_on_a_step_that_is_saved_anyway(
 def test_two_runs_in_one_folder(
     environment: Environment, start: tuple[str, ...], tmp_path: Path
 ) -> None:
-    first = subprocess.Popen(
+    first = start_process(
         [sys.executable, str(ROOT / "train.py"), *start, "--max_iters=100000"],
         env=environment,
         stdout=subprocess.PIPE,

@@ -12,7 +12,18 @@ import pytest
 
 from gptjax.checkpoints.steps import read_meta, saved_steps, step_folder
 
-from .helpers import PLAIN, ROOT, TINY, Environment, digest, newest, resume, run, wait_for
+from .helpers import (
+    PLAIN,
+    ROOT,
+    TINY,
+    Environment,
+    digest,
+    newest,
+    resume,
+    run,
+    start_process,
+    wait_for,
+)
 
 slow = pytest.mark.slow
 
@@ -71,7 +82,7 @@ def test_a_signal_on_a_step_with_an_evaluation(
 ) -> None:
     """Stopped before it is evaluated, a step has no loss, least of all an older one's (F03)."""
     every_step = ("--eval_interval=1", "--max_iters=4000")
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, str(ROOT / "train.py"), *start, *PLAIN, *every_step],
         env=environment,
         stdout=subprocess.PIPE,

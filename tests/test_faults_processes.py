@@ -23,6 +23,7 @@ from .helpers import (
     newest,
     resume,
     run,
+    start_process,
     wait_for,
 )
 
@@ -46,7 +47,7 @@ def start_processes(
     """`count` processes of one run on this host, over the loopback network."""
     shared = on_loopback(environment, count)
     return [
-        subprocess.Popen(
+        start_process(
             [sys.executable, *program, *argv],
             cwd=ROOT,
             env={**shared, "JAX_PROCESS_ID": str(i)},
@@ -185,7 +186,7 @@ def test_hosts_of_a_tpu_slice_find_each_other(
     common = {"JAX_COORDINATOR_PORT": address.partition(":")[2], "NPROC": "1"}
     common["HOSTS"] = ",".join(["127.0.0.1"] * count)
     processes = [
-        subprocess.Popen(
+        start_process(
             [sys.executable, "-c", HOSTS, *start, *PLAIN],
             env={**environment, **common, "HOST": str(i)},
             cwd=ROOT,
@@ -226,7 +227,7 @@ def test_srun_s_variables_are_enough(
     common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
     common |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "NPROC": "1"}
     processes = [
-        subprocess.Popen(
+        start_process(
             [sys.executable, str(ROOT / "train.py"), *start, *PLAIN],
             env={**environment, **common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
             stdout=subprocess.PIPE,

@@ -25,7 +25,7 @@ from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import metrics
 
-from .helpers import ROOT
+from .helpers import ROOT, start_process
 
 BODY = b"To be, or not to be\n" * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -142,7 +142,7 @@ def test_a_lock_names_its_holder_until_a_kill_frees_it(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from gptjax.files import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen(
+    holder = start_process(
         [sys.executable, "-c", hold, str(path)], cwd=ROOT, stdout=subprocess.PIPE
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"

@@ -11,7 +11,7 @@ import pytest
 from gptjax.conversion.new_folder import new_folder
 from gptjax.errors import DataError, DiskError, OutputError, UsageError
 
-from .helpers import ROOT
+from .helpers import ROOT, start_process
 
 WRITER = """
 import sys, time
@@ -47,7 +47,7 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path, name: str
     """And not while it lives, whoever else makes the same folder."""
     path = tmp_path / name
     command = [sys.executable, "-c", WRITER, str(path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+    with start_process(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         left = tmp_path / f".{name}.{process.pid}.tmp"
@@ -62,7 +62,7 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path, name: str
 
 
 def test_what_is_not_known_to_be_left_stays(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead = start_process([sys.executable, "-c", ""])
     dead.wait()
     ours, parents = f".run.{os.getpid()}.tmp", f".run.{os.getppid()}.tmp"
     gone = [f".run.{dead.pid}.tmp", ours]  # without a lock, as of an older gptjax

@@ -16,7 +16,7 @@ from gptjax.checkpoints.run_folder import load_run
 from gptjax.checkpoints.steps import saved_steps
 from gptjax.terminal import cli, output
 
-from .helpers import ROOT
+from .helpers import ROOT, start_process
 
 
 class Refusing(io.StringIO):
@@ -131,12 +131,14 @@ def train(
     environment: dict[str, str],
     folder: Path,
     out: Path,
+    stacks: Path,
     *argv: str,
     stdout: int | io.BufferedWriter,
 ) -> subprocess.Popen[bytes]:
     flags = (*TINY, f"--dataset={folder}/corpus.txt", f"--out_dir={out}", *argv)
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, str(ROOT / "train.py"), *flags],
+        stacks=stacks,
         env=environment,
         stdout=stdout,
         stderr=subprocess.STDOUT,
@@ -149,7 +151,8 @@ def test_a_run_whose_reader_leaves_and_whose_session_ends_is_saved(
     """Into a folder whose name is a pattern, in ASCII, to a reader of one line; then SIGHUP."""
     out = tmp_path / "proj [v2]" / "run[a]*"
     environment = {**environment, "PYTHONIOENCODING": "ascii"}
-    process = train(environment, folder, out, "--max_iters=1000000", stdout=subprocess.PIPE)
+    endless, stacks = "--max_iters=1000000", tmp_path / "stacks"
+    process = train(environment, folder, out, stacks, endless, stdout=subprocess.PIPE)
     assert process.stdout is not None and b"parameters" in process.stdout.readline()
     process.stdout.close()
     unprinted = out / "unprinted.txt"
@@ -160,7 +163,10 @@ def test_a_run_whose_reader_leaves_and_whose_session_ends_is_saved(
             process.wait(0.1)
             break
     process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 128 + signal.SIGHUP
+    try:
+        assert process.wait(60) == 128 + signal.SIGHUP
+    finally:  # this test was once seen to hang: pytest shows it then
+        print(unprinted.read_text()[-3000:] if unprinted.is_file() else "nothing unprinted")
     saved = saved_steps(out)
     assert len(saved) == 1 and saved[0] >= 5
     assert f"saved step {saved[0]} after SIGHUP" in unprinted.read_text()
@@ -173,14 +179,11 @@ def test_a_run_ends_well_although_its_log_is_full(
 ) -> None:
     with Path("/dev/full").open("wb") as full:
         short = ("--max_iters=3", "--learning_rate=1e-5")  # below the preset's min_lr: a note
-        process = train(environment, folder, tmp_path / "out", *short, stdout=full)
+        out, stacks = tmp_path / "out", tmp_path / "stacks"
+        process = train(environment, folder, out, stacks, *short, stdout=full)
         assert process.wait(120) == 0
-    assert "next: python sample.py" in (tmp_path / "out" / "unprinted.txt").read_text()
-    modes = {
-        path.name: path.stat().st_mode & 0o777
-        for path in (tmp_path / "out").iterdir()
-        if path.is_file()
-    }
+    assert "next: python sample.py" in (out / "unprinted.txt").read_text()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir() if path.is_file()}
     mask = os.umask(0)
     os.umask(mask)
     assert set(modes.values()) == {0o666 & ~mask}, modes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import ROOT, TINY, digest, run
+from .helpers import ROOT, TINY, digest, run, start_process
 
 
 def test_a_run_leaves_what_it_promises(folder: Path, whole: str) -> None:
@@ -40,7 +40,7 @@ def test_stopped_and_resumed_is_undisturbed(
 ) -> None:
     out = folder / "resumed"
     start = (f"--dataset={folder}/corpus.txt", f"--out_dir={out}")
-    stopped = subprocess.Popen(
+    stopped = start_process(
         [sys.executable, str(ROOT / "train.py"), *TINY, *start, "--init_from=auto"],
         env=environment,
         stdout=subprocess.PIPE,
