@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from . import XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
@@ -100,7 +102,7 @@ def environment() -> Environment:
     return {
         **os.environ,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # a first start takes 16 s, not 28
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": XLA_FLAGS,
         "JAX_PLATFORMS": "cpu",
         "NPROC": "2",
         "GPTJAX_CACHE": os.environ["GPTJAX_TESTS_COMPILED"],

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -120,9 +120,27 @@ def start_process(
         options = {"cwd": ROOT, **options}
     else:
         options["env"] = {**(options.get("env") or os.environ), "PYTHONFAULTHANDLER": "1"}
-    process = subprocess.Popen(command, **options)
+    with default_signals():
+        process = subprocess.Popen(command, **options)
     STARTED.append((process, stacks))
     return process
+
+
+@contextlib.contextmanager
+def default_signals() -> Iterator[None]:
+    """Let what starts in this block not inherit that we ignore SIGHUP or SIGINT.
+
+    As nohup, and a shell that puts a job in the background, have it; train.py heeds that.
+    """
+    ours = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGINT)}
+    ignored = [number for number, handler in ours.items() if handler == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def end_processes() -> list[str]:
@@ -201,6 +219,12 @@ def resume(
     """Go on with a run."""
     argv = (f"--out_dir={out}", "--init_from=resume", *argv)
     return run(environment, "train.py", *argv, expect=expect)
+
+
+def on_devices(environment: Environment, count: int) -> Environment:
+    """Return the environment with so many emulated devices."""
+    flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {**environment, "XLA_FLAGS": flags}
 
 
 def newest(out: Path) -> int:

@@ -12,7 +12,17 @@ from gptjax.checkpoints.steps import checkpoint_folder, saved_steps, step_folder
 from gptjax.errors import CheckpointError, UsageError
 from gptjax.training import resume_check
 
-from .helpers import PLAIN, ROOT, Environment, digest, logged_losses, newest, resume, run
+from .helpers import (
+    PLAIN,
+    ROOT,
+    Environment,
+    digest,
+    logged_losses,
+    newest,
+    on_devices,
+    resume,
+    run,
+)
 from .test_checkpoint import flip
 
 slow = pytest.mark.slow
@@ -139,13 +149,13 @@ def test_devices_and_accumulation_read_the_same_tokens(
     """The loss of each step says so, also where a run is resumed with more devices (F31)."""
     expected = None
     for number, (devices, passes) in enumerate(((1, 1), (2, 1), (8, 1), (1, 2), (2, 4))):
-        out, flags = tmp_path / str(number), f"--xla_force_host_platform_device_count={devices}"
+        out = tmp_path / str(number)
         argv = [*start, *PLAIN, f"--out_dir={out}", "--log_interval=1"]
         argv += [f"--gradient_accumulation_steps={passes}", f"--batch_size={8 // passes}"]
         if devices > 1:
             run(environment, "train.py", *argv, "--stop_step=7")
             argv += ["--init_from=resume"]
-        run({**environment, "XLA_FLAGS": flags}, "train.py", *argv, "--stop_step=13")
+        run(on_devices(environment, devices), "train.py", *argv, "--stop_step=13")
         losses = logged_losses(out)
         expected = losses if expected is None else expected
         assert len(losses) == 13
@@ -157,21 +167,19 @@ def test_other_numbers_of_devices(
     environment: Environment, start: tuple[str, ...], tmp_path: Path, folder: Path, whole: str
 ) -> None:
     """8 -> 1, 1 -> 8 and 8 -> 2 devices: the loss of every step as without the change."""
-
-    def on(devices: int) -> Environment:
-        return {**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-
     expected = logged_losses(folder / "whole")
     for before, after in ((8, 1), (1, 8), (8, 2)):
         out = tmp_path / f"{before}-{after}"
         argv = [arg for arg in start if not arg.startswith("--out_dir")]
-        run(on(before), "train.py", *argv, f"--out_dir={out}", "--stop_step=20")
-        done = resume(on(after), out)
+        run(
+            on_devices(environment, before), "train.py", *argv, f"--out_dir={out}", "--stop_step=20"
+        )
+        done = resume(on_devices(environment, after), out)
         assert f"resuming with devices {after} x cpu, it was {before} x cpu" in done.stdout
         found = logged_losses(out)
         assert np.abs(found - expected).max() <= 1e-5, np.abs(found - expected)
         assert abs(found[4] - expected[4]) <= 1e-6
-    refused = resume(on(3), out, expect=2)
+    refused = resume(on_devices(environment, 3), out, expect=2)
     assert "must be divisible by 3 devices; take 6 or 9" in refused.stderr
 
 

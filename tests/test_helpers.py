@@ -1,5 +1,6 @@
 """A process that hangs is ended with its test, and says where it was."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,16 @@ def test_a_process_that_ended_says_nothing() -> None:
     process.wait()
     assert end_processes() == []
     assert process.stdout is not None and process.stdout.closed
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_process_does_not_inherit_that_a_signal_is_ignored(number: signal.Signals) -> None:
+    """Under nohup a run went on after SIGHUP, as it should, and the test that sends one failed."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        code = f"import signal; print(signal.getsignal({int(number)}) == signal.SIG_IGN)"
+        process = start_process([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.communicate(timeout=60)[0] == b"False\n"
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
