@@ -1,6 +1,7 @@
 """What several test files use that is no fixture."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -53,9 +54,10 @@ def other_values(name: str, cfg: GPTConfig) -> list[Any]:
 init_params = jax.jit(model.init_params, static_argnums=0)  # one compilation, not one an operation
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def scaled_params(cfg: GPTConfig, key: jax.Array, scale: float = 8.0) -> model.Params:
     """Random parameters so large that small mistakes show; biases and LayerNorms perturbed."""
-    params = init_params(cfg, key)
+    params = model.init_params(cfg, key)
     leaves, treedef = jax.tree.flatten_with_path(params)
     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
 

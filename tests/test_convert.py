@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 import convert_gpt2
+import sample
+import train
 from benchmarks import importing
 from gptjax import model
 from gptjax.checkpoints import save
@@ -32,8 +35,10 @@ from gptjax.gpt2_files import load_gpt2_tokenizer
 from gptjax.terminal import cli
 from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, save_tokenizer
 
-from .helpers import ROOT, need, run, same_structure, scaled_params, tiny
+from .helpers import ROOT, need, same_structure, scaled_params, tiny
 from .test_formats import TF_GPT2, edit_json, save_nanogpt, shard
+
+pytestmark = pytest.mark.usefixtures("restore_process")
 
 BYTE = SourceConfig(tokenizer="byte")
 
@@ -346,26 +351,31 @@ def test_an_imported_run_has_nothing_to_resume(hf: Path, tmp_path: Path) -> None
         restore_newest(tmp_path / "run", ({}, {}))
 
 
-def test_the_scripts(hf: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_the_scripts(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """import, sample, train from the import and from the source, export, as a user types them."""
+
+    def script(program: ModuleType, *argv: str) -> str:
+        assert cli.run(program.main, list(argv)) == 0
+        return capsys.readouterr().out
+
     edit_json(hf / "config.json", activation_function="gelu")  # which everything keeps
     out, tuned = f"--out_dir={tmp_path}/run", f"{tmp_path}/tuned"
-    done = run(environment, "convert_gpt2.py", "import", str(hf), out, "--tokenizer=byte")
-    assert "34,176 parameters" in done.stdout, done.stdout
-    assert f"sha256 {file_sha256(hf / 'model.safetensors')} model.safetensors" in done.stdout
-    run(environment, "sample.py", out, "--start=ab", "--max_new_tokens=5")
+    said = script(convert_gpt2, "import", str(hf), out, "--tokenizer=byte")
+    assert "34,176 parameters" in said, said
+    assert f"sha256 {file_sha256(hf / 'model.safetensors')} model.safetensors" in said
+    script(sample, out, "--start=ab", "--max_new_tokens=5")
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 50)
     flags = ["--max_iters=2", "--warmup_iters=0", "--eval_iters=1", "--sample_tokens=0"]
     data = [f"--dataset={text}", "--batch_size=8", "--block_size=16"]
     start = f"--init_from={tmp_path}/run"
-    run(environment, "train.py", start, f"--out_dir={tuned}", *flags, *data)
+    script(train, start, f"--out_dir={tuned}", *flags, *data)
     assert load_config(tmp_path / "tuned" / "config.json").model.activation == "gelu"
-    run(environment, "convert_gpt2.py", "export", tuned, "--to=hf", f"--out_dir={tuned}/hf")
+    script(convert_gpt2, "export", tuned, "--to=hf", f"--out_dir={tuned}/hf")
     # The tokenizer travels with the export, so the name of the folder is enough.
     start = f"--init_from={tuned}/hf"
-    run(environment, "sample.py", start, "--start=ab", "--max_new_tokens=5")
-    run(environment, "train.py", start, f"--out_dir={tmp_path}/direct", *flags, *data)
+    script(sample, start, "--start=ab", "--max_new_tokens=5")
+    script(train, start, f"--out_dir={tmp_path}/direct", *flags, *data)
 
 
 @pytest.mark.slow
@@ -405,11 +415,13 @@ def test_an_import_of_gpt2_needs_little_memory(name: str, monkeypatch: pytest.Mo
         (["verify", "run", "--self_test"], 2, "reads no run and no source"),
     ],
 )
-def test_wrong_use(args: list[str], code: int, message: str, tmp_path: Path) -> None:
-    done = run_script("convert_gpt2.py", *[arg.format(tmp=tmp_path) for arg in args])
-    assert done.returncode == code
-    assert message in done.stdout + done.stderr
-    assert len(done.stderr.splitlines()) <= 1
+def test_wrong_use(
+    args: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(convert_gpt2.main, [arg.format(tmp=tmp_path) for arg in args]) == code
+    said = capsys.readouterr()
+    assert message in said.out + said.err
+    assert len(said.err.splitlines()) <= 1
     assert list(tmp_path.iterdir()) == []
 
 
