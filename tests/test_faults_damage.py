@@ -148,7 +148,7 @@ def test_devices_and_accumulation_read_the_same_tokens(
 ) -> None:
     """The loss of each step says so, also where a run is resumed with more devices (F31)."""
     expected = None
-    for number, (devices, passes) in enumerate(((1, 1), (2, 1), (8, 1), (1, 2), (2, 4))):
+    for number, (devices, passes) in enumerate(((1, 1), (8, 1), (2, 4))):
         out = tmp_path / str(number)
         argv = [*start, *PLAIN, f"--out_dir={out}", "--log_interval=1"]
         argv += [f"--gradient_accumulation_steps={passes}", f"--batch_size={8 // passes}"]
@@ -166,19 +166,16 @@ def test_devices_and_accumulation_read_the_same_tokens(
 def test_other_numbers_of_devices(
     environment: Environment, start: tuple[str, ...], tmp_path: Path, folder: Path, whole: str
 ) -> None:
-    """8 -> 1, 1 -> 8 and 8 -> 2 devices: the loss of every step as without the change."""
-    expected = logged_losses(folder / "whole")
-    for before, after in ((8, 1), (1, 8), (8, 2)):
-        out = tmp_path / f"{before}-{after}"
-        argv = [arg for arg in start if not arg.startswith("--out_dir")]
-        run(
-            on_devices(environment, before), "train.py", *argv, f"--out_dir={out}", "--stop_step=20"
-        )
-        done = resume(on_devices(environment, after), out)
+    """8 -> 1 -> 8 -> 2 devices: the loss of every step as without the changes."""
+    out, before = tmp_path / "out", 8
+    run(on_devices(environment, before), "train.py", *start, "--stop_step=10")
+    for after, stop in ((1, 20), (8, 30), (2, 0)):
+        done = resume(on_devices(environment, after), out, f"--stop_step={stop}")
         assert f"resuming with devices {after} x cpu, it was {before} x cpu" in done.stdout
-        found = logged_losses(out)
-        assert np.abs(found - expected).max() <= 1e-5, np.abs(found - expected)
-        assert abs(found[4] - expected[4]) <= 1e-6
+        before = after
+    found, expected = logged_losses(out), logged_losses(folder / "whole")
+    assert len(found) == len(expected) == 8
+    assert np.abs(found - expected).max() <= 1e-5, np.abs(found - expected)
     refused = resume(on_devices(environment, 3), out, expect=2)
     assert "must be divisible by 3 devices; take 6 or 9" in refused.stderr
 
@@ -207,7 +204,7 @@ def test_resume_check_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @slow
 def test_resume_check(environment: Environment, start: tuple[str, ...]) -> None:
-    as_users = {**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    as_users = {**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = run(as_users, "train.py", *start, "--resume_check")
     assert "40 steps, and 20 + resume + 20: all " in done.stdout
     assert "arrays are equal" in done.stdout

@@ -81,7 +81,7 @@ def test_signals_at_random_moments(
     Every second process waits for its checkpoints; of its steps, a kill takes one interval at most.
     GPTJAX_KILLS=40 pytest -m slow -k signals_at takes 10 minutes on 2 cores.
     """
-    times = max(1, int(os.environ.get("GPTJAX_KILLS", "12")) // share)
+    times = max(1, int(os.environ.get("GPTJAX_KILLS", "8")) // share)
     data = (*LONG, f"--dataset={folder}/corpus.txt")
     began = time.monotonic()
     argv = [*data, f"--out_dir={tmp_path}/warm", "--stop_step=1"]  # compiles
@@ -136,7 +136,7 @@ def test_killed_inside_the_save(
 ) -> None:
     """kill -9 as soon as a temporary folder is seen; the torn step is never chosen."""
     out, torn = tmp_path / "out", 0
-    for _ in range(6):
+    for _ in range(4):
         process = start_process(
             [
                 sys.executable,

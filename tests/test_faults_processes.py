@@ -206,7 +206,7 @@ def test_processes_share_one_copy_of_the_state(
     environment: Environment, start: tuple[str, ...]
 ) -> None:
     """No process has a whole array: they gather it to sample, to save, and to print its sha256."""
-    ends = []
+    ends, start = [], (*start[:-1], *PLAIN, start[-1])
     for argv in ((*start, "--stop_step=20"), (start[-1], "--init_from=resume", "--stop_step=0")):
         processes = start_processes(environment, 2, (*argv, "--mesh=fsdp"))
         ends.append([process.communicate(timeout=240) for process in processes])

@@ -15,9 +15,9 @@ import pytest
 from gptjax import programs
 from gptjax.__main__ import COMMANDS, dispatch
 
-from .helpers import ROOT, TINY, digest, need, run
+from .helpers import PLAIN, ROOT, TINY, digest, need, run
 
-TINY_RUN = (*TINY, "--max_iters=6", "--n_layer=1", "--dropout=0", "--sample_tokens=5")
+TINY_RUN = (*TINY, *PLAIN, "--max_iters=6", "--sample_tokens=5")
 
 
 HELP = {  # what is typed -> the usage that --help and -h begin with

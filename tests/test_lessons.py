@@ -10,6 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from . import XLA_FLAGS
 from .helpers import ROOT
 
 LESSONS = ROOT / "lessons"
@@ -65,7 +66,7 @@ def test_exercises_accept_what_is_right_and_refuse_what_is_not(
 @pytest.mark.slow
 @pytest.mark.timeout(720)  # what the lessons may take together
 def test_notebooks_run_from_a_clean_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a reader has
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device and XLA's defaults, as a reader has
     render = importlib.import_module("render")
     for path in NOTEBOOKS:  # in this order: lesson 4 takes up the run that lesson 2 makes anew
         notebook = render.execute(path)
@@ -86,7 +87,7 @@ def test_tables_of_lesson_3_are_what_was_measured() -> None:
 
 @pytest.mark.slow
 def test_the_measurements_of_lesson_3_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # that they run, not how fast
     done = subprocess.run(
         [sys.executable, "scaling.py", "--quick"], capture_output=True, text=True, timeout=240

@@ -264,12 +264,9 @@ def test_the_self_test_passes(flag: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "count"), [("gpt2", 365), ("distilgpt2", 191)])
-def test_the_self_test_passes_at_full_size(
-    size: str, count: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.run(convert_gpt2.main, ["verify", "--self_test", f"--size={size}"]) == 0
-    assert f"{count} of {count} comparisons hold" in capsys.readouterr().out
+def test_the_self_test_passes_at_full_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(convert_gpt2.main, ["verify", "--self_test", "--size=gpt2"]) == 0
+    assert "365 of 365 comparisons hold" in capsys.readouterr().out
 
 
 def test_a_run_against_its_source_and_against_another(
