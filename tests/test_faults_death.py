@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -68,13 +69,39 @@ def disturb(
     return code, int(steps[-1]) if steps else 0, printed
 
 
+class Undisturbed(NamedTuple):
+    """A run of LONG from its start to its end."""
+
+    argv: tuple[str, ...]
+    starting: float  # seconds to its first step, compiled then
+    whole: float  # seconds to its end
+    sha256: str
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    environment: Environment, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Undisturbed:
+    argv, path = (*LONG, f"--dataset={folder}/corpus.txt"), tmp_path_factory.mktemp("undisturbed")
+    began = time.monotonic()
+    run(environment, "train.py", *argv, f"--out_dir={path}/warm", "--stop_step=1")  # compiles
+    starting = time.monotonic() - began
+    began = time.monotonic()
+    said = run(environment, "train.py", *argv, f"--out_dir={path}/whole").stdout
+    return Undisturbed(argv, starting, time.monotonic() - began, digest(said))
+
+
 @slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("number", "share"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
 )
 def test_signals_at_random_moments(
-    environment: Environment, folder: Path, tmp_path: Path, number: signal.Signals, share: int
+    environment: Environment,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    number: signal.Signals,
+    share: int,
 ) -> None:
     """Signal after signal, run after run; each run ends in the undisturbed run's bits.
 
@@ -82,14 +109,7 @@ def test_signals_at_random_moments(
     GPTJAX_KILLS=40 pytest -m slow -k signals_at takes 10 minutes on 2 cores.
     """
     times = max(1, int(os.environ.get("GPTJAX_KILLS", "8")) // share)
-    data = (*LONG, f"--dataset={folder}/corpus.txt")
-    began = time.monotonic()
-    argv = [*data, f"--out_dir={tmp_path}/warm", "--stop_step=1"]  # compiles
-    run(environment, "train.py", *argv)
-    starting = time.monotonic() - began
-    began = time.monotonic()
-    expected = digest(run(environment, "train.py", *data, f"--out_dir={tmp_path}/ref").stdout)
-    whole = time.monotonic() - began
+    data, starting, whole, expected = undisturbed
     rng, sent, runs, reacted = random.Random(int(number)), 0, 0, 0
     lost: dict[bool, list[int]] = {True: [0], False: [0]}  # by whether it waited
     while sent < times:
