@@ -1,10 +1,14 @@
 """The live page computes in JavaScript what gptjax does, and cuts texts into the same tokens."""
 
 import dataclasses
+import functools
+import http.server
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,14 @@ function answer({bytes, texts, windows}) {
     bytes: texts.map((text) => model.tokenizer.encode(text).flatMap(model.tokenizer.bytes)),
     whole: windows.map(whole),
     cached: windows.map(cached),
-    multiplications: windows.map((ids) => count(() => whole(ids))),
+    counted: windows.flatMap((ids) => [[[], ids], [ids.slice(1), ids.slice(0, 1)]]).map(
+      ([before, ids]) => {
+        const cache = makeCache(model.config);
+        if (before.length) read(model, before, cache);
+        return count(() => logitsOf(model, read(model, ids, cache), 0));
+      }),
+    foretold: windows.flatMap((ids) =>
+      [costOf(model.config, ids.length, 0), costOf(model.config, 1, ids.length - 1)]),
     weights: windows.map((ids) => {
       const cache = makeCache(model.config);
       read(model, ids, cache);
@@ -142,9 +153,9 @@ def test_logits_are_gptjaxs_with_and_without_the_cache(cfg: GPTConfig) -> None:
             [row for layer in layers for head in layer for row in head], 1, atol=1e-5
         )
     D, F, V, L, T = cfg.n_embd, 4 * cfg.n_embd, 28, cfg.n_layer, cfg.block_size
-    of_a_token = L * (4 * D * D + 2 * D * F) + V * D
-    attention = L * 2 * D * T * (T + 1) // 2
-    assert said["multiplications"] == [of_a_token + L * 2 * D, T * of_a_token + attention]
+    blocks = T * L * (4 * D * D + 2 * D * F) + L * 2 * D * T * (T + 1) // 2
+    assert said["counted"] == said["foretold"]
+    assert said["counted"][2] == blocks + V * D
 
 
 MISTAKES = [
@@ -217,3 +228,39 @@ def test_a_model_is_written_by_the_command(
 
 def test_the_page_and_its_model_are_below_8_megabytes() -> None:
     assert sum(path.stat().st_size for path in LIVE.iterdir()) <= 8_000_000
+
+
+def page_alone(folder: Path, run: Run) -> None:
+    """Write the page's own part without the site around it, with a model."""
+    (page,) = re.findall(r'<div id="live".*', (LIVE / "index.md").read_text(), flags=re.DOTALL)
+    (folder / "index.html").write_text(f"<!doctype html><meta charset=utf-8>{page}")
+    for name in ("gpt.js", "page.js"):
+        shutil.copy(LIVE / name, folder)
+    (folder / "model.bin").write_bytes(load_export().packed(run))
+
+
+@pytest.mark.slow
+def test_a_browser_shows_gptjaxs_probabilities(tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), "")
+    if not browser:
+        pytest.skip("needs a headless Chromium; pytest -m slow tests/test_live_page.py with one")
+    text = re.findall(r'at\("text"\).value = "(.*)"', (LIVE / "page.js").read_text())[0]
+    run = rounded_run(tiny(block_size=64), CharTokenizer("".join(sorted({*text, "x", "z"}))))
+    page_alone(tmp_path, run)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000")
+        address = f"http://127.0.0.1:{server.server_port}/index.html"
+        done = subprocess.run(
+            [browser, *flags, "--dump-dom", address], capture_output=True, text=True, timeout=120
+        )
+        server.shutdown()
+    bars = re.findall(r'data-id="(\d+)" data-share="([\d.e-]+)"', done.stdout)
+    shares = {int(token): float(share) for token, share in bars}
+    assert len(shares) == 12, done.stderr
+    logits = gptjax_logits(run, run.tokenizer.encode(text).tolist())[-1]
+    expected = np.asarray(jax.nn.softmax(logits / 0.8))
+    assert sorted(shares) == sorted(np.argsort(expected)[-12:].tolist())
+    assert all(abs(share - expected[token]) <= 1e-3 for token, share in shares.items())
+    assert done.stdout.count("<canvas") == 1 + run.config.model.n_layer * run.config.model.n_head

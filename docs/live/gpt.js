@@ -157,6 +157,12 @@ function logitsOf(model, x_TD, t) {
   return logits_V;
 }
 
+// Return how many multiplications `read` needs for T tokens behind S others, and `logitsOf` once.
+function costOf({ n_layer, n_embd: D, vocab_size: V }, T, S) {
+  const linears = 12 * D * D * T, attention = D * T * (2 * S + T + 1);
+  return n_layer * (linears + attention) + V * D;
+}
+
 // Return the probability of each token; at temperature 0 the likeliest one has all of it.
 function probabilities(logits_V, temperature) {
   if (temperature > 0) return softmax(logits_V.map((logit) => logit / temperature));

@@ -1,0 +1,71 @@
+"""What `mkdocs build` adds to the folder: pages from elsewhere, the settings, and links between."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from gptjax.config import SampleConfig, TrainConfig
+from gptjax.settings import fields_of
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+ELSEWHERE = {  # page of the site -> file of the repository
+    "benchmarks.md": "benchmarks/README.md",
+    "architecture.md": "ARCHITECTURE.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie elsewhere, and those of the settings."""
+    for page, path in ELSEWHERE.items():
+        files.append(File.generated(config, page, content=(ROOT / path).read_text()))
+    for page, title, settings in (
+        ("settings/train.md", "Settings of train.py", TrainConfig()),
+        ("settings/sample.md", "Settings of sample.py", SampleConfig()),
+    ):
+        files.append(File.generated(config, page, content=settings_page(title, settings)))
+    return files
+
+
+def settings_page(title: str, config: Any) -> str:
+    """Return a page with each setting of a config, its default and its help."""
+    lines = [f"# {title}", "", "The defaults are those without a preset; a preset has its own."]
+    for name, field in fields_of(config).items():
+        if field.metadata["section"]:
+            lines += [
+                "",
+                f"## {field.metadata['section']}",
+                "",
+                "| flag | default | |",
+                "|---|---|---|",
+            ]
+        default = "" if field.default == "" else f"`{field.default}`"
+        help = re.sub(r"([|<*])", r"\\\1", field.metadata["help"])
+        lines.append(f"| `--{name}` | {default} | {help} |")
+    return "\n".join(lines) + "\n"
+
+
+def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Let links to files of the repository lead to their page, or else be plain text."""
+    there = page.file.src_uri
+    source = ROOT / ELSEWHERE[there] if there in ELSEWHERE else DOCS / there
+    pages = {ROOT / path: DOCS / name for name, path in ELSEWHERE.items()}
+
+    def mended(link: re.Match[str]) -> str:
+        image, text, target, place = link.groups()
+        path = Path(os.path.normpath(source.parent / target))
+        if not path.exists():
+            return link[0]  # no link, or one that the strict build complains of
+        path = pages.get(path, path)
+        if not path.is_relative_to(DOCS):
+            return text
+        return f"{image}[{text}]({os.path.relpath(path, (DOCS / there).parent)}{place})"
+
+    return LINK.sub(mended, markdown)
