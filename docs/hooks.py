@@ -8,7 +8,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from gptjax.config import SampleConfig, TrainConfig
+from gptjax.config import TrainConfig
+from gptjax.sampler_config import SamplerConfig
 from gptjax.settings import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=(ROOT / path).read_text()))
     for page, title, settings in (
         ("settings/train.md", "Settings of train.py", TrainConfig()),
-        ("settings/sample.md", "Settings of sample.py", SampleConfig()),
+        ("settings/sample.md", "Settings of sample.py", SamplerConfig()),
     ):
         files.append(File.generated(config, page, content=settings_page(title, settings)))
     return files
