@@ -33,6 +33,8 @@ def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relocate(cell.source, path.parent)
+        else:
+            cell["outputs"] = joined(cell.get("outputs", []))
     pictures = f"{path.stem}_files"
     shutil.rmtree(path.parent / pictures, ignore_errors=True)
     exporter = MarkdownExporter()
@@ -41,7 +43,19 @@ def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
     for name, data in made["outputs"].items():
         (path.parent / name).parent.mkdir(exist_ok=True)
         (path.parent / name).write_bytes(data)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     path.write_text(text.strip() + "\n", encoding="utf-8")
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """What a cell printed piece by piece as one output, without blank lines between the pieces."""
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def relocate(text: str, folder: Path) -> str:
