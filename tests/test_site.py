@@ -1,5 +1,7 @@
 """The docs site builds without a warning or a network, and what its pages say can be typed."""
 
+import base64
+import importlib
 import importlib.util
 import json
 import os
@@ -197,6 +199,26 @@ def test_every_failure_names_its_test() -> None:
     for row in table.splitlines():
         tests = re.findall(r"`(test_\w+\.py)`", row.rsplit("|", 2)[1])
         assert tests and all((ROOT / "tests" / test).is_file() for test in tests), row
+
+
+def test_a_notebook_becomes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "lessons"))
+    render, v4 = importlib.import_module("render"), nbformat.v4
+    links = (
+        "[4](4_load_gpt2.ipynb) [train](../train.py) ![m](figures/memory.png) [x](https://x.org)"
+    )
+    picture = v4.new_output("display_data", {"image/png": base64.b64encode(b"PNG").decode()})
+    said = [v4.new_output("stream", text=f"line {i}\n") for i in range(2)]
+    code = v4.new_code_cell("f(1)", outputs=[*said, picture])
+    page = tmp_path / "lessons" / "t.md"
+    render.write_page(v4.new_notebook(cells=[v4.new_markdown_cell(links), code]), page)
+    text = page.read_text()
+    script = os.path.relpath(ROOT / "train.py", page.parent)
+    assert f"[4](4_load_gpt2.md) [train]({script}) ![m](figures/memory.png) [x](https://" in text
+    assert "```python\nf(1)\n```\n\n    line 0\n    line 1\n" in text
+    (name,) = re.findall(r"!\[png\]\((t_files/.*)\)", text)
+    assert (page.parent / name).read_bytes() == b"PNG"
+    assert (page.parent / "figures" / "memory.png").is_file()
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "lessons").glob("*.md")), ids=lambda p: p.stem)

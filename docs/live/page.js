@@ -112,6 +112,7 @@ function showCost() {
     + `were added took ${inWords(total)}.`;
   const canvas = at("chart"), pen = canvas.getContext("2d"), drawn = costs.slice(-120);
   const most = Math.max(1, ...drawn.map((cost) => cost.multiplications));
+  at("most").textContent = drawn.length ? `The highest bar stands for ${inWords(most)}.` : "";
   pen.clearRect(0, 0, canvas.width, canvas.height);
   drawn.forEach(({ multiplications, cached }, i) => {
     const height = Math.max(1, (canvas.height * multiplications) / most);
