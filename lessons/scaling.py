@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from scale import cache, flash, law, memory, precision, roofline
+from scale import cache, flash, isoflop, law, memory, precision, roofline, utilisation
 from scale.figures import FIGURES, draw
 from scale.measuring import Measured
 
@@ -29,21 +29,26 @@ MEASUREMENTS: dict[str, Callable[[bool], Measured]] = {
     "precision": precision.measure,
     "cache": cache.measure,
     "flash": flash.measure,
-    "law": law.measure,
+    "isoflop": isoflop.measure,
 }
 BLOCKS: dict[str, Callable[[Measured], str]] = {
     "memory": memory.parts_table,
     "xla": memory.xla_table,
     "roofline": roofline.table,
+    "mfu": utilisation.table,
     "precision": precision.formats_table,
     "scale": precision.scale_table,
+    "float16": utilisation.formats_table,
     "cache": cache.table,
+    "online": flash.online_table,
     "flash": flash.table,
     "law": law.demand_table,
-    "points": law.points_table,
+    "budget": law.budget_table,
+    "isoflop": isoflop.table,
 }
 SOURCES: dict[str, Callable[..., Any]] = {
     "adjust_scale": precision.adjust_scale,
+    "online_softmax": flash.online_softmax,
     "blocked_attention": flash.blocked_attention,
 }
 

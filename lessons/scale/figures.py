@@ -2,21 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-# Okabe & Ito 2008: told apart in print and by the colour-blind
-BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
-RED, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
-GREY = "#666666"
-Measured = dict[str, Any]
+from scale.colours import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
+from scale.explained import tiles, triangle
+from scale.law_figures import budget, isoflop
+from scale.measuring import Measured
+from scale.memory import accounts
+from scale.roofline_figure import roofline
 
 
-def memory(m: Measured, figure: Figure) -> None:
+def memory(_: Measured, figure: Figure) -> None:
     """Stacked bars: what training of each size needs, without and with remat."""
     axes = figure.add_subplot()
     parts = [
@@ -26,7 +27,7 @@ def memory(m: Measured, figure: Figure) -> None:
         ("activations", "activations", ORANGE),
         ("logits", "logits and their gradient", PURPLE),
     ]
-    models = m["memory"]["gpt2"]
+    models = list(accounts().values())
     for remat in (False, True):
         at = np.arange(len(models)) + (0.2 if remat else -0.2)
         bottom = np.zeros(len(models))
@@ -44,52 +45,8 @@ def memory(m: Measured, figure: Figure) -> None:
     axes.set_xticks(range(len(models)), [f"{x['parameters'] / 1e6:,.0f} M" for x in models])
     axes.set(xlabel="parameters of GPT-2", ylabel="GB in training, 8 rows of 1024 tokens")
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
+    axes.set_title("Memory of a training step of GPT-2's four sizes")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.83))
-
-
-def roofline(m: Measured, figure: Figure) -> None:
-    """Each operation below the machine's two ceilings."""
-    axes, r = figure.add_subplot(), m["roofline"]
-    points = sorted(r["points"], key=lambda p: p["gflops"])
-    low, high = 0.5 * points[0]["gflops"], 2 * max(points[-1]["gflops"], r["gflops"])
-    x = np.geomspace(0.05, 3000, 200)
-    axes.loglog(x, np.minimum(r["gflops"], x * r["gbytes"]), color=GREY, linewidth=2)
-    axes.text(700, r["gflops"] * 1.1, f"{r['gflops']:.0f} GFLOP/s", color=GREY)
-    axes.text(0.9, r["gbytes"] * 1.25, f"{r['gbytes']:.0f} GB/s", color=GREY, ha="right")
-    line = 10 ** (np.log10(high / low) / 24)  # the height of a label
-    for left, right in ((0, 0.3), (0.3, 4)):  # labels stand beside a group, one above the other
-        group = [p for p in points if left <= p["intensity"] < right]
-        column = 1.6 * max(p["intensity"] for p in group)
-        heights = [p["gflops"] for p in group]
-        for _ in range(100):
-            for i in range(1, len(group)):
-                gap = heights[i] / heights[i - 1] / line
-                if gap < 1:
-                    heights[i - 1] *= gap**0.5
-                    heights[i] /= gap**0.5
-        for p, height in zip(group, heights, strict=True):
-            label(axes, p, (column, height), {"va": "center"})
-    products = sorted((p for p in points if p["intensity"] >= 4), key=lambda p: p["intensity"])
-    height = high
-    for p in products:  # each label lower than the one to its left
-        height = min(height / line**1.2, p["gflops"] / line**1.5)
-        label(axes, p, (1.3 * p["intensity"], height), {"va": "top"})
-    axes.plot([], [], "o", color=BLUE, label="matrix products")
-    axes.plot([], [], "o", color=ORANGE, label="everything else")
-    axes.set(xlabel="arithmetic intensity (FLOPs per byte)", ylabel="GFLOP/s reached")
-    axes.set_xlim(0.05, 3000)
-    axes.set_ylim(low, high)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
-
-
-def label(axes: Axes, point: Measured, place: tuple[float, float], how: dict[str, Any]) -> None:
-    """A dot, and its name at a place, with a line between the two."""
-    at = point["intensity"], point["gflops"]
-    is_product = point["operation"].startswith(("c_fc", "head", "scores"))
-    axes.plot(*at, "o", color=BLUE if is_product else ORANGE)
-    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    axes.annotate(point["operation"], at, place, fontsize=9, arrowprops=line, **how)
 
 
 def gradients(m: Measured, figure: Figure) -> None:
@@ -113,7 +70,9 @@ def gradients(m: Measured, figure: Figure) -> None:
     axes.axvspan(low, -25, color=RED, alpha=0.12, linewidth=0)
     axes.text(-25.3, 0.78 * top, "becomes 0", color=RED, ha="right")
     axes.set_xlim(low, max(2, axes.get_xlim()[1]))
-    axes.set(xlabel="log2 of the gradient's size", ylabel="% of the gradients per power of two")
+    axes.set_xlabel("size of the gradient, as a power of two (log2)")
+    axes.set_ylabel("% of the gradients per power of two")
+    axes.set_title("Gradients of a small model after 200 steps, and where float16 ends")
     axes.legend(frameon=False, loc="center right", fontsize=9)
 
 
@@ -131,13 +90,15 @@ def loss_scale(m: Measured, figure: Figure) -> None:
         middle = (overflow[0] + powers[-1]) / 2
         left.text(middle, 0.45, "overflow", color=RED, rotation=90, ha="center", va="center",
                   transform=left.get_xaxis_transform())  # fmt: skip
-    left.set(xlabel="log2 of the loss scale", ylabel="relative error of the gradient")
+    left.set(xlabel="loss scale, as a power of two (log2)", ylabel="relative error of the gradient",
+             title="A fixed scale")  # fmt: skip
     left.grid(alpha=0.3)
     low, high = left.get_ylim()
     left.set_ylim(low, 10 * high)  # room for the legend
-    left.legend(fontsize=9, loc="upper right")
+    left.legend(fontsize=9, loc="upper left", frameon=False)
     right.step(range(len(p["trace"])), p["trace"], where="post", color=BLUE)
-    right.set(xlabel="step", ylabel="log2 of the dynamic loss scale")
+    right.set(xlabel="step", ylabel="loss scale, as a power of two (log2)", title="A dynamic scale")
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     right.grid(alpha=0.3)
 
 
@@ -151,8 +112,10 @@ def kv_cache(m: Measured, figure: Figure) -> None:
     ):
         axes.loglog(x, [r[key] for r in rows], marker, color=color, label=label)
     axes.set_xticks(x, x)
+    axes.set_yticks([1, 10, 100], ["1", "10", "100"])
     axes.minorticks_off()
-    axes.set(xlabel="tokens of context", ylabel="ms per token")
+    axes.set(xlabel="tokens of context", ylabel="milliseconds per new token",
+             title="A new token, with the KV cache and without")  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
@@ -172,8 +135,10 @@ def flash(m: Measured, figure: Figure) -> None:
         right.loglog([r["T"] for r in timed], [r["ms"][name] for r in timed], marker, color=color)
     ticks(left, [r["T"] for r in rows])
     ticks(right, [r["T"] for r in rows if r["ms"]])
-    left.set(xlabel="T (tokens)", ylabel="temporaries, MB")
-    right.set(xlabel="T (tokens)", ylabel="ms on the CPU")
+    left.set_yticks([10, 100, 1000], ["10", "100", "1,000"])
+    right.set_yticks([10, 100], ["10", "100"])
+    left.set(xlabel="tokens T", ylabel="memory beside the inputs, MB", title="Memory")
+    right.set(xlabel="tokens T", ylabel="milliseconds on two CPU cores", title="Time")
     left.legend(frameon=False)
 
 
@@ -184,38 +149,27 @@ def ticks(axes: Axes, x: list[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def scaling_law(m: Measured, figure: Figure) -> None:
-    """Loss against parameters, and the fitted line."""
-    axes, points, fit = figure.add_subplot(), m["law"]["points"], m["law"]["fit"]
-    n = np.array([p["parameters"] for p in points])
-    x = np.geomspace(n.min() / 1.5, n.max() * 1.5, 50)
-    label = f"{fit['factor']:.2f} N^-{fit['exponent']:.3f}"
-    axes.loglog(x, fit["factor"] * x ** -fit["exponent"], "--", color=GREY, label=label)
-    axes.loglog(n, [p["loss"] for p in points], "o", color=BLUE, label="measured, validation")
-    axes.set(xlabel="parameters N", ylabel="loss (nats per character)")
-    losses = [p["loss"] for p in points]
-    marks = np.round(np.linspace(min(losses), max(losses), 5), 2)
-    axes.set_yticks(marks, [f"{y:.2f}" for y in marks])
-    axes.tick_params(axis="y", which="minor", left=False, labelleft=False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-
-
 FIGURES: dict[str, Callable[[Measured, Figure], None]] = {
     "memory": memory,
     "roofline": roofline,
     "gradients": gradients,
     "loss_scale": loss_scale,
     "kv_cache": kv_cache,
+    "triangle": triangle,
+    "tiles": tiles,
     "flash": flash,
-    "scaling_law": scaling_law,
+    "isoflop": isoflop,
+    "budget": budget,
 }
 
 
+SIZES = {"roofline": (11, 5), "triangle": (10, 3.8), "tiles": (9, 4.2)}  # in inches
+
+
 def draw(measured: Measured, folder: Path) -> None:
-    """All of them, as PNGs of 800 x 450."""
+    """All of them, as PNGs of 100 dots an inch."""
     for name, paint in FIGURES.items():
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+        figure = Figure(figsize=SIZES.get(name, (8, 4.5)), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         paint(measured, figure)
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})

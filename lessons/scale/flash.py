@@ -15,6 +15,23 @@ from gptjax.attention import attend, attend_xla
 from scale.measuring import Measured, fastest, xla_memory
 
 
+def online_softmax(scores: list[float], values: list[float], tile: int) -> list[tuple[float, ...]]:
+    """The running (top, total, mixed) after each tile; mixed / total at the end is attention."""
+    top, total, mixed = -math.inf, 0.0, 0.0
+    history: list[tuple[float, ...]] = []
+    for start in range(0, len(scores), tile):
+        end = start + tile
+        new_top = max(top, *scores[start:end])
+        shrink = math.exp(top - new_top)  # what was summed so far used the old largest score
+        total, mixed = total * shrink, mixed * shrink
+        for score, value in zip(scores[start:end], values[start:end], strict=True):
+            total += math.exp(score - new_top)
+            mixed += math.exp(score - new_top) * value
+        top = new_top
+        history.append((top, shrink, total, mixed))
+    return history
+
+
 def blocked_attention(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, block: int = 64) -> Array:
     """Causal attention that holds `block` x `block` scores at a time, never T x T."""
     B, T, H, K = q_BTHK.shape
@@ -107,6 +124,33 @@ def measure(quick: bool) -> Measured:
         "difference": difference,
         "gradient_difference": gradient_difference,
     }
+
+
+SCORES, VALUES, TILE = [1.0, 3.0, 2.0, 4.0], [10.0, 20.0, 30.0, 40.0], 2
+
+
+def online_table(measured: Measured) -> str:
+    """Four scores in two tiles, and the softmax of all at once."""
+    lines = [
+        "| after | keys read | largest score | old sums times | total | mixed |",
+        "|---" * 6 + "|",
+    ]
+    history = online_softmax(SCORES, VALUES, TILE)
+    for i, (top, shrink, total, mixed) in enumerate(history):
+        keys = f"{i * TILE + 1} and {i * TILE + 2}"
+        lines.append(
+            f"| tile {i + 1} | {keys} | {top:.0f} | {shrink:.3f} | {total:.3f} | {mixed:.2f} |"
+        )
+    weights = [math.exp(score) for score in SCORES]
+    at_once = sum(w * v for w, v in zip(weights, VALUES, strict=True)) / sum(weights)
+    ok = math.isclose(mixed / total, at_once)
+    assert ok, (mixed / total, at_once)
+    lines += [
+        "",
+        f"At the end {mixed:.2f} / {total:.3f} = **{mixed / total:.2f}**, and the softmax of all "
+        f"four scores at once gives {at_once:.2f}.",
+    ]
+    return "\n".join(lines)
 
 
 def table(measured: Measured) -> str:

@@ -118,6 +118,11 @@ def measure(quick: bool) -> Measured:
     return {"gflops": max(gflops), "gbytes": max(gbytes), "points": points}
 
 
+def gpu_intensity(point: Measured) -> float:
+    """In bfloat16, which has half the bytes; the optimizer's state stays float32."""
+    return float(point["intensity"] * (1 if point["operation"] == "AdamW" else 2))
+
+
 def table(measured: Measured) -> str:
     """Each operation here, and the share of a GPU's peak that its intensity allows there."""
     m = measured["roofline"]
@@ -128,9 +133,7 @@ def table(measured: Measured) -> str:
         here += f"{p['bytes'] / p['ms'] / 1e6:.1f}"
         there = []
         for name, bandwidth in MEMORY_BANDWIDTH.items():
-            # half the bytes in bfloat16; the optimizer's state stays float32
-            intensity = p["intensity"] * (1 if p["operation"] == "AdamW" else 2)
-            share = min(1, intensity * bandwidth / PEAK_FLOPS[name])
+            share = min(1, gpu_intensity(p) * bandwidth / PEAK_FLOPS[name])
             there.append(f"{share:.0%}" if share >= 0.1 else f"{share:.2%}")
         lines.append(f"| {p['operation']} | {here} | {' | '.join(there)} |")
     ridges = [f"{PEAK_FLOPS[n] / b:.0f} ({n})" for n, b in MEMORY_BANDWIDTH.items()]

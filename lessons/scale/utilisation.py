@@ -1,0 +1,61 @@
+"""Section 2: MFU, computed from rates that were measured on H100s (docs/performance.md)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from gptjax.config import GPTConfig
+from gptjax.training.metrics import PEAK_FLOPS, flops_per_token
+from scale.measuring import GPT2, Measured
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+
+
+class Run(NamedTuple):
+    """A training step that was measured on H100s, at context 1024 in bfloat16."""
+
+    what: str
+    cfg: GPTConfig
+    rows: int  # for each card
+    cards: int
+    rate: int  # tokens/s, of all cards together
+
+
+RUNS = [
+    Run("GPT-2 124M", GPT2["gpt2"], 64, 1, 521_800),
+    Run("GPT-2 124M", GPT2["gpt2"], 64, 4, 1_973_800),
+    Run("GPT-2 XL", GPT2["gpt2_xl"], 8, 1, 46_249),
+    Run("GPT-2 XL", GPT2["gpt2_xl"], 8, 4, 161_133),
+]
+FORMATS = {  # GPT-2 124M, 100 steps: tokens/s, validation loss
+    "bfloat16": ("478,800", "5.840"),
+    "float16, `--dtype=float16`": ("467,300", "5.838"),
+    "float16 without scaling, `--loss_scale=1`": ("510,700", "7.868"),
+    "float32": ("158,300", "5.861"),
+}
+
+
+def mfu(run: Run) -> float:
+    """The share of the cards' peak that the model's FLOPs are."""
+    return run.rate * flops_per_token(run.cfg) / (run.cards * PEAK_FLOPS["H100"])
+
+
+def table(_: Measured) -> str:
+    """Tokens a second, and what they mean."""
+    lines = [
+        "| | sequences a card | H100s | tokens/s | FLOPs a token | TFLOP/s a card | MFU |",
+        "|---" * 7 + "|",
+    ]
+    for run in RUNS:
+        flops = flops_per_token(run.cfg)
+        lines.append(
+            f"| {run.what} | {run.rows} | {run.cards} | {run.rate:,} | {flops / 1e9:.2f}e9 "
+            f"| {run.rate * flops / run.cards / 1e12:.0f} | {mfu(run):.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def formats_table(_: Measured) -> str:
+    """The same model in four formats, as train.py trains it."""
+    lines = ["| | tokens/s | validation loss after 100 steps |", "|---|---|---|"]
+    lines += [f"| {name} | {rate} | {loss} |" for name, (rate, loss) in FORMATS.items()]
+    return "\n".join(lines)
