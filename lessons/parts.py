@@ -8,6 +8,7 @@ next lessons load.
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 import saving
 
 LESSONS = Path(__file__).resolve().parent
-MY_GPT = LESSONS / "my_gpt.py"  # the student's, not committed
+MY_GPT = Path(os.environ.get("GPTJAX_MY_GPT") or LESSONS / "my_gpt.py")  # not committed
 SOLVED = LESSONS / "solved" / "my_gpt.py"
 NUMBERS = (1, 2, 4)  # of the lessons in which something is written
 

@@ -206,6 +206,18 @@ PARTS = {
         "probabilities or a temperature, and get them more exactly from logits.",
         mistake=lambda *arguments: softmax(forward(*arguments)),
     ),
+    "count_params": Part(
+        reference=count_params,
+        cases=lambda: [(2, 12, 8, 17), (12, 768, 1024, 50257)],
+        tolerance=0,
+        hint="wte has vocab_size rows (the padding does not count, and the head is wte), wpe has "
+        "block_size; a block has 12 D^2 + 13 D; ln_f has 2 D.",
+        why="Attention has D x 3D and D x D numbers in its kernels, the MLP D x 4D twice: 12 D^2. "
+        "Their biases are 3D + D + 4D + D = 9D, and two LayerNorms have 4D.",
+        mistake=lambda n_layer, n_embd, block_size, vocab_size: (
+            count_params(n_layer, n_embd, block_size, vocab_size) + vocab_size * n_embd
+        ),
+    ),
     "init_params": Part(
         reference=init_params,
         cases=lambda: [(jax.random.key(3), 3, 64, 64, 300)],
@@ -218,17 +230,5 @@ PARTS = {
         "split makes independent keys of one: the same key would give the same numbers twice.",
         mistake=unscaled,
         look=statistics,
-    ),
-    "count_params": Part(
-        reference=count_params,
-        cases=lambda: [(2, 12, 8, 17), (12, 768, 1024, 50257)],
-        tolerance=0,
-        hint="wte has vocab_size rows (the padding does not count, and the head is wte), wpe has "
-        "block_size; a block has 12 D^2 + 13 D; ln_f has 2 D.",
-        why="Attention has D x 3D and D x D numbers in its kernels, the MLP D x 4D twice: 12 D^2. "
-        "Their biases are 3D + D + 4D + D = 9D, and two LayerNorms have 4D.",
-        mistake=lambda n_layer, n_embd, block_size, vocab_size: (
-            count_params(n_layer, n_embd, block_size, vocab_size) + vocab_size * n_embd
-        ),
     ),
 }

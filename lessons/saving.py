@@ -66,10 +66,14 @@ def gather(names: list[str], look_up: Lookup) -> tuple[set[Import], str]:
 
 
 def names_in(source: str) -> list[str]:
-    """The names that a piece of source reads, in their order."""
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    found.sort(key=lambda node: (node.lineno, node.col_offset))
-    return list(dict.fromkeys(node.id for node in found))
+    """The globals that a piece of source reads, in their order; its arguments are none."""
+    nodes = list(ast.walk(ast.parse(source)))
+    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    own |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    names.sort(key=lambda node: (node.lineno, node.col_offset))
+    return list(dict.fromkeys(node.id for node in names if node.id not in own))
 
 
 def look_up_global(name: str, value: Any) -> Import | str | None:
@@ -121,7 +125,8 @@ def read(path: Path) -> Saved:
 
 def write(path: Path, saved: Saved) -> None:
     """Write a my_gpt.py, without imports that nothing uses."""
-    used = {name for body in saved.sections.values() for name in names_in(body)}
+    statements = [node for body in saved.sections.values() for node in ast.parse(body).body]
+    used = {name for node in statements for name in names_in(ast.unparse(node))}
     lines: dict[bool, list[str]] = {True: [], False: []}
     froms: dict[str, list[str]] = {}
     for module, name, bound in sorted(saved.imports, key=str):

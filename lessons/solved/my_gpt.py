@@ -1,0 +1,139 @@
+"""The GPT that the lessons build, as their last cells save it."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import jax
+import jax.numpy as jnp
+
+# ---- Lesson 1 ------------------------------------------------------------------------------------
+
+
+def embed(params, tokens_BT):
+    """Return (B, T, D): the rows of wte for these tokens, plus the first T rows of wpe."""
+    T = tokens_BT.shape[1]
+    return params["wte"]["embedding"][tokens_BT] + params["wpe"]["embedding"][:T]
+
+
+def softmax(x):
+    """Return exp(x) / (sum of exp(x) over the last axis), without overflow; any shape."""
+    e = jnp.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def causal_mask(T):
+    """Return (T, T) booleans: True where query t (the row) may see key s (the column)."""
+    return jnp.arange(T)[None, :] <= jnp.arange(T)[:, None]
+
+
+def attention_weights(q_TK, k_TK, mask_TT):
+    """Return (T, T): row t has the weights of all keys for query t, 0 where the mask is False."""
+    scores_TT = q_TK @ k_TK.T / jnp.sqrt(q_TK.shape[-1])
+    return softmax(jnp.where(mask_TT, scores_TT, -jnp.inf))
+
+
+def attention_head(q_TK, k_TK, v_TK):
+    """Return (T, K): for each token the values that it may see, added up by their weights."""
+    return attention_weights(q_TK, k_TK, causal_mask(len(q_TK))) @ v_TK
+
+
+def attend_heads(q_BTHK, k_BTHK, v_BTHK):
+    """Return (B, T, H, K): attention_head for each head of each sequence."""
+    of_heads = jax.vmap(attention_head, in_axes=1, out_axes=1)  # (T, H, K) in and out
+    return jax.vmap(of_heads)(q_BTHK, k_BTHK, v_BTHK)
+
+
+def linear(p, x):
+    """Return (..., out): x (..., in) times p["kernel"] (in, out), plus p["bias"] (out)."""
+    return x @ p["kernel"] + p["bias"]
+
+
+def self_attention(p, x_BTD, n_head):
+    """Return (B, T, D): c_attn, cut into q, k, v of n_head heads, attention, c_proj."""
+    B, T, D = x_BTD.shape
+    qkv = jnp.split(linear(p["c_attn"], x_BTD), 3, axis=-1)
+    q_BTHK, k_BTHK, v_BTHK = (part.reshape(B, T, n_head, D // n_head) for part in qkv)
+    y_BTHK = attend_heads(q_BTHK, k_BTHK, v_BTHK)
+    return linear(p["c_proj"], y_BTHK.reshape(B, T, D))
+
+
+def gelu(x):
+    """Return x * P(X <= x) by GPT-2's tanh approximation; any shape."""
+    return 0.5 * x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def mlp(p, x_BTD):
+    """Return (B, T, D): c_fc to 4D, gelu, c_proj back to D."""
+    return linear(p["c_proj"], gelu(linear(p["c_fc"], x_BTD)))
+
+
+def layer_norm(p, x, epsilon=1e-5):
+    """Return x (..., D), each row with mean 0 and variance 1, times p["scale"], plus p["bias"]."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+    return x * p["scale"] + p["bias"]
+
+
+def block(p, x_BTD, n_head):
+    """Return (B, T, D): x plus attention of ln_1 of it, then that plus the MLP of ln_2 of it."""
+    x_BTD = x_BTD + self_attention(p["attn"], layer_norm(p["ln_1"], x_BTD), n_head)
+    return x_BTD + mlp(p["mlp"], layer_norm(p["ln_2"], x_BTD))
+
+
+def hidden_states(params, tokens_BT, n_head):
+    """Return (B, T, D): embeddings, all blocks of params["h"], and the last LayerNorm, ln_f."""
+    x_BTD = embed(params, tokens_BT)
+    for p in params["h"]:
+        x_BTD = block(p, x_BTD, n_head)
+    return layer_norm(params["ln_f"], x_BTD)
+
+
+def head(params, x_BTD, vocab_size):
+    """Return (B, T, rows of wte): x times wte transposed, -inf from column vocab_size on."""
+    logits_BTV = x_BTD @ params["wte"]["embedding"].T
+    is_token_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
+    return jnp.where(is_token_V, logits_BTV, -jnp.inf)
+
+
+def forward(params, tokens_BT, n_head, vocab_size):
+    """Return the logits (B, T, rows of wte) of GPT-2: the scores of the token after each token."""
+    return head(params, hidden_states(params, tokens_BT, n_head), vocab_size)
+
+
+def count_params(n_layer, n_embd, block_size, vocab_size):
+    """Return the number of parameters, padding rows of wte not counted."""
+    D = n_embd
+    attn = D * 3 * D + 3 * D + D * D + D
+    mlp = D * 4 * D + 4 * D + 4 * D * D + D
+    layer_norm = 2 * D
+    return (vocab_size + block_size) * D + n_layer * (attn + mlp + 2 * layer_norm) + layer_norm
+
+
+def init_params(key, n_layer, n_embd, block_size, vocab_size):
+    """Return a fresh GPT-2: the nested dict of its parameters, with h a list of n_layer blocks.
+
+    wte has vocab_size rows, and rows of zeros behind them up to a multiple of 128.
+    """
+    D, rows = n_embd, -(-vocab_size // 128) * 128
+    keys = iter(jax.random.split(key, 2 + 4 * n_layer))
+
+    def normal(std, *shape):
+        return std * jax.random.normal(next(keys), shape)
+
+    def layer(inputs, outputs, std=0.02):
+        return {"kernel": normal(std, inputs, outputs), "bias": jnp.zeros(outputs)}
+
+    def norm():
+        return {"scale": jnp.ones(D), "bias": jnp.zeros(D)}
+
+    def fresh_block():
+        std = 0.02 / (2 * n_layer) ** 0.5  # of what writes into the residual stream
+        attn = {"c_attn": layer(D, 3 * D), "c_proj": layer(D, D, std)}
+        mlp = {"c_fc": layer(D, 4 * D), "c_proj": layer(4 * D, D, std)}
+        return {"ln_1": norm(), "attn": attn, "ln_2": norm(), "mlp": mlp}
+
+    return {
+        "wte": {"embedding": normal(0.02, rows, D).at[vocab_size:].set(0)},
+        "wpe": {"embedding": normal(0.02, block_size, D)},
+        "h": [fresh_block() for _ in range(n_layer)],
+        "ln_f": norm(),
+    }
