@@ -137,12 +137,16 @@ def compare(found: Any, expected: Any, part: Part) -> tuple[str, float]:
 def named_leaves(tree: Any) -> tuple[list[str], list[Any]]:
     """The arrays of a result, and what to call each of them."""
     leaves = jax.tree.leaves_with_path(tree)
-    names = ["/".join(jax.tree_util.keystr((key,), simple=True) for key in p) for p, _ in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if isinstance(tree, tuple | list):
+        names = [f"result {name}" for name in names]
     return [name or "the result" for name in names], [leaf for _, leaf in leaves]
 
 
 def first_difference(path: str, found: Any, expected: Any, tolerance: float) -> tuple[str, float]:
     """Where two arrays of one shape first differ by more than allowed, "" if nowhere."""
+    if isinstance(expected, str):
+        return ("" if found == expected else f"{path} is {found!r}, expected {expected!r}"), 0.0
     ours, theirs = (np.asarray(x).astype(np.float64) for x in (found, expected))
     with np.errstate(invalid="ignore"):
         off = np.where(ours == theirs, 0.0, np.abs(ours - theirs))
