@@ -22,9 +22,9 @@ from gptjax.checkpoints.run_folder import Run
 from gptjax.commands.tokenize import train_bpe
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.conversion import huggingface
-from gptjax.errors import DataError
+from gptjax.errors import DataError, UsageError
 from gptjax.gpt2_files import installed_folder, read_gpt2_files
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, IdsTokenizer, save_tokenizer
 from gptjax.tokens import Tokenizer
 
 from .helpers import ROOT, scaled_params, tiny
@@ -48,7 +48,13 @@ function answer({bytes, texts, windows}) {
   };
   const cached = (ids) => {
     const cache = makeCache(model.config);
-    return ids.map((id) => Array.from(logitsOf(model, read(model, [id], cache), 0)));
+    return ids.map((id, t) => {
+      if (t === 3) { // read others, and forget them
+        read(model, [1, 2], cache);
+        cutCache(cache, t);
+      }
+      return Array.from(logitsOf(model, read(model, [id], cache), 0));
+    });
   };
   const count = (task) => {
     const before = counter.multiplications;
@@ -214,16 +220,17 @@ def test_an_unknown_character_is_named() -> None:
 
 
 def test_a_model_is_written_by_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = rounded_run(tiny(n_layer=1), train_bpe(iter(TEXTS), 270))
     huggingface.write_folder(tmp_path, run.config.model, run.params, None)
     save_tokenizer(run.tokenizer, tmp_path)
     out = tmp_path / "model.bin"
-    monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path), f"--out={out}"])
-    load_export().main()
+    load_export().main([str(tmp_path), f"--out={out}"])
     assert f"{out.stat().st_size:,} bytes" in capsys.readouterr().out
     assert out.read_bytes()[-1000:] == load_export().packed(run)[-1000:]
+    with pytest.raises(UsageError, match="byte-level BPE only"):
+        load_export().tokenizer_fields(IdsTokenizer(8))
 
 
 def test_the_page_and_its_model_are_below_8_megabytes() -> None:

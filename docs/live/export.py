@@ -7,6 +7,7 @@ behind its length (4 bytes), then the arrays in bfloat16, all little-endian; gpt
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 
 from gptjax.checkpoints.run_folder import Run
 from gptjax.conversion.sources import load_model
+from gptjax.errors import UsageError
 from gptjax.gpt2_files import GPT2Tokenizer, gpt2_merges, gpt2_spelling
 from gptjax.hf_tokenizer import HFTokenizer
 from gptjax.model import unstack_layers
+from gptjax.terminal import cli
 from gptjax.tokens import Tokenizer
 
 MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "tie_head", "activation")
@@ -38,7 +41,7 @@ def arrays_of(run: Run) -> dict[str, np.ndarray]:
 
 
 def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what gpt.js needs of a tokenizer; SystemExit if it has no code for this kind."""
+    """Return what gpt.js needs of a tokenizer; UsageError if it has no code for this kind."""
     fields = {"start": tokenizer.start_id, "ends": list(tokenizer.eos)}
     if tokenizer.kind in ("char", "byte"):
         return fields | tokenizer.to_json()
@@ -54,7 +57,7 @@ def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
             named = [tokenizer.token(i) or "" for i in range(tokenizer.n_tokens)]
             merges = [" ".join(pair) for pair in stored["model"]["merges"]]
             return fields | bpe(named, merges, [token["id"] for token in stored["added_tokens"]])
-    raise SystemExit("the page reads characters, bytes and GPT-2's kind of byte-level BPE only")
+    raise UsageError("the page reads characters, bytes and GPT-2's kind of byte-level BPE only")
 
 
 def bpe(tokens: list[str], merges: list[str], special: list[int]) -> dict[str, Any]:
@@ -76,13 +79,13 @@ def packed(run: Run) -> bytes:
     return b"".join([length, text, *(array.tobytes() for array in arrays.values())])
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Read the model, write the file, and say how large it is."""
     parser = argparse.ArgumentParser(description="Write a model for the live page.")
     parser.add_argument("run", help="a run folder, or a folder of Hugging Face")
     default = Path(__file__).parent / "model.bin"
     parser.add_argument("--out", type=Path, default=default, help=f"default: {default}")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     data = packed(load_model(args.run))
     args.out.write_bytes(data)
     print(f"{args.out}: {len(data):,} bytes")
@@ -91,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -21,10 +21,15 @@ const state = {
 
 function setText(text) {
   const { tokenizer, config } = state.model;
-  const ids = tokenizer.encode(text);
-  state.ids = ids.length ? ids : [tokenizer.start];
-  state.begin = Math.max(0, state.ids.length - config.block_size);
-  Object.assign(state, { cache: null, costs: [], query: -1 });
+  const ids = text ? tokenizer.encode(text) : [tokenizer.start];
+  const begin = Math.max(0, ids.length - config.block_size);
+  if (begin !== state.begin) state.cache = null;
+  if (state.cache) { // keep what was read of the tokens that are still the same, but for the last one
+    const changed = ids.findIndex((id, i) => id !== state.ids[i]);
+    const same = (changed < 0 ? ids.length : changed) - begin;
+    cutCache(state.cache, Math.max(0, Math.min(same, ids.length - begin - 1, state.cache.length)));
+  }
+  Object.assign(state, { ids, begin, costs: [], query: -1 });
   think();
 }
 
@@ -108,8 +113,8 @@ function showCost() {
   const total = costs.reduce((sum, cost) => sum + cost.multiplications, 0);
   at("cost").textContent = `${length} of at most ${config.block_size} tokens are in the context. `
     + `Reading one more takes ${inWords(costOf(config, 1, length - 1))} multiplications with the KV `
-    + `cache, and ${inWords(costOf(config, length, 0))} without it. The ${costs.length} tokens that `
-    + `were added took ${inWords(total)}.`;
+    + `cache, and ${inWords(costOf(config, length, 0))} without it. `
+    + (costs.length ? `Adding ${costs.length} took ${inWords(total)}.` : "None was added yet.");
   const canvas = at("chart"), pen = canvas.getContext("2d"), drawn = costs.slice(-120);
   const most = Math.max(1, ...drawn.map((cost) => cost.multiplications));
   at("most").textContent = drawn.length ? `The highest bar stands for ${inWords(most)}.` : "";
@@ -180,7 +185,7 @@ function start(buffer, name) {
   say(`${name}: ${inWords(count)} parameters, ${n_layer} layers of ${n_head} heads, width ${n_embd}, `
     + `context ${block_size}, ${vocab_size.toLocaleString("en")} tokens.`);
   for (const id of ["text", "one", "many"]) at(id).disabled = false;
-  Object.assign(state, { layer: 0, head: 0 });
+  Object.assign(state, { cache: null, layer: 0, head: 0 });
   typed();
 }
 
