@@ -48,7 +48,7 @@ def settings_page(title: str, config: Any) -> str:
                 "|---|---|---|",
             ]
         default = "" if field.default == "" else f"`{field.default}`"
-        help = re.sub(r"([|<*])", r"\\\1", field.metadata["help"])
+        help = re.sub(r"[|<*_]", lambda sign: f"&#{ord(sign[0])};", field.metadata["help"])
         lines.append(f"| `--{name}` | {default} | {help} |")
     return "\n".join(lines) + "\n"
 
