@@ -4,6 +4,7 @@ K steps of a call, B rows, T time.
 """
 
 import functools
+import math
 import sysconfig
 import time
 from pathlib import Path
@@ -75,19 +76,19 @@ def measure(quick: bool) -> Measured:
     """Validation losses of models that take the same FLOPs, for three budgets."""
     train, val, kinds = library_source()
     curves = []
-    for budget in [1e9] if quick else BUDGETS:
+    for budget in [1e8] if quick else BUDGETS:
         points = []
         for layers, width in SHAPES[:3] if quick else SHAPES:
             shape = GPTConfig(
                 n_layer=layers, n_head=2, n_embd=width, block_size=CONTEXT, bias=False, unroll=1
             )
             cfg = model.resolve(replace(shape, vocab_size=kinds, vocab_multiple=1))
-            steps = int(budget / flops_per_token(cfg) / ROWS / CONTEXT / 20) * 20
+            steps = 20 * max(1, int(budget / flops_per_token(cfg) / ROWS / CONTEXT / 20))
             tokens = steps * ROWS * CONTEXT
             if not quick and (steps < LEAST_STEPS or tokens > len(train)):
                 continue
             began = time.perf_counter()
-            loss = final_loss(make_config(cfg, max(steps, 20)), train, val, 8 if quick else 4096)
+            loss = final_loss(make_config(cfg, steps), train, val, 8 if quick else 4096)
             points.append(
                 {
                     "layers": layers,
@@ -148,6 +149,8 @@ def table(measured: Measured) -> str:
 
 def exponent(m: Measured) -> float:
     """How the best size grows with compute, by a straight line through the logarithms."""
+    if len(m["curves"]) < 2:  # a quick run
+        return math.nan
     x = np.log([curve["flops"] for curve in m["curves"]])
     y = np.log([curve["best"]["parameters"] for curve in m["curves"]])
     return float(np.polyfit(x, y, 1)[0])
