@@ -7,7 +7,6 @@ import math
 from typing import NamedTuple
 
 from gptjax import model
-from gptjax.config import GPTConfig
 from gptjax.training.metrics import PEAK_FLOPS, flops_per_token
 from scale.measuring import GPT2, Measured
 
@@ -120,8 +119,3 @@ def budget_table(_: Measured) -> str:
             f"| {BESIROGLU.loss(n, tokens):.3f} |"
         )
     return "\n".join(lines)
-
-
-def check_xl(cfg: GPTConfig, tokens_per_second: float, cards: int) -> float:
-    """Hours that measured cards need for 20 tokens a parameter."""
-    return TOKENS_A_PARAMETER * model.count_params(cfg) / tokens_per_second / cards / 3600

@@ -1,13 +1,10 @@
 """Section 2: MFU, computed from rates that were measured on H100s (docs/performance.md)."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.config import GPTConfig
 from gptjax.training.metrics import PEAK_FLOPS, flops_per_token
 from scale.measuring import GPT2, Measured
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 
 
 class Run(NamedTuple):
