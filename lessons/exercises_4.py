@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from exercises import Exercise
@@ -61,11 +60,7 @@ def split_heads_first(qkv_NE: np.ndarray, n_head: int) -> Any:
 
 def mystery(params: model.Params) -> model.Params:
     """The parameters with the mistake of exercise 4.4."""
-
-    def repeat_first(stacked_L: Any) -> Any:
-        return np.repeat(stacked_L[:1], len(stacked_L), axis=0)
-
-    return {**params, "h": jax.tree.map(repeat_first, params["h"])}
+    return {**params, "h": [params["h"][0]] * len(params["h"])}
 
 
 EXERCISES = {

@@ -61,8 +61,9 @@ def gather(names: list[str], look_up: Lookup) -> tuple[set[Import], str]:
 
     for name in names:
         add(name)
-    body = "\n".join(constants.values()), "\n\n\n".join(functions.values())
-    return imports, "\n\n\n".join(part for part in body if part)
+    parts = "\n".join(constants.values()), "\n\n\n".join(functions.values())
+    body = "\n\n\n".join(part for part in parts if part)
+    return imports, re.sub(r"\bmy_gpt\.(?=\w)", "", body)  # there they are in the same file
 
 
 def names_in(source: str) -> list[str]:
@@ -93,11 +94,11 @@ def look_up_global(name: str, value: Any) -> Import | str | None:
 
 
 def clean(name: str, source: str) -> str:
-    """A function's source as it is saved: without markers, and `my_gpt.block` as `block`."""
+    """A function's source as it is saved, without the markers."""
     source = MARKERS.sub("", textwrap.dedent(source)).strip()
     if not re.search(rf"^def {name}\(", source, re.MULTILINE):
         raise ValueError(f"{name} has to be written as `def {name}(...)` to be saved")
-    return re.sub(r"\bmy_gpt\.(?=\w)", "", source)
+    return source
 
 
 def look_up_in(space: dict[str, Any]) -> Lookup:

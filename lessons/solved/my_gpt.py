@@ -4,6 +4,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # ---- Lesson 1 ------------------------------------------------------------------------------------
 
@@ -137,3 +138,126 @@ def init_params(key, n_layer, n_embd, block_size, vocab_size):
         "h": [fresh_block() for _ in range(n_layer)],
         "ln_f": norm(),
     }
+
+
+# ---- Lesson 4 ------------------------------------------------------------------------------------
+
+
+def published_name(path):
+    """Return the published name of a path: h/0/ln_1/scale -> h.0.ln_1.weight."""
+    *parts, last = path.split("/")
+    return ".".join([*parts, "bias" if last == "bias" else "weight"])
+
+
+def load_params(tensors, template, transposed=False):
+    """Return the tree of `template` (arrays or shapes), filled with float32 arrays.
+
+    tensors: arrays by their published names, with or without `transformer.` in front; the masks
+    (`.attn.bias`) and the tied `lm_head.weight` are left out.
+    transposed: whether linear layers are stored as (out, in).
+    """
+    left = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(".attn.bias") and name != "lm_head.weight":
+            left[name.removeprefix("transformer.")] = tensor
+
+    def take(keys, wanted):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        tensor = left.pop(published_name(path))
+        if transposed and path.endswith("kernel"):
+            tensor = tensor.T
+        if path == "wte/embedding":  # the padding
+            tensor = np.pad(tensor, ((0, wanted.shape[0] - len(tensor)), (0, 0)))
+        assert tensor.shape == wanted.shape, (path, tensor.shape, wanted.shape)
+        return jnp.asarray(tensor, jnp.float32)
+
+    params = jax.tree.map_with_path(take, template)
+    assert not left, sorted(left)  # every tensor was used
+    return params
+
+
+def narrow(logits_V, temperature, top_k):
+    """Return the logits (V,) to draw from, after the temperature and top-k (0 = all tokens)."""
+    logits_V = logits_V / temperature
+    if top_k:
+        threshold = jax.lax.top_k(logits_V, min(top_k, len(logits_V)))[0][-1]
+        logits_V = jnp.where(logits_V >= threshold, logits_V, -jnp.inf)
+    return logits_V
+
+
+def draw(key, logits_V, temperature, top_k):
+    """Return a token drawn from the narrowed logits; at temperature 0 the likeliest."""
+    if temperature == 0:
+        return logits_V.argmax()
+    return jax.random.categorical(key, narrow(logits_V, temperature, top_k))
+
+
+def make_cache(n_layer, n_head, head_dim, size):
+    """Return a list with a dict {"k": zeros (S, H, K), "v": the same} for each layer; S = size."""
+    shape = (size, n_head, head_dim)
+    return [{"k": jnp.zeros(shape), "v": jnp.zeros(shape)} for _ in range(n_layer)]
+
+
+def cached_attention(p, x_D, layer, t, n_head):
+    """Return attention's output (D,) for the token at position t, and its layer's longer cache.
+
+    p: parameters of attention; x_D: the token's normalised vector; layer: {"k": ..., "v": ...}.
+    """
+    qkv = jnp.split(linear(p["c_attn"], x_D), 3)
+    q_HK, k_HK, v_HK = (part.reshape(n_head, -1) for part in qkv)
+    k_SHK, v_SHK = layer["k"].at[t].set(k_HK), layer["v"].at[t].set(v_HK)
+    scores_HS = jnp.einsum("HK,SHK->HS", q_HK, k_SHK) / q_HK.shape[-1] ** 0.5
+    is_filled_S = jnp.arange(len(k_SHK)) <= t
+    weights_HS = softmax(jnp.where(is_filled_S, scores_HS, -jnp.inf))
+    y_HK = jnp.einsum("HS,SHK->HK", weights_HS, v_SHK)
+    return linear(p["c_proj"], y_HK.reshape(-1)), {"k": k_SHK, "v": v_SHK}
+
+
+def next_logits(params, cache, token, t, n_head, vocab_size):
+    """Return the logits (rows of wte,) after the token at position t, and the longer cache."""
+    x_D = params["wte"]["embedding"][token] + params["wpe"]["embedding"][t]
+    longer = []
+    for p, layer in zip(params["h"], cache, strict=True):
+        y_D = layer_norm(p["ln_1"], x_D)
+        y_D, layer = cached_attention(p["attn"], y_D, layer, t, n_head)
+        x_D = x_D + y_D
+        x_D = x_D + mlp(p["mlp"], layer_norm(p["ln_2"], x_D))
+        longer.append(layer)
+    x_D = layer_norm(params["ln_f"], x_D)
+    return head(params, x_D, vocab_size), longer
+
+
+def prefill(params, tokens_T, length, n_head, vocab_size, size):
+    """Return the logits (rows of wte,) after the first `length` tokens, and a cache of `size`.
+
+    tokens_T: the prompt, and maybe padding. All T tokens are written into the cache; what the
+    padding wrote stands behind the prompt, where later tokens replace it.
+    """
+    T, x_BTD = len(tokens_T), embed(params, tokens_T[None])
+    D, cache = x_BTD.shape[-1], []
+    for p in params["h"]:
+        y_BTD = layer_norm(p["ln_1"], x_BTD)
+        _, k_BTD, v_BTD = jnp.split(linear(p["attn"]["c_attn"], y_BTD), 3, axis=-1)
+        layer = {"k": k_BTD, "v": v_BTD}
+        shape, padding = (T, n_head, D // n_head), ((0, size - T), (0, 0), (0, 0))
+        cache.append({name: jnp.pad(x[0].reshape(shape), padding) for name, x in layer.items()})
+        x_BTD = block(p, x_BTD, n_head)
+    x_D = layer_norm(params["ln_f"], x_BTD[0, length - 1])
+    return head(params, x_D, vocab_size), cache
+
+
+def generate(params, tokens_T, length, n_new, key, temperature, top_k, n_head, vocab_size):
+    """Return n_new tokens (n_new,) that follow the first `length` tokens of a prompt."""
+    size = len(tokens_T) + n_new
+    logits_V, cache = prefill(params, tokens_T, length, n_head, vocab_size, size)
+    first = draw(jax.random.fold_in(key, 0), logits_V, temperature, top_k)
+
+    def step(carry, i):
+        cache, token = carry  # token i - 1, which is not in the cache yet
+        t = length + i - 1
+        logits_V, cache = next_logits(params, cache, token, t, n_head, vocab_size)
+        token = draw(jax.random.fold_in(key, i), logits_V, temperature, top_k)
+        return (cache, token), token
+
+    _, rest = jax.lax.scan(step, (cache, first), jnp.arange(1, n_new))
+    return jnp.concatenate([first[None], rest])
