@@ -100,7 +100,7 @@ def run_javascript(script: str, call: str, argument: object) -> Any:
     if importlib.util.find_spec("py_mini_racer"):
         from py_mini_racer import MiniRacer
 
-        return json.loads(MiniRacer().eval(program))
+        return json.loads(str(MiniRacer().eval(program)))
     if node := shutil.which("node"):
         program = program.replace("\n;JSON", "\n;process.stdout.write(JSON") + ")"
         done = subprocess.run(
