@@ -133,7 +133,7 @@ def updates() -> list[tuple]:
 
 def squared_error(params: Tree, batch: Any) -> Array:
     """A loss that all arrays of `tree` take part in."""
-    return sum(jnp.sum((leaf - batch) ** 2) for leaf in jax.tree.leaves(params))
+    return jnp.asarray(sum(jnp.sum((leaf - batch) ** 2) for leaf in jax.tree.leaves(params)))
 
 
 def steps() -> list[tuple]:
