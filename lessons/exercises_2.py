@@ -11,6 +11,7 @@ from gptjax.data.batches import windows_per_shard
 from gptjax.training.optimizer import make_schedule
 
 TOKENS, BLOCK_SIZE = 1_003_854, 64  # of exercises 2.1 and 2.5
+STEPS, BATCH_SIZE = 1800, 8  # of exercise 2.5
 
 
 def windows_per_epoch() -> int:
@@ -59,8 +60,8 @@ def early_wsd(step: int, peak: float, floor: float, steps: int, decay_steps: int
 
 
 def tokens_and_epochs() -> tuple[int, float]:
-    """Of 800 steps with 8 windows each."""
-    return 800 * 8 * BLOCK_SIZE, 800 * 8 / windows_per_epoch()
+    """Of the run by the student's own code."""
+    return STEPS * BATCH_SIZE * BLOCK_SIZE, STEPS * BATCH_SIZE / windows_per_epoch()
 
 
 EXERCISES = {
@@ -94,7 +95,7 @@ EXERCISES = {
         is_right=lambda answer: close(answer, tokens_and_epochs(), 5e-3),
         hint="Each step predicts batch_size * block_size tokens; an epoch is over when every "
         "window of exercise 2.1 was taken once.",
-        answer=(409_600, 0.408),
-        mistake=(6_400, 0.408),
+        answer=(921_600, 0.918),
+        mistake=(14_400, 0.918),
     ),
 }

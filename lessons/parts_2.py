@@ -127,6 +127,7 @@ def updates() -> list[tuple]:
     squares = jax.tree.map(jnp.square, tree(3))
     return [
         (tree(0), tree(1), zeros, zeros, 1, 0.1),
+        (tree(0), tree(1, 1e-6), zeros, zeros, 1, 0.1),  # where eps counts
         (tree(0), tree(1), tree(2), squares, 7, 0.01),
     ]
 

@@ -1,4 +1,4 @@
-"""The training run that lesson 2 makes and lesson 4 takes up."""
+"""The training runs that lesson 2 makes by train.py, of which lesson 4 can take up one."""
 
 import os
 import re
@@ -7,43 +7,104 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from gptjax.config import TrainConfig
+from gptjax.config_file import load_config
+from gptjax.model import count_params
 from gptjax.presets import PRESETS
 from gptjax.terminal import flags
+from gptjax.training import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ROOT / "out" / "lessons" / "pretrain"
-STEPS = 800
-FLAGS = (
-    *("--n_layer=3", "--n_head=4", "--n_embd=96", "--block_size=64", "--bias=True"),
-    *("--dataset=auto", "--tokenizer=char", f"--max_iters={STEPS}", "--batch_size=8"),
-    *("--optimizer=adamw", "--learning_rate=3e-3", "--min_lr=3e-4", "--warmup_iters=50"),
-    *("--eval_interval=200", "--eval_iters=20", "--log_interval=1", "--sample_interval=0"),
-    "--checkpoint_interval=0",
+FOLDER = ROOT / "out" / "lessons"
+QUICK = os.environ.get("GPTJAX_LESSONS") == "quick"  # short runs, for a test that all cells run
+STEPS = 48 if QUICK else 1800  # of the run by the student's own code
+SHORT = 2 * STEPS // 3  # of those under Muon
+COMPARED = STEPS // 12  # steps that train.py repeats under AdamW
+BPE = FOLDER / "bpe-1000"
+
+MODEL = ("--n_layer=3", "--n_head=4", "--n_embd=128", "--block_size=64", "--bias=True")
+BATCHES = ("--batch_size=8", "--log_interval=1", "--sample_interval=0", "--checkpoint_interval=0")
+RATES = ("--learning_rate=3e-3", "--min_lr=1.5e-4")
+CHARACTERS = ("--dataset=auto", "--tokenizer=char")
+ADAMW = (
+    *MODEL,
+    *CHARACTERS,
+    *BATCHES,
+    *RATES,
+    *("--optimizer=adamw", f"--max_iters={STEPS}", f"--warmup_iters={STEPS // 24}"),
+    *("--eval_interval=0", "--eval_iters=40"),
 )
+MUON = (
+    *MODEL,
+    *BATCHES,
+    *RATES,
+    *("--optimizer=muon", f"--max_iters={SHORT}", f"--warmup_iters={SHORT // 12}"),
+    *(f"--eval_interval={SHORT // 2}", "--eval_iters=0"),
+)
+RUNS = {
+    "adamw": (*ADAMW, f"--stop_step={COMPARED}"),
+    "muon": (*MUON, *CHARACTERS),
+    "bpe": (*MUON, f"--dataset={BPE.relative_to(ROOT)}"),
+}
+RUN = FOLDER / "muon"  # the one that lesson 4 can take up
 
 
 def settings() -> TrainConfig:
-    """What `train.py` makes of these flags, over its default preset."""
-    return flags.parse(TrainConfig, list(FLAGS), PRESETS["quickstart"], "")
+    """What `train.py` makes of the flags of the run under AdamW, over its default preset."""
+    return flags.parse(TrainConfig, list(ADAMW), PRESETS["quickstart"], "")
 
 
-def train(run: Path = RUN) -> None:
-    """`python train.py` with these flags, its output shown; does nothing if it was done before."""
-    if (run / "checkpoints" / str(STEPS)).is_dir():
-        print(f"{run.relative_to(ROOT)} is there already")
-        return
-    shutil.rmtree(run, ignore_errors=True)  # a run that was broken off
-    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={run}"]
-    print("python train.py", *FLAGS)
+def program(*argv: str, shows: str = "") -> None:
+    """Run a program of gptjax and print its lines; of those of steps, what matches `shows`."""
     env = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # Jupyter's
+    command = [sys.executable, *argv]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     ) as p:
         assert p.stdout is not None
         for line in p.stdout:
-            step = re.match(r"step (\d+)/", line)
-            if step is None or int(step[1]) % 200 == 0:
+            if not line.startswith("step ") or re.search(shows, line):
                 print(line.replace(f"{ROOT}/", ""), end="")
     if p.returncode:
-        raise RuntimeError(f"train.py ended with {p.returncode}")
+        raise RuntimeError(f"{argv[0]} ended with {p.returncode}")
+
+
+def train(name: str = "muon", anew: bool = False) -> None:
+    """`python train.py` with the flags of a run; does nothing if it was done, unless `anew`."""
+    run, last = FOLDER / name, COMPARED if name == "adamw" else SHORT
+    if (run / "checkpoints" / str(last)).is_dir() and not anew:
+        print(f"{run.relative_to(ROOT)} is there already")
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    print("python train.py", *RUNS[name])
+    every = rf"^step \d*{'0' if QUICK else '[05]00'}/"
+    program(str(ROOT / "train.py"), *RUNS[name], f"--out_dir={run}", shows=every)
+
+
+def tokenize() -> None:
+    """Make a byte-level BPE of the text that all runs read, and its tokens."""
+    shutil.rmtree(BPE, ignore_errors=True)
+    print(f"gptjax tokenize auto --vocab_size=1000 --out_dir={BPE.relative_to(ROOT)}")
+    program("-m", "gptjax", "tokenize", "auto", "--vocab_size=1000", f"--out_dir={BPE}")
+
+
+def losses(name: str) -> tuple[np.ndarray, list[int], list[float], float]:
+    """Training losses of a run, steps and losses of its validations, and its seconds."""
+    records = metrics.read_metrics(FOLDER / name / "metrics.jsonl")
+    val = {r["step"]: r["val_loss"] for r in records if r.get("val_loss") is not None}
+    seconds = max(r["seconds"] for r in records if "seconds" in r)
+    return np.array([r["loss"] for r in records if "loss" in r]), [*val], [*val.values()], seconds
+
+
+def parameters(name: str) -> int:
+    """How many parameters the model of a run has."""
+    return count_params(load_config(FOLDER / name / "config.json").model)
+
+
+def sample(name: str, n_tokens: int = 400) -> str:
+    """A text by `python sample.py` from a run."""
+    argv = [f"--out_dir={FOLDER / name}", f"--max_new_tokens={n_tokens}", "--num_samples=1"]
+    command = [sys.executable, "sample.py", *argv, "--temperature=0.7", "--start=The "]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
