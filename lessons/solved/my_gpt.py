@@ -2,6 +2,9 @@
 
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import partial
+from math import cos, pi
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +141,98 @@ def init_params(key, n_layer, n_embd, block_size, vocab_size):
         "h": [fresh_block() for _ in range(n_layer)],
         "ln_f": norm(),
     }
+
+
+# ---- Lesson 2 ------------------------------------------------------------------------------------
+
+
+BETA1 = 0.9
+BETA2 = 0.95
+EPS = 1e-08
+WEIGHT_DECAY = 0.1
+
+
+def bigram_log_probs(tokens, vocab_size):
+    """Return (V, V): row c, column v is log P(next = v | current = c), from counts of pairs plus 1.
+
+    tokens: (n,) ids.
+    """
+    counts = np.ones((vocab_size, vocab_size))
+    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    return np.log(counts / counts.sum(axis=1, keepdims=True))
+
+
+def windows_of(tokens, seed, step, batch_size, block_size):
+    """Return (batch_size, block_size + 1) of int32: the windows of a step.
+
+    These are rows step * batch_size to (step + 1) * batch_size of the long list.
+    tokens: (n,) ids.
+    """
+    n_windows = (len(tokens) - 1) // block_size - 1  # one fewer than fit: room for the offset
+    windows = []
+    for row in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(row, n_windows)
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        order, offset = rng.permutation(n_windows), rng.integers(block_size)
+        start = order[place] * block_size + offset
+        windows.append(tokens[start : start + block_size + 1])
+    return np.stack(windows).astype(np.int32)
+
+
+def cross_entropy(logits_NV, targets_N):
+    """Return (N,): minus the log-probability of each target, in nats."""
+    target_logit_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits_NV, axis=1) - target_logit_N
+
+
+def rate(step, peak, floor, warmup, steps):
+    """Return the learning rate of a step: a straight line up to the peak, then half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)  # step 0 trains too
+    done = (step - warmup) / (steps - warmup)
+    return floor + (peak - floor) * (1 + cos(pi * done)) / 2
+
+
+def clip(grads, max_norm):
+    """Return gradients of the same direction, at most max_norm long, and their norm before."""
+    norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in jax.tree.leaves(grads)))
+    scale = jnp.minimum(1, max_norm / norm)
+    return jax.tree.map(lambda grad: grad * scale, grads), norm
+
+
+def is_decayed(name):
+    """Return whether weight decay applies to the parameter of this name."""
+    return name.endswith(("kernel", "embedding"))
+
+
+def adamw(params, grads, mu, nu, n, rate):
+    """Return the parameters after step n (the first is 1), and the new mu and nu.
+
+    params, grads, mu, nu: nested dicts of the same form.
+    """
+    mu = jax.tree.map(lambda mean, grad: BETA1 * mean + (1 - BETA1) * grad, mu, grads)
+    nu = jax.tree.map(lambda mean, grad: BETA2 * mean + (1 - BETA2) * grad**2, nu, grads)
+
+    def move(path, param, mu, nu):
+        step = (mu / (1 - BETA1**n)) / (jnp.sqrt(nu / (1 - BETA2**n)) + EPS)
+        if is_decayed(jax.tree_util.keystr(path, simple=True, separator="/")):
+            step = step + WEIGHT_DECAY * param
+        return param - rate * step
+
+    return jax.tree.map_with_path(move, params, mu, nu), mu, nu
+
+
+@partial(jax.jit, static_argnums=0)
+def train_step(loss_fn, state, batch, rate, max_norm):
+    """Return the next state, and (loss before the update, gradient norm before clipping).
+
+    loss_fn: (params, batch) -> loss. state: (params, mu, nu, steps done).
+    """
+    params, mu, nu, n = state
+    value, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads, norm = clip(grads, max_norm)
+    params, mu, nu = adamw(params, grads, mu, nu, n + 1, rate)
+    return (params, mu, nu, n + 1), (value, norm)
 
 
 # ---- Lesson 4 ------------------------------------------------------------------------------------
