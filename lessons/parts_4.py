@@ -126,6 +126,6 @@ PARTS = {
         why="scan compiles the step once and runs it n_new - 1 times, with the cache and the "
         "newest token as what goes from step to step. fold_in makes a key for each token, so that "
         "the draws are independent and the same text comes again from the same key.",
-        mistake=theirs.same_key,
+        mistake=theirs.after_padding,
     ),
 }

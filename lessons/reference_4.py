@@ -3,7 +3,6 @@
 T tokens, D width, H heads, K head width, S size of the cache, V vocabulary.
 """
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -196,24 +195,11 @@ def generate(
     return jnp.concatenate([first, rest_nB[:, 0]])
 
 
-def same_key(
-    params: model.Params,
-    tokens_T: Array,
-    length: int,
-    n_new: int,
-    key: Array,
-    temperature: float,
-    top_k: int,
-    *sizes: int,
+def after_padding(
+    params: model.Params, tokens_T: Array, length: int, n_new: int, *rest: Any
 ) -> Array:
-    """Draws every token with the same random numbers."""
-    size = len(tokens_T) + n_new
-    logits_V, cache = prefill(params, tokens_T, length, sizes[0], sizes[1], size)
-    tokens = [draw(jax.random.fold_in(key, 0), logits_V, temperature, top_k)]
-    for t in range(length, length + n_new - 1):
-        logits_V, cache = next_logits(params, cache, tokens[-1], t, sizes[0], sizes[1])
-        tokens.append(draw(jax.random.fold_in(key, 0), logits_V, temperature, top_k))
-    return jnp.stack(tokens)
+    """Takes the padding behind a prompt for a part of it."""
+    return generate(params, tokens_T, len(tokens_T), n_new, *rest)
 
 
 # ---- Arguments -----------------------------------------------------------------------------------
@@ -223,10 +209,13 @@ def prompt_T() -> Array:
     return jnp.asarray(np.random.default_rng(5).integers(0, CFG.vocab_size, 6))
 
 
-@functools.lru_cache
 def filled_cache() -> Cache:
     """After five tokens; three places are empty."""
-    return prefill(noisy_params(), prompt_T()[:5], 5, *SIZE, 8)[1]
+    shape, is_filled_S11 = (8, CFG.n_head, CFG.head_dim), jnp.arange(8)[:, None, None] < 5
+    return [
+        {name: normal(7 + i, *shape) * is_filled_S11 for i, name in enumerate(("k", "v"))}
+        for _ in range(CFG.n_layer)
+    ]
 
 
 def draws() -> list[tuple]:
