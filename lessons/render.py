@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def main() -> None:
     parser.add_argument("numbers", nargs="*", help="lessons to render, such as 1 4; none = all")
     parser.add_argument("--out_dir", type=Path, default=default, help="default: docs/lessons")
     args = parser.parse_args()
+    # The notebooks save what is written in them: not over what a reader has written.
+    os.environ.setdefault("GPTJAX_MY_GPT", str(Path(tempfile.mkdtemp()) / "my_gpt.py"))
     for path in sorted([*NOTEBOOKS, *TEXTS]):
         if args.numbers and path.name[0] not in args.numbers:
             continue

@@ -227,6 +227,7 @@ def test_the_table_is_all_right_and_limits_follow(
     assert found[-1][0] == "time and memory of generate" and found[-1][1].is_right, found[-1]
 
 
+@pytest.mark.slow
 def test_a_sampler_without_a_cache_is_too_slow(solved: ModuleType, small: None) -> None:
     def generate(
         params: Any, tokens_T: Any, length: int, n_new: int, key: Any, *how: Any
