@@ -200,7 +200,8 @@ def test_the_bigram_model_of_tinyshakespeare(parts_2: ModuleType) -> None:
     flat[pairs] += counts
     table = flat.reshape(V, V)
     table /= table.sum(axis=1, keepdims=True)
-    val_loss = -np.log(table[val[:-1], val[1:]]).mean()
-    prose = "\n".join(cells("markdown").values())
+    train_loss, val_loss = (-np.log(table[x[:-1], x[1:]]).mean() for x in (train, val))
+    prose = " ".join("\n".join(cells("markdown").values()).split())
     assert f"bigram model's {val_loss:.2f}" in prose
+    assert f"(bigram: {val_loss:.2f} against {train_loss:.2f})" in prose
     assert f"{len(train):,} training tokens" in prose
