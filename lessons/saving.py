@@ -6,6 +6,7 @@ A function brings along what it uses: other functions of the notebook, constants
 import ast
 import builtins
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -88,6 +89,8 @@ def look_up_global(name: str, value: Any) -> Import | str | None:
         return clean(name, inspect.getsource(function))
     if callable(value) and hasattr(value, "__name__"):
         return Import(value.__module__, value.__name__, name)
+    if isinstance(value, float) and getattr(math, name, None) == value:
+        return Import("math", name, name)  # pi
     if isinstance(value, int | float | str | tuple | None):
         return f"{name} = {value!r}"
     raise ValueError(f"{name} is a {type(value).__name__}: hand it over as an argument")
