@@ -44,14 +44,22 @@ def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
     for name, data in made["outputs"].items():
         (path.parent / name).parent.mkdir(exist_ok=True)
         (path.parent / name).write_bytes(data)
+    text = re.sub(r"\x1b\[[\d;]*m", "", text).replace(
+        f"{LESSONS.parent}/", ""
+    )  # colours, this machine
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     path.write_text(text.strip() + "\n", encoding="utf-8")
 
 
 def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """What a cell printed piece by piece as one output, without blank lines between the pieces."""
+    """What a cell printed piece by piece as one output, without blank lines between the pieces.
+
+    Paths are those from the root of the repository.
+    """
     found: list[nbformat.NotebookNode] = []
     for output in outputs:
+        if output.output_type == "stream":
+            output.text = output.text.replace(f"{LESSONS.parent}/", "")
         if found and output.output_type == found[-1].output_type == "stream":
             found[-1].text += output.text
         else:
