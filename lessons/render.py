@@ -44,9 +44,7 @@ def write_page(notebook: nbformat.NotebookNode, path: Path) -> None:
     for name, data in made["outputs"].items():
         (path.parent / name).parent.mkdir(exist_ok=True)
         (path.parent / name).write_bytes(data)
-    text = re.sub(r"\x1b\[[\d;]*m", "", text).replace(
-        f"{LESSONS.parent}/", ""
-    )  # colours, this machine
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # colours
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     path.write_text(text.strip() + "\n", encoding="utf-8")
 
