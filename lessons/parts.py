@@ -129,7 +129,7 @@ def not_written(name: str, error: NotImplementedError) -> Verdict:
 
 
 def describe(error: Exception) -> str:
-    """The kind of an error and the first line of its message, with the line of the student's."""
+    """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"
 

@@ -24,6 +24,19 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "limit"
 
 
+def test_training_takes_most_of_a_gpu_unless_its_variable_says_how_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    environment = {name: "0.5"}
+    monkeypatch.setattr(memory.os, "environ", environment)
+    memory.take_gpu_memory()
+    assert environment == {name: "0.5"}
+    environment.clear()
+    memory.take_gpu_memory()
+    assert environment == {name: "0.92"}
+
+
 def test_a_process_may_have_the_least_of_its_limits(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,21 @@ def test_picture_shows_both_losses(tmp_path: Path, scale: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
+def test_picture_has_ln_v_as_a_line_and_evaluations_as_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+    records: list[metrics.Record] = [{"step": 1, "loss": 4.0}, {"step": 1, "val_loss": 3.9}]
+    metrics.draw_losses(records, tmp_path / "loss.png", "linear", 65)
+    train, val, start = drawn[0].axes[0].lines
+    assert (train.get_linestyle(), val.get_linestyle(), val.get_marker()) == ("-", "None", "o")
+    assert np.allclose(np.array(start.get_ydata(), float), np.log(65))
+    assert [text.get_text()[:5] for text in drawn[0].legends[0].get_texts()][2] == "ln 65"
+
+
 def test_binned_curve_neither_lags_nor_loses_mass() -> None:
     points = np.column_stack([np.arange(1000.0), np.arange(1000.0) * 2 + 1])
     binned = metrics.bin_means(points)
