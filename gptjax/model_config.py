@@ -52,6 +52,11 @@ class GPTConfig:
         "Implementation of attention. auto is cudnn on an NVIDIA GPU of compute capability 8.0 or "
         "more in half precision without dropout, and xla elsewhere.",
     )
+    kernels: Literal["auto", "off"] = run(
+        "auto",
+        "Whether to use the kernels of gptjax/kernels where they were measured to be faster, or "
+        "plain JAX everywhere.",
+    )
     unroll: int = run(
         0, "Layers to unroll in the layer scan; 0 = all, which runs fastest; 1 compiles fastest."
     )

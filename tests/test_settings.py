@@ -113,7 +113,13 @@ def test_every_choice_is_compared_with_its_code() -> None:
 
     The choices of an architecture option are computed one by one against the PyTorch twin.
     """
-    used = {"decode_errors", "loss_axis", "distributed", *names(TrainConfig, architecture)}
+    used = {
+        "decode_errors",
+        "loss_axis",
+        "distributed",
+        "kernels",
+        *names(TrainConfig, architecture),
+    }
     literals = {n for n, f in fields_of(TrainConfig).items() if get_origin(f.type) is Literal}
     rows = {"activation", "attention", "optimizer", "muon_qkv", "schedule", "dtype"} | {
         "reduce_dtype"
