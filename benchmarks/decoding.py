@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import allocator, model, sampling
+from gptjax import allocator, decoding, model
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.presets import PRESETS
 
@@ -52,15 +52,15 @@ def time_batch(cfg: GPTConfig, params: model.Params, rows: int) -> tuple[float, 
     length = np.full(rows, context - STEPS, np.int32)  # so that the last step fills the context
     prompt = tokens[:, : context - STEPS]
 
-    def prefill() -> sampling.DecoderState:
-        state = sampling.prefill(
+    def prefill() -> decoding.DecoderState:
+        state = decoding.prefill(
             cfg, how, context, decoder, prompt, length, keys, np.int32(0), None
         )
         return jax.block_until_ready(state)
 
     states = iter([prefill() for _ in range(16)])  # decode donates its state
     decode = median_ms(
-        lambda: sampling.decode(cfg, how, STEPS, decoder, next(states), keys)[1].block_until_ready()
+        lambda: decoding.decode(cfg, how, STEPS, decoder, next(states), keys)[1].block_until_ready()
     )
     return recompute, decode / STEPS
 

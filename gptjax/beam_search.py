@@ -16,11 +16,12 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import GPTConfig, SampleConfig
+from gptjax.decoding import Scores, score_token
 from gptjax.errors import NonFiniteError
 from gptjax.filters import History, make_history, penalize, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, next_logits
-from gptjax.sampling import CHUNK, Scores, bucket, cut, score_token
+from gptjax.sampling import CHUNK, bucket, cut
 
 
 class Texts(NamedTuple):

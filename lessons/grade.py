@@ -22,7 +22,7 @@ import optax
 import parts
 import seats
 
-from gptjax import model, sampling
+from gptjax import decoding, model
 from gptjax.config import GPTConfig, SampleConfig, TrainConfig
 from gptjax.loss import loss_fn
 from gptjax.terminal import cli
@@ -89,8 +89,8 @@ def judge_sampler(mine: ModuleType, new: int = NEW) -> parts.Verdict:
 
     def theirs(params: Any, prompt_T: Any, key: Any) -> Any:
         start = (params, prompt_T[None], jnp.array([8]), key[None], jnp.int32(0), None)
-        state = sampling.prefill(CFG, how, 8 + new, *start)
-        return sampling.decode(CFG, how, new - 1, params, state, key[None])[1]
+        state = decoding.prefill(CFG, how, 8 + new, *start)
+        return decoding.decode(CFG, how, new - 1, params, state, key[None])[1]
 
     return judge("generate", ours, theirs, params, prompt_T, key)
 

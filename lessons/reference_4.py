@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from reference_1 import CFG, noisy_params, normal
 
-from gptjax import blocks, filters, kv_cache, model, sampling
+from gptjax import blocks, decoding, filters, kv_cache, model
 from gptjax.config import SampleConfig
 from gptjax.conversion import tensors as published
 
@@ -85,7 +85,7 @@ def narrow(logits_V: Array, temperature: float, top_k: int) -> Array:
 
 def draw(key: Array, logits_V: Array, temperature: float, top_k: int) -> Array:
     how = SampleConfig(temperature=temperature, top_k=top_k)
-    return sampling.sample_token(logits_V[None], key[None], None, how)[0]
+    return decoding.sample_token(logits_V[None], key[None], None, how)[0]
 
 
 def draw_from_probabilities(key: Array, logits_V: Array, temperature: float, top_k: int) -> Array:
@@ -189,9 +189,9 @@ def generate(
     how = SampleConfig(temperature=temperature, top_k=top_k)
     size, length_B = len(tokens_T) + n_new, jnp.asarray(length)[None]
     start = (params, tokens_T[None], length_B, key[None], jnp.int32(0), None)
-    state = sampling.prefill(CFG, how, size, *start)
+    state = decoding.prefill(CFG, how, size, *start)
     first = np.asarray(state.token_B)  # decode takes the state for itself
-    _, rest_nB, _ = sampling.decode(CFG, how, n_new - 1, params, state, key[None])
+    _, rest_nB, _ = decoding.decode(CFG, how, n_new - 1, params, state, key[None])
     return jnp.concatenate([first, rest_nB[:, 0]])
 
 

@@ -18,7 +18,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from gptjax import attention, blocks, filters, functions, kv_cache, loss, model, sampling
+from gptjax import attention, blocks, decoding, filters, functions, kv_cache, loss, model, sampling
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.conversion import tensors
 from gptjax.errors import UsageError
@@ -50,7 +50,7 @@ SEATS = {
     "published_name": "load_params",
     "load_params": "conversion.tensors.read_params",
     "narrow": "filters.narrow",
-    "draw": "sampling.sample_token",
+    "draw": "decoding.sample_token",
     "make_cache": "prefill",
     "cached_attention": "next_logits",
     "next_logits": "model.next_logits",
@@ -233,7 +233,7 @@ def my_read_params(mine: ModuleType, source: Any, place: Any = lambda x: x) -> m
 
 def sampler_seats(mine: ModuleType) -> Iterator[tuple[Any, Any]]:
     """The sampler, for which each row is a sequence of its own."""
-    narrow, sample_token = filters.narrow, sampling.sample_token
+    narrow, sample_token = filters.narrow, decoding.sample_token
     theirs_pieces = sampling.generate_pieces
     sizes = ("n_new", "temperature", "top_k", "n_head", "vocab_size")
     write = jax.jit(mine.generate, static_argnames=sizes)

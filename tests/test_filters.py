@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import filters, sampling
+from gptjax import decoding, filters
 from gptjax.config import SampleConfig
 from gptjax.errors import UsageError
 from gptjax.settings import fields_of
@@ -43,7 +43,7 @@ def test_every_setting_has_a_say(name: str) -> None:
         SampleConfig(**{"temperature": 1, name: SAYS[name]}),  # type: ignore[arg-type]
     ):
         history = filters.make_history(how, 5, [[1]] * 200, [[1]] * 200, 2)  # the likeliest
-        drawn = sampling.sample_token(logits, keys, history, how)
+        drawn = decoding.sample_token(logits, keys, history, how)
         counts.append(np.bincount(drawn, minlength=5)[1])
     plain, changed = counts
     assert 60 < plain < 100
@@ -90,9 +90,9 @@ def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
 def test_draws_have_the_models_probabilities() -> None:
     keys = jax.random.split(jax.random.key(0), 20_000)
     logits = jnp.broadcast_to(LOGITS[0], (20_000, 5))
-    drawn = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=1.0)))
+    drawn = np.asarray(decoding.sample_token(logits, keys, None, SampleConfig(temperature=1.0)))
     assert np.abs(np.bincount(drawn, minlength=5) / 20_000 - PROBABILITIES).max() <= 0.015
-    cold = np.asarray(sampling.sample_token(logits, keys, None, SampleConfig(temperature=0.1)))
+    cold = np.asarray(decoding.sample_token(logits, keys, None, SampleConfig(temperature=0.1)))
     assert (cold == 1).mean() > 0.98
 
 
@@ -104,7 +104,7 @@ SPREAD = jnp.array([[-90.0, 99.0, 99.00001, 40.0, -jnp.inf], [3e-5, 2e-5, 1e-5, 
 def test_the_coldest_is_greedy(temperature: float, filters: dict[str, float]) -> None:
     """Also where the temperature is 0 in float32, or logits divided by it are infinite."""
     how = SampleConfig(temperature=temperature, **filters)  # type: ignore[arg-type]
-    draw = jax.jit(sampling.sample_token, static_argnums=3)
+    draw = jax.jit(decoding.sample_token, static_argnums=3)
     drawn = [draw(SPREAD, jax.random.split(jax.random.key(i)), None, how) for i in range(3)]
     assert np.array(drawn).tolist() == [[2, 0]] * 3
 
@@ -129,15 +129,15 @@ def test_the_hottest_is_uniform_and_penalties_keep_their_order(penalty: float) -
     keys = jax.random.split(jax.random.key(0), 4000)
     logits = jnp.broadcast_to(SPREAD[0], (4000, 5))
     hot = SampleConfig(temperature=1e6)
-    drawn = np.bincount(np.asarray(sampling.sample_token(logits, keys, None, hot)), minlength=5)
+    drawn = np.bincount(np.asarray(decoding.sample_token(logits, keys, None, hot)), minlength=5)
     assert drawn[4] == 0 and drawn[:4].min() > 900
     for values, only in (({"top_k": 1}, 2), ({"min_p": 1.0}, 2), ({"top_p": 1e-45}, 2)):
         how = dataclasses.replace(hot, **values)
-        assert set(sampling.sample_token(logits[:99], keys[:99], None, how).tolist()) == {only}
+        assert set(decoding.sample_token(logits[:99], keys[:99], None, how).tolist()) == {only}
     assert support(filters.keep_min_p(SPREAD * 9, 1e-300)) == [{1, 2, 3}, {0, 1, 2, 3}]
     seen = filters.History(seen_BV=jnp.array([[True, True, False, False, True]]))
     greedy = SampleConfig(temperature=0, repetition_penalty=penalty)
-    assert sampling.sample_token(SPREAD[:1], keys[:1], seen, greedy).tolist() == [
+    assert decoding.sample_token(SPREAD[:1], keys[:1], seen, greedy).tolist() == [
         1 if penalty < 1 else 2
     ]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import filters, kv_cache, model, sampling, scoring
+from gptjax import decoding, filters, kv_cache, model, sampling, scoring
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError
 from gptjax.kv_cache import KVCache
@@ -130,10 +130,10 @@ def test_compiles_once_for_a_bucket_of_prompts() -> None:
     params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(1)))
     how = SampleConfig(temperature=0.77)  # so that no other test has compiled it
     text([[1] * 3], how, n=20, cfg=cfg, params=params, cache_size=128)
-    before = count_programs(sampling.prefill), count_programs(sampling.decode)
+    before = count_programs(decoding.prefill), count_programs(decoding.decode)
     for length in (1, 7, 30, 64):
         text([[2] * length], how, n=20, cfg=cfg, params=params, cache_size=128)
-    assert (count_programs(sampling.prefill), count_programs(sampling.decode)) == before
+    assert (count_programs(decoding.prefill), count_programs(decoding.decode)) == before
 
 
 def check_cache_stays_in_place() -> None:
@@ -145,15 +145,15 @@ def check_cache_stays_in_place() -> None:
     for rows in (1, 2):
         keys = jax.eval_shape(lambda rows=rows: jax.random.split(jax.random.key(0), rows))
         state = jax.eval_shape(
-            lambda rows=rows: sampling.DecoderState(
-                sampling.make_cache(cfg, rows, 1024),
+            lambda rows=rows: decoding.DecoderState(
+                decoding.make_cache(cfg, rows, 1024),
                 jnp.zeros(rows, jnp.int32),
                 jnp.int32(0),
                 None,
                 jnp.array(True),
             )
         )
-        compiled = sampling.decode.lower(cfg, GREEDY, 4, decoder, state, keys).compile()
+        compiled = decoding.decode.lower(cfg, GREEDY, 4, decoder, state, keys).compile()
         program = compiled.as_text()
         assert program is not None
         copied = re.findall(r"= f32(\[[\d,]*1024,2,16\])\S* copy\(", program)
@@ -178,7 +178,7 @@ def test_in_place_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return k_LBSHK[layer], v_LBSHK[layer], KVCache((k_LBSHK,), (v_LBSHK,), cache.length_B)
 
-    monkeypatch.setattr(sampling, "make_cache", stacked_cache)
+    monkeypatch.setattr(decoding, "make_cache", stacked_cache)
     monkeypatch.setattr(KVCache, "update", update)
     jax.clear_caches()
     with pytest.raises(AssertionError):
@@ -222,12 +222,12 @@ def test_logprobs_are_those_of_scoring() -> None:
 
 def test_logprob_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake: logits after the penalty."""
-    draw = sampling.draw
+    draw = decoding.draw
 
     def penalized(state: Any, logits: jax.Array, keys: jax.Array, how: Any, n: Any) -> Any:
         return draw(state, filters.penalize(logits, state.history, how), keys, how, n)
 
-    monkeypatch.setattr(sampling, "draw", penalized)
+    monkeypatch.setattr(decoding, "draw", penalized)
     jax.clear_caches()
     assert worst_logprob(6) > 1e-3
     jax.clear_caches()

@@ -10,10 +10,10 @@ import jax
 
 from gptjax import beam_search, sampling
 from gptjax.config import GPTConfig
+from gptjax.decoding import Scores
 from gptjax.errors import plural
 from gptjax.model import Params
 from gptjax.sampler_config import SamplerConfig
-from gptjax.sampling import Scores
 from gptjax.terminal.console import printable
 from gptjax.terminal.output import note
 from gptjax.tokenizer import StreamDecoder, Tokenizer, decode

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from gptjax import model, sampling, sharding
+from gptjax import decoding, model, sampling, sharding
 from gptjax.config import SampleConfig, TrainConfig
 from gptjax.data.batches import Shards, eval_windows, read_windows
 from gptjax.tokenizer import Tokenizer, decode
@@ -93,10 +93,10 @@ def compile_sampler(config: TrainConfig, abstract: model.Params) -> None:
     tokens_BT = np.zeros((1, sampling.bucket(1, size)), np.int32)
     keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     length_B, n_drawn = np.ones(1, np.int32), np.int32(0)
-    prefill = sampling.prefill.lower(
+    prefill = decoding.prefill.lower(
         cfg, HOW, size, params, tokens_BT, length_B, keys_B, n_drawn, None, None
     )
     state = on_device(prefill.out_info)
-    decode = sampling.decode.lower(cfg, HOW, sampling.CHUNK, params, state, keys_B)
+    decode = decoding.decode.lower(cfg, HOW, sampling.CHUNK, params, state, keys_B)
     for program in (prepare, prefill, decode):
         program.compile()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax import kv_cache, model, sampling
+from gptjax import decoding, kv_cache, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from scale.measuring import Measured, fastest, replace
 
@@ -46,10 +46,10 @@ def measure(quick: bool) -> Measured:
         x_BTD, _ = model.hidden_states(cfg, params, tokens_BT)
         return model.head(cfg, params, x_BTD[:, -1]).argmax(axis=1)
 
-    def full_cache(context: int) -> sampling.DecoderState:
+    def full_cache(context: int) -> decoding.DecoderState:
         cache = kv_cache.make_cache(cfg, 1, context)
         zero = jnp.zeros(1, jnp.int32)
-        return sampling.DecoderState(
+        return decoding.DecoderState(
             cache.advance(context - steps), zero, jnp.int32(0), None, jnp.array(True)
         )
 
@@ -58,7 +58,7 @@ def measure(quick: bool) -> Measured:
     for context in contexts:
         states = iter([full_cache(context) for _ in range(rounds + 1)])  # decode donates its state
         calls[f"recomputed {context}"] = functools.partial(forward, params, tokens[:, :context])
-        calls[f"cached {context}"] = lambda states=states: sampling.decode(  # type: ignore[misc]
+        calls[f"cached {context}"] = lambda states=states: decoding.decode(  # type: ignore[misc]
             cfg, greedy, steps, decoder, next(states), keys
         )
     seconds = fastest(calls, rounds)
