@@ -1,0 +1,176 @@
+"""CUDA C++ inside `jax.jit`: NVRTC compiles the source, XLA's own ptx call launches it.
+
+Neither nvcc nor a C++ extension is needed: NVRTC comes with `jax[cuda13]`. The call's target is an
+internal one of XLA (`xla/service/gpu/kernel_call.cc`), so `available` runs a small kernel first,
+and whoever asks it takes the plain computation where anything of this fails.
+"""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+TARGET = "__gpu$xla.gpu.ptx"
+AMPERE = (8, 0)  # the oldest NVIDIA GPUs that multiply in bfloat16
+PROBE = r"""
+extern "C" __global__ void probe(const float* x, const float* old, float* y) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  y[i] = 2 * x[i] + old[i];
+}
+"""
+
+
+class KernelError(Exception):
+    """A kernel cannot be compiled or run here; the message says why."""
+
+
+# ---- From CUDA C++ to PTX ------------------------------------------------------------------------
+
+
+@functools.cache
+def nvrtc() -> ctypes.CDLL:
+    """Return NVIDIA's compiler library, from the package nvidia-cuda-nvrtc or from the system.
+
+    Raises:
+        KernelError: there is none.
+    """
+    folders = [folder for path in sys.path for folder in Path(path).glob("nvidia/*/lib")]
+    packaged = [str(file) for folder in folders for file in folder.glob("libnvrtc.so.*")]
+    for name in [*packaged, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]:
+        try:
+            if name in packaged:
+                for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)  # NVRTC asks for it by name
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise KernelError("NVIDIA's compiler NVRTC is missing: pip install nvidia-cuda-nvrtc")
+
+
+@functools.cache
+def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -> str:
+    """Return the PTX of CUDA C++, compiled once in a process.
+
+    Args:
+        source: the program; a kernel in it is `extern "C" __global__`.
+        architecture: of the GPU, such as compute_90; see `architecture`.
+        options: of NVRTC beside these, such as -DROWS=8.
+
+    Raises:
+        KernelError: NVRTC is missing, or refuses the source.
+    """
+    lib, program = nvrtc(), ctypes.c_void_p()
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17", *options]
+    size = ctypes.c_size_t()
+    if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
+        raise KernelError("NVRTC does not start")
+    try:
+        array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        if lib.nvrtcCompileProgram(program, len(flags), array):
+            lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            lib.nvrtcGetProgramLog(program, log)
+            raise KernelError(f"NVRTC refuses a kernel: {log.value.decode(errors='replace')}")
+        lib.nvrtcGetPTXSize(program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetPTX(program, text)
+        return text.value.decode()
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def capability() -> tuple[int, int] | None:
+    """Return the least compute capability of the NVIDIA GPUs of this process; None without any."""
+    devices = jax.local_devices()
+    if devices[0].platform != "gpu" or "cuda" not in devices[0].client.platform_version.lower():
+        return None
+    major, minor = min(tuple(map(int, d.compute_capability.split("."))) for d in devices)
+    return major, minor
+
+
+def architecture() -> str:
+    """Return what `compile_ptx` is to compile for: compute_90 on an H100, and without a GPU."""
+    major, minor = capability() or (9, 0)
+    return f"compute_{major}{minor}"
+
+
+# ---- The call ------------------------------------------------------------------------------------
+
+
+def call(
+    name: str,
+    ptx: str,
+    inputs: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    grid: int,
+    block: int,
+    shared: int = 0,
+    aliases: Mapping[int, int] | None = None,
+) -> list[Array]:
+    """Run a kernel on arrays, inside or outside of `jax.jit`, and return its outputs.
+
+    XLA does not split it over devices: on several, call it inside `jax.shard_map`.
+
+    Args:
+        name: the kernel's name in the PTX.
+        ptx: from `compile_ptx`.
+        inputs: what its first parameters point to, as dense arrays in row-major order.
+        outputs: shapes and types of what the parameters after them point to.
+        grid: number of blocks.
+        block: threads in each of them.
+        shared: bytes of dynamic shared memory in each of them.
+        aliases: input number -> number of the output that takes its memory.
+    """
+    sizes = {"grid_x": grid, "grid_y": 1, "grid_z": 1, "block_x": block, "block_y": 1, "block_z": 1}
+    run = jax.ffi.ffi_call(
+        TARGET,
+        list(outputs),
+        input_output_aliases=dict(aliases or {}),
+        custom_call_api_version=4,
+        vmap_method="sequential",
+    )
+    attributes = {
+        key: np.int32(value) for key, value in {**sizes, "shared_mem_bytes": shared}.items()
+    }
+    return list(run(*inputs, name=name, kernel_type="ptx", kernel_data=ptx, **attributes))
+
+
+# ---- Whether it works here -----------------------------------------------------------------------
+
+
+@functools.cache
+def refusal() -> str:
+    """Return why kernels cannot run in this process, "" if they can; found out once, by a probe."""
+    found = capability()
+    if found is None:
+        return "there is no NVIDIA GPU"
+    if found < AMPERE:
+        return f"its compute capability {found[0]}.{found[1]} is below 8.0"
+    try:
+        with jax.ensure_compile_time_eval():  # also while a program is being traced
+            x = jnp.arange(512.0)
+            shape, ptx = jax.ShapeDtypeStruct(x.shape, x.dtype), compile_ptx(PROBE, architecture())
+            probe = functools.partial(
+                call, "probe", ptx, outputs=[shape], grid=4, block=128, aliases={1: 0}
+            )
+            y = jax.jit(lambda x, old: probe(inputs=[x, old])[0] + 1)(x, jnp.full(512, 3.0))
+            right = np.array_equal(np.asarray(y), 2 * np.arange(512) + 4)
+        return "" if right else "a probe computed something else than it should"
+    except Exception as error:  # whatever it is, the plain computation goes on
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@functools.cache
+def available() -> bool:
+    """Return whether kernels run here; the first call on a GPU that has none says why on stderr."""
+    reason = refusal()
+    if reason and (capability() or (0, 0)) >= AMPERE:
+        print(f"kernels: plain JAX instead, because {reason}", file=sys.stderr)
+    return not reason
