@@ -51,12 +51,12 @@ def train(run: TrainingRun) -> int:
     train_step, validate, write_sample = compiling.begin(run, abstract)
     state, progress = init_or_restore(run, abstract)
     prepare_folder(run, abstract, progress)
-    per_call = plan.steps_per_call(config)
+    step = progress.step or 0
+    per_call = plan.steps_per_call(config, step)
     feed = BatchFeed(config, run.dataset.train, mesh, per_call, run.fault)
     stop = distributed.StopVote(run.stop_signals, mesh)
 
     # ---- The loop: the metrics of a call are fetched when the next one is under way --------------
-    step = progress.step or 0
     val_loss = progress.val_loss  # after `step` steps, None where it is not known
     saver = Saver(run.run_dir, config.keep_checkpoints, run.console.note)
     saver.last = saved = progress.step

@@ -234,7 +234,9 @@ class TrainConfig:
         section="Devices and processes",
     )
     steps_per_dispatch: int = run(
-        0, "Optimizer steps in a call of JAX; 0 = 10 for small models on a GPU or TPU, else 1."
+        0,
+        "Optimizer steps in a call of JAX: the largest number up to this that divides all "
+        "intervals and the length of the run; 0 = 10 for small models on a GPU or TPU, else 1.",
     )
     distributed: Literal["auto", "off"] = once(
         "auto",

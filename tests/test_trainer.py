@@ -71,23 +71,31 @@ def test_what_is_due_when() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "calls"),
+    ("settings", "first", "count"),
     [
-        ({}, [5, 5, 1, 1]),
-        ({"eval_interval": 6}, [5, 1, 5, 1]),
-        ({"checkpoint_interval": 6}, [5, 1, 5, 1]),
-        ({"sample_interval": 1}, [1] * 12),
-        ({"stop_step": 4}, [1] * 4),
+        ({}, 0, 4),
+        ({"eval_interval": 6}, 0, 3),
+        ({"checkpoint_interval": 9}, 0, 3),
+        ({"sample_interval": 1}, 0, 1),
+        ({"sample_interval": 1, "sample_tokens": 0}, 0, 4),
+        ({"stop_step": 5}, 0, 5),
+        ({"stop_step": 7}, 0, 1),
+        ({}, 2, 2),
+        ({"max_iters": 0, "warmup_iters": 0}, 0, 5),  # which makes none
     ],
     ids=str,
 )
-def test_a_call_ends_where_something_is_due(settings: dict[str, int], calls: list[int]) -> None:
+def test_all_calls_take_equally_many_steps_and_end_where_something_is_due(
+    settings: dict[str, int], first: int, count: int
+) -> None:
+    """Two lengths would be two programs."""
     never = {"eval_interval": 0, "sample_interval": 0, "checkpoint_interval": 0}
-    config, step, taken = change(**never | settings), 0, []
-    while count := plan.steps_of_next_call(config, step, per_call=5):
-        taken.append(count)
-        step += count
-    assert taken == calls and step == plan.last_step(config)
+    config = change(steps_per_dispatch=5, **never | settings)
+    taken, last = plan.steps_per_call(config, first), plan.last_step(config)
+    ends = range(first, last + 1, taken)
+    due = [step for step in range(first, last + 1) if plan.is_anything_due(config, step)]
+    assert set(due) <= {*ends} and last in ends
+    assert taken == count
 
 
 def test_many_steps_need_no_memory_of_their_own() -> None:
@@ -108,27 +116,26 @@ def test_disk_space_is_asked_for_as_many_checkpoints_as_there_will_be() -> None:
 
 def test_small_models_take_several_steps_at_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.steps_per_call(CONFIG) == 1
-    assert plan.steps_per_call(change(steps_per_dispatch=7)) == 7
+    config = change(max_iters=100, eval_interval=50)
+    assert plan.steps_per_call(dataclasses.replace(config, steps_per_dispatch=50)) == 50
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert plan.steps_per_call(CONFIG) == 10
+    assert plan.steps_per_call(config) == 10
 
 
 # ---- Windows
 
 
 def test_the_feed_reads_what_the_steps_are_a_function_of() -> None:
-    config = change(gradient_accumulation_steps=2, eval_interval=4, sample_tokens=0)
+    config = change(gradient_accumulation_steps=2)
     mesh = sharding.make_mesh(jax.devices()[:2])
     feed = BatchFeed(config, [TOKENS], mesh, per_call=3)
-    windows = feed.windows(5)  # step 8 is due: 3 steps fit
+    windows = feed.windows(5)
     assert windows is not None and windows.shape == (3, 2, 8, 17)
     assert len(windows.sharding.device_set) == 2
     shape = {"batch_size": 8, "block_size": 16, "n_vocab": 256}
     for k, a in np.ndindex(3, 2):
         expected = sample_batch([TOKENS], seed=1337, step=2 * (5 + k) + a, **shape)
         np.testing.assert_array_equal(windows[k, a], expected)
-    busy = feed.windows(6)
-    assert busy is not None and len(busy) == 1  # an evaluation comes after step 8
     assert feed.windows(12) is None
 
 

@@ -82,7 +82,8 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
         return loop
     step, fresh = run.steps[-1] if run.steps else 0, not run.steps
     # The training step takes longest, so it is the first to begin.
-    if count := plan.steps_of_next_call(config, step, plan.steps_per_call(config)):
+    if step < plan.last_step(config):
+        count = plan.steps_per_call(config, step)
         batch = windows(run, count, config.gradient_accumulation_steps)
         loop = loop._replace(train_step=Ahead(train_step, compiler(train_step, abstract, batch)))
     if fresh and plan.is_evaluation_due(config, step):

@@ -13,7 +13,7 @@ from gptjax import sharding
 from gptjax.config import TrainConfig
 from gptjax.data.batches import Shards, batch_starts, read_windows
 from gptjax.training import faults
-from gptjax.training.plan import steps_of_next_call
+from gptjax.training.plan import last_step
 
 
 def step_starts(
@@ -69,7 +69,7 @@ class BatchFeed:
         per_call: int,
         fault: faults.Fault | None = None,
     ) -> None:
-        """Take the settings, the training split, the devices, and the steps of an ordinary call."""
+        """Take the settings, the training split, the devices, and how many steps a call takes."""
         self.config, self.shards, self.mesh = config, shards, mesh
         self.per_call, self.fault = per_call, fault
         self.share = sharding.batch_share(mesh)
@@ -80,9 +80,10 @@ class BatchFeed:
         Raises:
             DataError: an id lies outside the vocabulary.
         """
-        count = steps_of_next_call(self.config, step, self.per_call)
-        if count == 0:
+        if step >= last_step(self.config):
             return None
         faults.maybe_fail(self.fault, step)
-        windows = step_windows(self.config, self.shards, range(step, step + count), self.share)
+        windows = step_windows(
+            self.config, self.shards, range(step, step + self.per_call), self.share
+        )
         return sharding.place(windows, self.mesh, axis=2)

@@ -1,5 +1,7 @@
 """The times at which something is due: functions of the settings and the number of steps done."""
 
+import math
+
 import jax
 
 from gptjax.config import TrainConfig
@@ -42,23 +44,18 @@ def is_anything_due(config: TrainConfig, step: int) -> bool:
     return any(check(config, step) for check in checks)
 
 
-def steps_per_call(config: TrainConfig) -> int:
-    """Return how many steps a call of JAX takes if nothing is due in between."""
-    small = jax.default_backend() != "cpu" and count_params(config.model) < SMALL_MODEL
-    return config.steps_per_dispatch or (10 if small else 1)
+def steps_per_call(config: TrainConfig, first: int = 0) -> int:
+    """Return how many steps each call of JAX takes, from step `first` to the end.
 
-
-def steps_of_next_call(config: TrainConfig, step: int, per_call: int) -> int:
-    """Return how many steps the call from `step` on takes: `per_call`, or 1; 0 at the end.
-
-    Two lengths are two compiled programs; any other number would be one more.
+    Calls end where something is due, and all take equally many steps: two lengths would be two
+    programs, of which the second would be compiled in the middle of training.
     """
-    last = last_step(config)
-    if step >= last:
-        return 0
-    too_long = step + per_call > last
-    between = range(step + 1, step + per_call)
-    return 1 if too_long or any(is_anything_due(config, i) for i in between) else per_call
+    small = jax.default_backend() != "cpu" and count_params(config.model) < SMALL_MODEL
+    most = config.steps_per_dispatch or (10 if small else 1)
+    sample_interval = config.sample_interval if config.sample_tokens else 0
+    intervals = (config.eval_interval, sample_interval, config.checkpoint_interval)
+    common = math.gcd(first, last_step(config), *intervals)
+    return next(count for count in range(most, 0, -1) if common % count == 0)
 
 
 def count_saves(config: TrainConfig) -> int:
