@@ -21,7 +21,9 @@ from gptjax.errors import NonFiniteError
 from gptjax.filters import History, make_history, penalize, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, next_logits
-from gptjax.sampling import CHUNK, bucket, cut
+from gptjax.sampling import bucket, cut
+
+CHUNK = 16  # steps of a call into JAX, after which a search may be stopped
 
 
 class Texts(NamedTuple):

@@ -19,6 +19,7 @@ from gptjax.filters import History, narrow, penalize, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, next_logits
 
+NOT_FINITE = -1  # in the place of a token that no logits stand for
 SMALLEST = float(np.finfo(np.float32).tiny)  # what float32 can divide by
 
 
@@ -73,7 +74,6 @@ class DecoderState(NamedTuple):
     token_B: Array  # the newest token, not in the cache yet
     n_drawn: Array  # tokens drawn since the prompt, which numbers the random keys
     history: History | None  # what the filters remember of prompt and text
-    finite: Array  # whether all logits so far were
     scores: Scores | None = None  # of the newest token, where they are asked for
 
 
@@ -84,15 +84,18 @@ def draw(
     how: SampleConfig,
     n_likeliest: int | None = None,
 ) -> DecoderState:
-    """Return the state after the next token of each row was drawn from its logits."""
+    """Return the state after the next token of each row was drawn from its logits.
+
+    The token is NOT_FINITE where logits are NaN or infinite: what reads tokens need read no more.
+    """
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.n_drawn)
     token_B = sample_token(logits_BV, keys_B, state.history, how)
+    token_B = jnp.where(jnp.isfinite(logits_BV.max(axis=-1)), token_B, NOT_FINITE)
     history = state.history
     if history is not None:
         history = remember(history, token_B)
-    finite = state.finite & jnp.all(jnp.isfinite(logits_BV.max(axis=-1)))
     scores = None if n_likeliest is None else score_token(logits_BV, token_B, n_likeliest)
-    return DecoderState(state.cache, token_B, state.n_drawn + 1, history, finite, scores)
+    return DecoderState(state.cache, token_B, state.n_drawn + 1, history, scores)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "how", "size", "n_likeliest"))
@@ -124,7 +127,7 @@ def prefill(
     """
     cache = make_cache(cfg, len(tokens_BT), size)
     logits_BV, cache = next_logits(cfg, params, tokens_BT, cache, length_B)
-    start = DecoderState(cache, length_B, n_drawn, history, jnp.array(True))
+    start = DecoderState(cache, length_B, n_drawn, history)
     return draw(start, logits_BV, keys_B, how, n_likeliest)
 
 
@@ -165,3 +168,9 @@ def decode(
 
     state, (new_nB, scores) = jax.lax.scan(step, state, length=n_steps)
     return state, new_nB, scores
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grow(state: DecoderState, size: int) -> DecoderState:
+    """Return the state with a cache that has room for `size` tokens."""
+    return state._replace(cache=state.cache.grow(size))

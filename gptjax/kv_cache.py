@@ -2,8 +2,9 @@
 
 B batch, T new tokens, S cache size, H heads, K head dim.
 
-The model calls `positions`, `update` and `advance`, and looks at nothing else: a cache of another
-kind is another class with these three, and a function in `attention` that reads what it returns.
+The model calls `positions`, `update` and `advance`, the sampler `grow`, and they look at nothing
+else: a cache of another kind is another class with these four, and a function in `attention` that
+reads what it returns.
 """
 
 from typing import NamedTuple
@@ -50,6 +51,16 @@ class KVCache(NamedTuple):
     def advance(self, count: int | Array) -> "KVCache":
         """Return the cache with `count` more tokens, (B,) or the same for all rows, counted in."""
         return self._replace(length_B=self.length_B + count)
+
+    def grow(self, size: int) -> "KVCache":
+        """Return the cache with room for `size` tokens, at least as many as now."""
+
+        def longer(cache_BSHK: Array) -> Array:
+            more = size - cache_BSHK.shape[1]
+            return jnp.pad(cache_BSHK, ((0, 0), (0, more), (0, 0), (0, 0)))
+
+        k, v = (tuple(map(longer, part)) for part in (self.k, self.v))
+        return KVCache(k, v, self.length_B)
 
 
 def make_cache(cfg: GPTConfig, batch: int, size: int) -> KVCache:

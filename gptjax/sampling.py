@@ -18,12 +18,30 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import GPTConfig, SampleConfig
-from gptjax.decoding import DecoderState, Scores, decode, prefill
+from gptjax.decoding import NOT_FINITE, Scores, decode, grow, prefill
 from gptjax.errors import NonFiniteError
-from gptjax.filters import make_history
+from gptjax.filters import History, make_history
 from gptjax.model import Params
 
-CHUNK = 16  # tokens per call into JAX: few enough to stream, enough to make the call's cost small
+SMALL_CACHE = 128  # tokens that a cache has room for at least
+MANY_ROWS = 8  # from which reading caches costs a GPU as much as reading weights
+
+
+def on_cpu() -> bool:
+    """Return whether the host computes: then its calls cost little, and reading ahead wins nothing.
+
+    A text that ends early would even wait for the chunk that was started and is not wanted.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def chunk_size() -> int:
+    """Return the tokens of a row that a call into JAX draws.
+
+    A call costs an H100 1.6 ms at batch 1, where a token of GPT-2 small takes 0.7 ms: 64 tokens
+    come 20 times a second. A CPU takes a third of a second for 16 of them.
+    """
+    return 16 if on_cpu() else 64
 
 
 def bucket(n: int, limit: int = 2**30) -> int:
@@ -32,6 +50,21 @@ def bucket(n: int, limit: int = 2**30) -> int:
     while size < n:
         size *= 4
     return min(size, limit)
+
+
+def cache_size(n: int, limit: int) -> int:
+    """Return the least of 128, 256, 512 ... that holds n, or the limit."""
+    return min(max(SMALL_CACHE, 1 << (n - 1).bit_length()), limit)
+
+
+def first_size(rows: int, longest: int, left: int, limit: int) -> int:
+    """Return the size of a cache for texts that begin, of `longest` tokens, with `left` to draw.
+
+    Attention reads every place of a cache, so that of many rows starts small and grows with the
+    text. Each size is a program to compile: a few rows on a GPU do not save the time for it.
+    """
+    grows = rows >= MANY_ROWS or on_cpu()
+    return cache_size(longest + (min(left - 1, chunk_size()) if grows else left - 1), limit)
 
 
 class Piece(NamedTuple):
@@ -50,7 +83,6 @@ def generate(
     max_new_tokens: int,
     seed: int = 0,
     samples: Sequence[int] | None = None,
-    cache_size: int = 0,
 ) -> Iterator[np.ndarray]:
     """Continue prompts, token by token.
 
@@ -63,8 +95,6 @@ def generate(
         seed: seed of the draws.
         samples: row i is sample number samples[i] (0 if not given) of its prompt. A row depends on
             its prompt, the seed and this number, and on nothing else in the batch.
-        cache_size: tokens of the cache; 0 = as many as this call needs. A fixed one saves compiling
-            again for longer prompts.
 
     Yields:
         New tokens (B, n) as they come, max_new_tokens in all.
@@ -80,7 +110,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         seed=seed,
         samples=samples,
-        cache_size=cache_size,
     )
     for piece in pieces:
         yield piece.ids
@@ -95,7 +124,6 @@ def generate_pieces(
     max_new_tokens: int,
     seed: int = 0,
     samples: Sequence[int] | None = None,
-    cache_size: int = 0,
     n_likeliest: int | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts as `generate` does, with the same arguments, and score the tokens.
@@ -107,45 +135,95 @@ def generate_pieces(
     if max_new_tokens < 1:
         return
     limit = cfg.block_size
-    contexts = [cut(list(prompt), limit) for prompt in prompts]
+    contexts = [list(prompt) for prompt in prompts]
     samples = samples if samples is not None else [0] * len(prompts)
     keys_B = jnp.stack(
         [row_key(seed, i, prompt) for i, prompt in zip(samples, prompts, strict=True)]
     )
-    # A row that fills it, and starts again, has filled the whole context: one size for all.
-    size = cache_size or bucket(max(map(len, contexts)) + max_new_tokens, limit)
     drawn: list[list[int]] = [[] for _ in prompts]
-    state: DecoderState | None = None
     while len(drawn[0]) < max_new_tokens:
-        # The newest token is not in the cache yet, so this many forward passes still fit.
-        room = size - max(map(len, contexts)) + 1
-        if state is None or room == 0:
-            contexts = [cut(context, limit) for context in contexts]
-            tokens_BT = np.zeros((len(contexts), bucket(max(map(len, contexts)), size)), np.int32)
-            for row, context in zip(tokens_BT, contexts, strict=True):
-                row[: len(context)] = context
-            length_B = np.array([len(context) for context in contexts], np.int32)
-            n_drawn = np.int32(len(drawn[0]))
-            most = bucket(max(map(len, prompts)) + len(drawn[0]) + size)  # until it is read again
-            history = make_history(how, cfg.padded_vocab_size, prompts, drawn, most)
-            state = prefill(
-                cfg, how, size, params, tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest
-            )
-            new_nB, scores = jax.tree.map(lambda x: x[None], (state.token_B, state.scores))
-            room = 1
-        else:
-            state, new_nB, scores = decode(cfg, how, CHUNK, params, state, keys_B)
-        if not state.finite:
-            raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged")
-        # Steps beyond the room have overwritten the last slot of a cache that is now full, and
-        # will not be used again. Their tokens are dropped.
-        count = min(room, max_new_tokens - len(drawn[0]))
-        turn = functools.partial(first_rows, count=count)
-        piece = Piece(*jax.tree.map(turn, (new_nB, scores)))
-        for context, text, new in zip(contexts, drawn, piece.ids.tolist(), strict=True):
-            context.extend(new)
-            text.extend(new)
-        yield piece
+        contexts = [cut(context, limit) for context in contexts]
+        # Prompt and text until the context is read again.
+        most = bucket(max(map(len, prompts)) + len(drawn[0]) + limit)
+        history = make_history(how, cfg.padded_vocab_size, prompts, drawn, most)
+        left = max_new_tokens - len(drawn[0])
+        chunks = fill_context(
+            cfg, params, how, contexts, keys_B, history, len(drawn[0]), left, n_likeliest
+        )
+        for chunk in chunks if on_cpu() else one_ahead(chunks):
+            count = min(limit + 1 - max(map(len, contexts)), max_new_tokens - len(drawn[0]))
+            piece: Piece = jax.tree.map(functools.partial(first_rows, count=count), chunk)
+            if (piece.ids == NOT_FINITE).any():
+                raise NonFiniteError(
+                    "the model's logits are NaN or infinite: its weights are damaged"
+                )
+            for context, text, new in zip(contexts, drawn, piece.ids.tolist(), strict=True):
+                context.extend(new)
+                text.extend(new)
+            yield piece
+
+
+def fill_context(
+    cfg: GPTConfig,
+    params: Params,
+    how: SampleConfig,
+    contexts: Sequence[Sequence[int]],
+    keys_B: Array,
+    history: History | None,
+    n_drawn: int,
+    left: int,
+    n_likeliest: int | None,
+) -> Iterator[Piece]:
+    """Start the computation of the next tokens, until the longest context is full.
+
+    Args:
+        cfg: the model, without "auto".
+        params: from `prepare_for_decoding`.
+        how: temperature and filters.
+        contexts: what each row reads first, at most block_size tokens.
+        keys_B: a random key per row.
+        history: what the filters remember of each row; None where they need nothing.
+        n_drawn: tokens drawn so far.
+        left: tokens to draw at most.
+        n_likeliest: as of `generate_pieces`.
+
+    Yields:
+        One token of each row, then chunks, maybe computed only later: arrays (n, B, ...). The last
+        may hold more tokens than count.
+    """
+    longest, limit, chunk = max(map(len, contexts)), cfg.block_size, chunk_size()
+    left = min(left, limit - longest + 1)  # the newest token is not in the cache yet
+    size = first_size(len(contexts), longest, left, limit)
+    tokens_BT = np.zeros((len(contexts), bucket(longest, size)), np.int32)
+    for row, context in zip(tokens_BT, contexts, strict=True):
+        row[: len(context)] = context
+    length_B = np.array([len(context) for context in contexts], np.int32)
+    state = prefill(
+        cfg, how, size, params, tokens_BT, length_B, keys_B, np.int32(n_drawn), history, n_likeliest
+    )
+    yield jax.tree.map(lambda x: np.asarray(x)[None], Piece(state.token_B, state.scores))
+    done = 1
+    while done < left:
+        count = min(chunk, left - done)
+        if (needed := longest + done - 1 + count) > size:
+            size = cache_size(needed, limit)
+            state = grow(state, size)
+        # Steps beyond those that count overwrite the last place of a cache that is not read again.
+        state, new_nB, scores = decode(cfg, how, chunk, params, state, keys_B)
+        yield Piece(new_nB, scores)
+        done += count
+
+
+def one_ahead(chunks: Iterator[Piece]) -> Iterator[Piece]:
+    """Yield the chunks, from the second on when the next one was started: a GPU need not wait."""
+    yield next(chunks)
+    waiting = next(chunks, None)
+    try:
+        while waiting is not None:
+            ready, waiting = waiting, next(chunks, None)
+            yield ready
+    finally:
+        jax.block_until_ready(waiting)  # Python may crash at its end while JAX computes
 
 
 def first_rows(x_nB: Array, count: int) -> np.ndarray:

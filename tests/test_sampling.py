@@ -125,14 +125,80 @@ def test_broken_weights_are_an_error_not_token_zero() -> None:
         text([PROMPT], params=broken)
 
 
+def test_nothing_is_shown_of_a_chunk_that_is_not_finite() -> None:
+    """Not even the tokens before the broken one, since the chunk is read as a whole."""
+    cfg = dataclasses.replace(CFG, block_size=128)
+    params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(1)))
+    wpe = params["wpe"]["embedding"]
+    params = {**params, "wpe": {"embedding": wpe.at[66].set(np.nan)}}  # behind the padded prompt
+    shown = []
+    with pytest.raises(NonFiniteError, match="NaN"):
+        for piece in sampling.generate(cfg, params, [[3] * 58, [1]], GREEDY, max_new_tokens=30):
+            shown.append(piece.shape)
+    assert shown == [(2, 1)]
+
+
+LONG = dataclasses.replace(CFG, block_size=64)
+LONG_DECODER = model.prepare_for_decoding(LONG, scaled_params(LONG, jax.random.key(2), scale=4.0))
+
+
+def said_by(monkeypatch: pytest.MonkeyPatch, small: int, chunk: int, cpu: bool) -> list[list[int]]:
+    """Three rows that fill the context and read it again, with these sizes of caches and chunks."""
+    monkeypatch.setattr(sampling, "SMALL_CACHE", small)
+    monkeypatch.setattr(sampling, "MANY_ROWS", 1)
+    monkeypatch.setattr(sampling, "chunk_size", lambda: chunk)
+    monkeypatch.setattr(sampling, "on_cpu", lambda: cpu)
+    how = SampleConfig(temperature=1.0, no_repeat_ngram=3)
+    return text([[7], PROMPT, [2] * 9], how, n=70, cfg=LONG, params=LONG_DECODER, seed=4)
+
+
+@pytest.mark.parametrize(("small", "chunk", "cpu"), [(8, 5, True), (8, 5, False), (32, 64, False)])
+def test_no_token_depends_on_chunks_or_the_size_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch, small: int, chunk: int, cpu: bool
+) -> None:
+    expected = said_by(monkeypatch, 64, 16, True)
+    assert said_by(monkeypatch, small, chunk, cpu) == expected
+
+
+def test_growing_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake: room in front of the tokens, not behind them."""
+    expected = said_by(monkeypatch, 64, 16, True)
+
+    def grow(state: Any, size: int) -> Any:
+        more = size - state.cache.k[0].shape[1]
+        k, v = (
+            tuple(jnp.pad(x, ((0, 0), (more, 0), (0, 0), (0, 0))) for x in part)
+            for part in (state.cache.k, state.cache.v)
+        )
+        return state._replace(cache=KVCache(k, v, state.cache.length_B))
+
+    monkeypatch.setattr(sampling, "grow", grow)
+    assert said_by(monkeypatch, 8, 5, True) != expected
+
+
+def test_a_chunk_is_read_when_the_next_one_was_started() -> None:
+    log: list[str] = []
+
+    def chunks() -> Any:
+        for i in range(4):
+            log.append(f"start {i}")
+            yield i
+
+    for i in sampling.one_ahead(chunks()):
+        log.append(f"read {i}")
+    assert log == [
+        *("start 0", "read 0", "start 1", "start 2", "read 1", "start 3", "read 2", "read 3")
+    ]
+
+
 def test_compiles_once_for_a_bucket_of_prompts() -> None:
     cfg = dataclasses.replace(CFG, block_size=128)
     params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(1)))
     how = SampleConfig(temperature=0.77)  # so that no other test has compiled it
-    text([[1] * 3], how, n=20, cfg=cfg, params=params, cache_size=128)
+    text([[1] * 3], how, n=20, cfg=cfg, params=params)
     before = count_programs(decoding.prefill), count_programs(decoding.decode)
     for length in (1, 7, 30, 64):
-        text([[2] * length], how, n=20, cfg=cfg, params=params, cache_size=128)
+        text([[2] * length], how, n=20, cfg=cfg, params=params)
     assert (count_programs(decoding.prefill), count_programs(decoding.decode)) == before
 
 
@@ -150,7 +216,6 @@ def check_cache_stays_in_place() -> None:
                 jnp.zeros(rows, jnp.int32),
                 jnp.int32(0),
                 None,
-                jnp.array(True),
             )
         )
         compiled = decoding.decode.lower(cfg, GREEDY, 4, decoder, state, keys).compile()

@@ -94,7 +94,6 @@ def draw(
     """Yield the next tokens of some samples: as they are drawn, or all that beam search found."""
     prompts, ends = [sample.prompt_ids for sample in samples], list(samples[0].ends)
     n_likeliest = min(config.logprobs, cfg.vocab_size) if config.json else None
-    cache_size = cfg.block_size if config.interactive else 0  # one program for all prompts
     if config.beams == 1:
         yield from sampling.generate_pieces(
             cfg,
@@ -104,7 +103,6 @@ def draw(
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
             samples=[sample.number for sample in samples],
-            cache_size=cache_size,
             n_likeliest=n_likeliest,
         )
         return
@@ -118,7 +116,7 @@ def draw(
         max_new_tokens=config.max_new_tokens,
         ends=ends,
         length_penalty=config.length_penalty,
-        cache_size=cache_size,
+        cache_size=cfg.block_size if config.interactive else 0,  # one program for all prompts
         n_likeliest=n_likeliest,
         stopped=lambda: stopped,
     )

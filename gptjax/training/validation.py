@@ -89,7 +89,7 @@ def compile_sampler(config: TrainConfig, abstract: model.Params) -> None:
 
     prepare = model.prepare_for_decoding.lower(cfg, on_device(abstract))
     params = on_device(prepare.out_info)
-    size = sampling.bucket(1 + config.sample_tokens, cfg.block_size)
+    size = sampling.first_size(1, 1, config.sample_tokens, cfg.block_size)
     tokens_BT = np.zeros((1, sampling.bucket(1, size)), np.int32)
     keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     length_B, n_drawn = np.ones(1, np.int32), np.int32(0)
@@ -97,6 +97,6 @@ def compile_sampler(config: TrainConfig, abstract: model.Params) -> None:
         cfg, HOW, size, params, tokens_BT, length_B, keys_B, n_drawn, None, None
     )
     state = on_device(prefill.out_info)
-    decode = decoding.decode.lower(cfg, HOW, sampling.CHUNK, params, state, keys_B)
+    decode = decoding.decode.lower(cfg, HOW, sampling.chunk_size(), params, state, keys_B)
     for program in (prepare, prefill, decode):
         program.compile()

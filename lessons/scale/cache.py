@@ -50,7 +50,10 @@ def measure(quick: bool) -> Measured:
         cache = kv_cache.make_cache(cfg, 1, context)
         zero = jnp.zeros(1, jnp.int32)
         return decoding.DecoderState(
-            cache.advance(context - steps), zero, jnp.int32(0), None, jnp.array(True)
+            cache.advance(context - steps),
+            zero,
+            jnp.int32(0),
+            None,
         )
 
     calls: dict[str, Callable[[], Any]] = {}
