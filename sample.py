@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from gptjax import model, programs, sampling
-from gptjax.checkpoints.run_folder import load_run
+from gptjax import first_text, model, programs, sampling
+from gptjax.checkpoints.record import available_cpus
+from gptjax.checkpoints.run_folder import Opened, load_run
 from gptjax.config import GPTConfig
 from gptjax.conversion import sources
 from gptjax.errors import DataError, UsageError, plural
@@ -22,21 +24,56 @@ from gptjax.terminal.prompts import default_start, encode_prompt, read_prompts, 
 from gptjax.terminal.samples import Sample, draw, to_json, to_text, write
 from gptjax.tokenizer import ByteTokenizer, Tokenizer
 
+CORES = 4  # below, threads that compile take from the one that reads what it needs
 
-def load_model(config: SamplerConfig) -> tuple[GPTConfig, model.Params, Tokenizer]:
-    """Return the model of the run folder, of another source, or an untrained one."""
+
+def load_model(config: SamplerConfig, opened: Opened) -> tuple[GPTConfig, model.Params, Tokenizer]:
+    """Return the model of the run folder, of another source, or an untrained one.
+
+    `opened` is told what the model is and its tokenizer, before the parameters are read.
+    """
     if config.init_from == "scratch":
         if config.preset not in PRESETS:
             raise UsageError(f"--preset={config.preset}: must be one of {', '.join(PRESETS)}")
         tokenizer = ByteTokenizer()
         cfg = dataclasses.replace(PRESETS[config.preset].model, vocab_size=tokenizer.n_vocab)
+        opened(cfg, tokenizer)
         init_params = jax.jit(model.init_params, static_argnums=0)
         return cfg, init_params(cfg, jax.random.key(config.seed)), tokenizer
     if config.init_from == "resume":
-        run = load_run(Path(config.out_dir), config.checkpoint)
+        run = load_run(Path(config.out_dir), config.checkpoint, opened)
     else:
-        run = sources.load_model(config.init_from, which=config.checkpoint)
+        run = sources.load_model(config.init_from, which=config.checkpoint, opened=opened)
     return run.config.model, run.params, run.tokenizer
+
+
+def resolve(config: SamplerConfig, cfg: GPTConfig) -> GPTConfig:
+    """Return the model as it is computed here."""
+    return model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
+
+
+def compile_first(
+    config: SamplerConfig,
+    starts: list[str],
+    pool: ThreadPoolExecutor,
+    cfg: GPTConfig,
+    tokenizer: Tokenizer,
+) -> first_text.Programs:
+    """Begin to compile what the first samples call."""
+    if config.beams > 1 or config.max_new_tokens < 1:
+        return []
+    cfg, texts = resolve(config, cfg), starts or [default_start(tokenizer)]
+    ids = [encode_prompt(text, tokenizer, config.allow_special) for text in texts]
+    rows = [prompt for prompt in ids for _ in range(config.num_samples)]
+    return first_text.compile_programs(
+        pool,
+        cfg,
+        jax.devices()[0],
+        [sampling.cut(prompt, cfg.block_size) for prompt in rows[: config.batch_size]],
+        config.sample,
+        max_new_tokens=config.max_new_tokens,
+        n_likeliest=min(config.logprobs, cfg.vocab_size) if config.json else None,
+    )
 
 
 def write_samples(
@@ -44,9 +81,13 @@ def write_samples(
     cfg: GPTConfig,
     params: model.Params,
     tokenizer: Tokenizer,
+    begun: list[Future[first_text.Programs]],
     texts: list[str],
 ) -> None:
-    """Print the samples of these prompts: a single one as it comes, several one by one."""
+    """Print the samples of these prompts: a single one as it comes, several one by one.
+
+    Once the first tokens are printed, the last of the programs begun is needed.
+    """
     ends = dict.fromkeys(config.stop_id, "stop_id")
     ends |= {} if config.ignore_eot else dict.fromkeys(tokenizer.eos, "eot")
     samples = []
@@ -73,6 +114,7 @@ def write_samples(
                     text = sample.feed(piece.ids[i].tolist(), scores)
                     if alone:
                         write(text, config.raw)
+                first_text.wait(begun, 3)
                 if interrupted or all(sample.ended for sample in batch):
                     break
         if interrupted:
@@ -109,16 +151,26 @@ def main(argv: list[str]) -> int:
     refuse_contradictions(config, given)
     starts = [] if config.interactive else read_prompts(config.start, config.prompts)
     cli.use_compile_cache(config.compile_cache)
-    cfg, params, tokenizer = load_model(config)
-    cfg = model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
-    params = model.prepare_for_decoding(cfg, params)
-    for i in config.stop_id:
-        require(0 <= i < cfg.vocab_size, "stop_id", i, f"must be 0 to {cfg.vocab_size - 1}")
-    sample = functools.partial(write_samples, config, cfg, params, tokenizer)
-    if config.interactive:
-        return converse(config, sample)
-    sample(starts or [default_start(tokenizer)])
-    return 0
+    with ThreadPoolExecutor() as pool:
+        pool.submit(jax.devices)  # CUDA takes seconds to start
+        begun: list[Future[first_text.Programs]] = []
+
+        def opened(cfg: GPTConfig, tokenizer: Tokenizer) -> None:
+            if available_cpus() >= CORES:
+                compiled = pool.submit(compile_first, config, starts, pool, cfg, tokenizer)
+                begun.append(compiled)
+
+        cfg, params, tokenizer = load_model(config, opened)
+        cfg = resolve(config, cfg)
+        first_text.wait(begun, 2)
+        params = model.prepare_for_decoding(cfg, jax.device_put(params, jax.devices()[0]))
+        for i in config.stop_id:
+            require(0 <= i < cfg.vocab_size, "stop_id", i, f"must be 0 to {cfg.vocab_size - 1}")
+        sample = functools.partial(write_samples, config, cfg, params, tokenizer, begun)
+        if config.interactive:
+            return converse(config, sample)
+        sample(starts or [default_start(tokenizer)])
+        return 0
 
 
 if __name__ == "__main__":

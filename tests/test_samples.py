@@ -35,7 +35,7 @@ class Lines(ByteTokenizer):
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch, restore_process: None) -> None:
-    monkeypatch.setattr(sample, "load_model", lambda config: (CFG, PARAMS, Lines()))
+    monkeypatch.setattr(sample, "load_model", lambda config, opened: (CFG, PARAMS, Lines()))
 
 
 def say(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

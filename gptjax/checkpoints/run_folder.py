@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 
 from gptjax.checkpoints.restore import restore_params
 from gptjax.checkpoints.steps import best_step, require_steps
-from gptjax.config import TrainConfig
+from gptjax.config import GPTConfig, TrainConfig
 from gptjax.config_file import load_config
 from gptjax.errors import UsageError
 from gptjax.model import Params, init_params
@@ -27,8 +28,16 @@ class Run(NamedTuple):
     folder: Path | None = None  # None: it was read from another format
 
 
-def load_run(run_dir: Path, which: str = "best") -> Run:
+Opened = Callable[[GPTConfig, Tokenizer], object]
+
+
+def load_run(run_dir: Path, which: str = "best", opened: Opened = lambda *known: None) -> Run:
     """Load the parameters of the best, the latest or a numbered step, without its optimizer state.
+
+    Args:
+        run_dir: the run folder.
+        which: best, latest or a number.
+        opened: is told the model and the tokenizer, before the parameters are read.
 
     Raises:
         UsageError: the folder is not a run's, or has no such step.
@@ -46,8 +55,10 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
         step = int(which)
     else:
         raise UsageError(f"--checkpoint={which}: must be best, latest or one of {saved}")
+    tokenizer = load_tokenizer(run_dir)
+    opened(config.model, tokenizer)
     shapes = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
     params = restore_params(run_dir, step, target)
-    return Run(config, load_tokenizer(run_dir), params, step, run_dir)
+    return Run(config, tokenizer, params, step, run_dir)

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 
 from gptjax import programs
-from gptjax.checkpoints.run_folder import Run, load_run
+from gptjax.checkpoints.run_folder import Opened, Run, load_run
 from gptjax.config import TOKENIZER_DIR, Activation, TrainConfig
 from gptjax.conversion import (
     gguf,
@@ -95,23 +95,29 @@ class SourceConfig:
         return [name for name in names if name]
 
 
-def load_model(name: str, config: SourceConfig | None = None, which: str = "best") -> Run:
+def load_model(
+    name: str,
+    config: SourceConfig | None = None,
+    which: str = "best",
+    opened: Opened = lambda *known: None,
+) -> Run:
     """Return a model for use, from a run folder or any format that `open_source` reads.
 
     Args:
         name: the path of a folder or file, or a name on the Hub.
         config: how to open a model that is not a run folder.
         which: the step of a run folder, as `load_run` takes it.
+        opened: is told the model and the tokenizer, before the parameters are read.
 
     Raises:
         UsageError, DataError, CheckpointError: it cannot be loaded. Where a flag of
             `convert_gpt2.py import` would help, the message has the command.
     """
     if (Path(name) / "checkpoints").is_dir():
-        return load_run(Path(name), which)
+        return load_run(Path(name), which, opened)
     config = config or SourceConfig()
     try:
-        return read_model(open_source(name, config), name, config)
+        return read_model(open_source(name, config), name, config, opened)
     except InputError as error:
         if not error.flag:
             raise
@@ -121,7 +127,9 @@ def load_model(name: str, config: SourceConfig | None = None, which: str = "best
         ) from error
 
 
-def read_model(source: Source, name: str, config: SourceConfig) -> Run:
+def read_model(
+    source: Source, name: str, config: SourceConfig, opened: Opened = lambda *known: None
+) -> Run:
     """Return the parameters of an opened source with a tokenizer that fits.
 
     Raises:
@@ -130,6 +138,7 @@ def read_model(source: Source, name: str, config: SourceConfig) -> Run:
     """
     tokenizer = find_tokenizer(source, config.tokenizer, config.tokenizer_dir)
     check_memory(source)
+    opened(source.cfg, tokenizer)
     # Waiting for each copy, or several would be held twice.
     params = read_params(source, lambda array: jax.block_until_ready(jax.device_put(array)))
     kind = tokenizer.kind if tokenizer.kind in ("char", "byte", "gpt2") else "auto"

@@ -1,12 +1,13 @@
 """The evaluations of a model in training: its loss on held-back text, and a sample of its text."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
-from gptjax import decoding, model, sampling, sharding
+from gptjax import first_text, model, sampling, sharding
 from gptjax.config import SampleConfig, TrainConfig
 from gptjax.data.batches import Shards, eval_windows, read_windows
 from gptjax.tokenizer import Tokenizer, decode
@@ -80,23 +81,8 @@ def write_sample(
 
 def compile_sampler(config: TrainConfig, abstract: model.Params) -> None:
     """Compile what `write_sample` calls, for parameters of these shapes."""
-    cfg, (device, *_) = config.model, sharding.mesh_of(abstract).local_devices
-
-    def on_device(tree: sharding.PyTree) -> sharding.PyTree:
-        """Return the shapes of arrays that lie on the device."""
-        shardings = jax.tree.map(lambda leaf: SingleDeviceSharding(device), tree)
-        return sharding.abstract_tree(tree, shardings)
-
-    prepare = model.prepare_for_decoding.lower(cfg, on_device(abstract))
-    params = on_device(prepare.out_info)
-    size = sampling.first_size(1, 1, config.sample_tokens, cfg.block_size)
-    tokens_BT = np.zeros((1, sampling.bucket(1, size)), np.int32)
-    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    length_B, n_drawn = np.ones(1, np.int32), np.int32(0)
-    prefill = decoding.prefill.lower(
-        cfg, HOW, size, params, tokens_BT, length_B, keys_B, n_drawn, None, None
-    )
-    state = on_device(prefill.out_info)
-    decode = decoding.decode.lower(cfg, HOW, sampling.chunk_size(), params, state, keys_B)
-    for program in (prepare, prefill, decode):
-        program.compile()
+    device, *_ = sharding.mesh_of(abstract).local_devices
+    with ThreadPoolExecutor() as pool:
+        first_text.compile_programs(
+            pool, config.model, device, [[0]], HOW, max_new_tokens=config.sample_tokens
+        )

@@ -1,0 +1,82 @@
+"""What the first text waits for: the sampler's programs, compiled by threads ahead of it."""
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from gptjax import decoding, model, sampling
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.filters import make_history
+from gptjax.sharding import PyTree, abstract_tree
+
+Programs = list[Future[Any]]
+
+
+def compile_programs(
+    pool: ThreadPoolExecutor,
+    cfg: GPTConfig,
+    device: jax.Device,
+    prompts: Sequence[Sequence[int]],
+    how: SampleConfig,
+    *,
+    max_new_tokens: int,
+    n_likeliest: int | None = None,
+) -> Programs:
+    """Begin to compile `prepare_for_decoding` and what `sampling.generate_pieces` calls first.
+
+    JAX keeps what it compiled, so that the calls find it.
+
+    Args:
+        pool: the threads.
+        cfg: the model, without "auto".
+        device: where the parameters will lie.
+        prompts: token ids of each row, at most a context of them.
+        how: temperature and filters.
+        max_new_tokens: per row, at least 1.
+        n_likeliest: likeliest tokens to score beside each; None = score nothing.
+
+    Returns:
+        The programs in the order in which they are needed: to prepare, for the first token of each
+        row, and for the next ones, if there are any.
+    """
+
+    def on_device(tree: PyTree) -> PyTree:
+        """Return the shapes of arrays that lie on the device."""
+        return abstract_tree(tree, jax.tree.map(lambda leaf: SingleDeviceSharding(device), tree))
+
+    rows, longest = len(prompts), max(map(len, prompts))
+    left = min(max_new_tokens, cfg.block_size - longest + 1)
+    size = sampling.first_size(rows, longest, left, cfg.block_size)
+    tokens_BT = np.zeros((rows, sampling.bucket(longest, size)), np.int32)
+    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    length_B, n_drawn = np.ones(rows, np.int32), np.int32(0)
+    most = sampling.bucket(longest + cfg.block_size)
+    history = make_history(how, cfg.padded_vocab_size, prompts, [[]] * rows, most)
+    read = (tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest)
+
+    prepare = model.prepare_for_decoding.lower(cfg, on_device(model.param_shapes(cfg)))
+    programs: Programs = [pool.submit(prepare.compile)]
+    params = on_device(prepare.out_info)
+    prefill = decoding.prefill.lower(cfg, how, size, params, *read)
+    programs.append(pool.submit(prefill.compile))
+    if left > 1:
+        state, chunk = on_device(prefill.out_info), sampling.chunk_size()
+        decode = decoding.decode.lower(cfg, how, chunk, params, state, keys_B)
+        programs.append(pool.submit(decode.compile))
+    return programs
+
+
+def wait(begun: list[Future[Programs]], count: int) -> None:
+    """Return when the first `count` programs that were begun are compiled.
+
+    One that failed is compiled again, and fails again, when it is called.
+    """
+    for programs in begun:
+        with contextlib.suppress(Exception):
+            for program in programs.result()[:count]:
+                program.exception()
