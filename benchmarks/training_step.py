@@ -1,8 +1,9 @@
 """One training step, gptjax against its PyTorch twin: `python -m benchmarks.training_step`.
 
 Every side runs in a process of its own, in turn, for several rounds; the table shows the median of
-the rounds' medians, and the fastest step of all, in ms. Both sides compute the same: AdamW,
-clipping, no dropout, no biases; float32 on CPU (but where bf16 is said), bfloat16 on GPU.
+the rounds' medians, and the fastest step of all, in ms. All sides compute the same: AdamW,
+clipping, no dropout, no biases; float32 on CPU (but where bf16 is said), bfloat16 on GPU. gptjax
+with and without kernels begins with the same parameters, so that its losses must agree.
 
 With `--gpus=4` each GPU takes the batch of the shape: gptjax's share it as `--mesh` says, the
 twin's by DistributedDataParallel, a process for each. Both may take nearly all of their memory.
@@ -38,7 +39,7 @@ SHAPES = {  # device -> name -> layers, heads, width, context, vocabulary; batch
 RANK = int(os.environ.get("RANK", "0"))  # of the twin's processes, as torch.distributed.run says
 SIDES = {
     "cpu": ("gptjax", "torch eager", "torch.compile", "torch bf16 autocast"),
-    "gpu": ("gptjax", "torch.compile, bf16 autocast"),
+    "gpu": ("gptjax", "gptjax --kernels=off", "torch.compile, bf16 autocast"),
 }
 
 
@@ -50,8 +51,8 @@ def make_config(device: str, shape: str) -> tuple[TrainConfig, int, int]:
     return TrainConfig(model=model, batch_size=batch_size), batch_size, steps
 
 
-def make_gptjax_step(config: TrainConfig, gpus: int) -> Callable[[np.ndarray], None]:
-    """A function that takes one step on windows (B, T+1) and returns when it is done."""
+def make_gptjax_step(config: TrainConfig, gpus: int) -> Callable[[np.ndarray], float]:
+    """A function that takes one step on windows (B, T+1) and returns its loss when it is done."""
 
     import jax
 
@@ -65,17 +66,18 @@ def make_gptjax_step(config: TrainConfig, gpus: int) -> Callable[[np.ndarray], N
     abstract = abstract_state(config, mesh)
     state, train_step = init_state(config, abstract), make_train_step(config, abstract)
 
-    def step(windows: np.ndarray) -> None:
+    def step(windows: np.ndarray) -> float:
         nonlocal state
         state, metrics = train_step(state, sharding.place(windows[None, None], mesh, axis=2))
         jax.block_until_ready((state, metrics))
+        return float(metrics["loss"][0])
 
     return step
 
 
 def make_torch_step(
     config: TrainConfig, device: str, side: str, gpus: int
-) -> Callable[[np.ndarray], None]:
+) -> Callable[[np.ndarray], float]:
     """The same with the twin; of `gpus` processes, each its own GPU's part."""
     import torch
 
@@ -96,21 +98,24 @@ def make_torch_step(
             loss, device_ids=[RANK], gradient_as_bucket_view=True
         )
 
-    def step(windows: np.ndarray) -> None:
+    def step(windows: np.ndarray) -> float:
         batch = torch.from_numpy(windows).to(name, non_blocking=True)
         with torch.autocast(name, torch.bfloat16, enabled="bf16" in side):
-            torch_gpt.train_step(loss, adamw, batch, config.grad_clip).item()
+            return torch_gpt.train_step(loss, adamw, batch, config.grad_clip).item()
 
     return step
 
 
-def time_side(device: str, side: str, shape: str, gpus: int, mesh: str) -> list[float]:
-    """Milliseconds of each step after the first five."""
+def time_side(
+    device: str, side: str, shape: str, gpus: int, mesh: str
+) -> tuple[list[float], float]:
+    """Milliseconds of each step after the first five, and the last one's loss."""
     config, batch_size, steps = make_config(device, shape)
-    ours = side == "gptjax"
+    ours = side.startswith("gptjax")
     if ours:
         batch_size *= gpus
-        config = dataclasses.replace(config, batch_size=batch_size, mesh=mesh)
+        cfg = dataclasses.replace(config.model, kernels="off" if "off" in side else "auto")
+        config = dataclasses.replace(config, model=cfg, batch_size=batch_size, mesh=mesh)
     rng = np.random.default_rng(RANK)
     size = (batch_size, config.model.block_size + 1)
     dtype = np.int32 if ours else np.int64
@@ -119,9 +124,9 @@ def time_side(device: str, side: str, shape: str, gpus: int, mesh: str) -> list[
     times = []
     for i in range(steps + 5):
         began = time.perf_counter()
-        step(batches[i % 8])
+        loss = step(batches[i % 8])
         times.append(1e3 * (time.perf_counter() - began))
-    return times[5:]
+    return times[5:], loss
 
 
 def main() -> None:
@@ -134,14 +139,14 @@ def main() -> None:
     parser.add_argument(
         "--shape", action="append", help="time these alone, by a part of their name"
     )
-    parser.add_argument("--side", help="run this side alone, print its times")
+    parser.add_argument("--side", help="run this side alone, print its times and loss")
     args = parser.parse_args()
     asked = args.shape or [""]
     shapes = [name for name in SHAPES[args.device] if any(part in name for part in asked)]
     if args.side:
-        steps = time_side(args.device, args.side, shapes[0], args.gpus, args.mesh)
+        times_and_loss = time_side(args.device, args.side, shapes[0], args.gpus, args.mesh)
         if RANK == 0:
-            print(json.dumps(steps))
+            print(json.dumps(times_and_loss))
         return
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
     cores = len(os.sched_getaffinity(0))
@@ -151,27 +156,32 @@ def main() -> None:
     sides = SIDES[args.device]
     for shape in shapes:
         times: dict[str, list[list[float]]] = {side: [] for side in sides}
+        losses: dict[str, float] = {}
         for _ in range(args.rounds):
             for side in sides:
                 command = [sys.executable, "-m"]
-                if args.gpus > 1 and side != "gptjax":
+                if args.gpus > 1 and not side.startswith("gptjax"):
                     command += ["torch.distributed.run", f"--nproc-per-node={args.gpus}", "-m"]
                 command += ["benchmarks.training_step", f"--device={args.device}", f"--side={side}"]
                 command += [f"--shape={shape}", f"--gpus={args.gpus}", f"--mesh={args.mesh}"]
                 done = subprocess.run(
                     command, stdout=subprocess.PIPE, text=True, check=True, env=environment
                 )
-                times[side].append(json.loads(done.stdout.splitlines()[-1]))
+                steps, losses[side] = json.loads(done.stdout.splitlines()[-1])
+                times[side].append(steps)
         config, batch_size, _ = make_config(args.device, shape)
         tokens = args.gpus * batch_size * config.model.block_size
         medians = {s: statistics.median(map(statistics.median, t)) for s, t in times.items()}
         where = f"{shape} on each of {args.gpus} GPUs, {args.mesh}" if args.gpus > 1 else shape
-        print(f"\n| {where} | median ms | fastest ms | tokens/s | gptjax is ... times as fast |")
-        print("|---|---|---|---|---|")
+        print(
+            f"\n| {where} | median ms | fastest ms | tokens/s | gptjax is ... times as fast", end=""
+        )
+        print(" | loss of the last step |\n|---|---|---|---|---|---|")
         for side, median in medians.items():
             fastest, ratio = min(map(min, times[side])), median / medians["gptjax"]
             rate = 1e3 * tokens / median
-            print(f"| {side} | {median:.1f} | {fastest:.1f} | {rate:,.0f} | {ratio:.2f} |")
+            row = f"| {side} | {median:.1f} | {fastest:.1f} | {rate:,.0f} | {ratio:.2f} |"
+            print(f"{row} {losses[side]:.3f} |")
 
 
 if __name__ == "__main__":

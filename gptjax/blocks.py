@@ -7,6 +7,8 @@ P places of dropout.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from gptjax.attention import ATTENTION, CACHED_ATTENTION
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows
 from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
+from gptjax.kernels import training
 from gptjax.kv_cache import KVCache
 
 INIT_STD = 0.02
@@ -32,6 +35,20 @@ def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
     normal = nn.initializers.normal(std)
     dense = nn.Dense(features, use_bias=cfg.bias, dtype=cfg.dtype, kernel_init=normal, name=name)
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def kernel_of(cfg: GPTConfig, name: str, rows: int, columns: int) -> Callable[..., Any] | None:
+    """Return the function of this name in `training.TRAINING`, None where plain JAX is to compute.
+
+    Args:
+        cfg: the model.
+        name: of the function.
+        rows: of the arrays that it reads.
+        columns: of the widest of them.
+    """
+    if collectives.axis_size("tensor") > 1:  # a kernel needs whole rows
+        return None
+    return training.choose(name, cfg.kernels, cfg.dtype, rows, columns)
 
 
 class LayerNorm(nn.Module):
@@ -65,14 +82,21 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         """Return (B, T, D), and the cache with the tokens in its layer number `layer`."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
-        qkv = linear(cfg, x_BTD, 3 * D, "c_attn")
-        if cache is None and jax.default_backend() == "gpu":
-            # Its gradient is put together once then, not for each of the two products that read it:
-            # 1 % of a GPT-2 step.
-            qkv = jax.lax.optimization_barrier(qkv)
-        # 3D columns, or those of each device along `tensor`: see `collectives.by_heads`.
-        groups = collectives.axis_size("tensor")
-        parts = jnp.split(qkv.reshape(B * T, groups, 3 * D // groups), 3, axis=2)
+        parts: Sequence[Array]
+        linear_split = kernel_of(cfg, "linear_split", B * T, 3 * D)
+        if linear_split is not None and cfg.bias and cache is None:
+            weights: Any = self.get_variable("params", "c_attn")
+            kernel, bias = weights["kernel"].astype(cfg.dtype), weights["bias"]
+            parts = linear_split(x_BTD.reshape(B * T, D), kernel, bias)
+        else:
+            qkv = linear(cfg, x_BTD, 3 * D, "c_attn")
+            if cache is None and jax.default_backend() == "gpu":
+                # Its gradient is put together once then, not for each of the two products that
+                # read it: 1 % of a GPT-2 step.
+                qkv = jax.lax.optimization_barrier(qkv)
+            # 3D columns, or those of each device along `tensor`: see `collectives.by_heads`.
+            groups = collectives.axis_size("tensor")
+            parts = jnp.split(qkv.reshape(B * T, groups, 3 * D // groups), 3, axis=2)
         q, k, v = (part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in parts)
         if cache is None:
             keys_B = None if keys_PB is None else keys_PB[0]
@@ -114,8 +138,20 @@ class Block(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         """Return the output (B, T, D) of block number `layer`, and the cache with these tokens."""
         attn = CausalSelfAttention(self.cfg, name="attn")
-        y_BTD, cache = attn(LayerNorm(self.cfg, name="ln_1")(x_BTD), cache, layer, keys_PB)
-        x_BTD = on_rows(jnp.add, x_BTD, y_BTD)
+        x_BTD, normal_BTD = self.add_norm("ln_1", x_BTD)
+        y_BTD, cache = attn(normal_BTD, cache, layer, keys_PB)
+        x_BTD, normal_BTD = self.add_norm("ln_2", x_BTD, y_BTD)
         mlp, keys_B = MLP(self.cfg, name="mlp"), None if keys_PB is None else keys_PB[2]
-        y_BTD = mlp(LayerNorm(self.cfg, name="ln_2")(x_BTD), keys_B)
-        return on_rows(jnp.add, x_BTD, y_BTD), cache
+        return on_rows(jnp.add, x_BTD, mlp(normal_BTD, keys_B)), cache
+
+    def add_norm(self, name: str, x_BTD: Array, y_BTD: Array | None = None) -> tuple[Array, Array]:
+        """Return x + y, or x alone, and it after the LayerNorm of this name."""
+        D = x_BTD.shape[-1]
+        add_norm = kernel_of(self.cfg, "add_norm", x_BTD.size // D, D)
+        if add_norm is None:
+            x_BTD = x_BTD if y_BTD is None else on_rows(jnp.add, x_BTD, y_BTD)
+            return x_BTD, LayerNorm(self.cfg, name=name)(x_BTD)
+        weights: Any = self.get_variable("params", name)
+        x_ND, y_ND = (None if a is None else a.reshape(-1, D) for a in (x_BTD, y_BTD))
+        x_ND, normal_ND = add_norm(x_ND, y_ND, weights["scale"], weights.get("bias"))
+        return x_ND.reshape(x_BTD.shape), normal_ND.reshape(x_BTD.shape)
