@@ -12,7 +12,7 @@ import pytest
 from gptjax import sharding
 from gptjax.config import TrainConfig
 from gptjax.training import compiling
-from gptjax.training.step import abstract_state, digest, init_state, make_train_step
+from gptjax.training.step import abstract_state, digest, init_state, make_eval_step, make_train_step
 
 from .helpers import tiny
 
@@ -60,6 +60,28 @@ def test_the_loop_calls_what_was_compiled(caplog: pytest.LogCaptureFixture) -> N
         assert not any(f"jit({name})" in line for line in compiled)
     plain, _ = make_train_step(CONFIG, abstract)(init_state(CONFIG, abstract), windows)
     assert digest(state) == digest(plain)
+
+
+def test_shapes_take_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's first one takes more than a second, in which others can be compiled."""
+    keys, make_key = [], jax.random.key
+
+    def note(seed: int) -> jax.Array:
+        keys.append(make_key(seed))
+        return keys[-1]
+
+    monkeypatch.setattr(jax.random, "key", note)
+    abstract_state(CONFIG, sharding.make_mesh(jax.devices()[:1]))
+    assert keys and all(isinstance(key, jax.core.Tracer) for key in keys)
+
+
+def test_an_evaluation_s_layers_are_a_loop() -> None:
+    """All layers one by one would be one more program that takes as long as the step's."""
+    abstract = abstract_state(CONFIG, sharding.make_mesh(jax.devices()[:1])).params
+    windows = jax.ShapeDtypeStruct((3, 17), np.int32)
+    for unroll, loop in ((0, True), (CONFIG.model.n_layer, False)):
+        step: Any = make_eval_step(dataclasses.replace(CONFIG.model, unroll=unroll), abstract)
+        assert ("stablehlo.while" in step.lower(abstract, windows).as_text()) == loop
 
 
 def test_a_state_that_is_made_has_the_types_of_one_that_is_restored() -> None:

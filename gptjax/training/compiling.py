@@ -67,8 +67,8 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
         abstract: as of `step.abstract_state`.
     """
     config, dataset, params = run.config, run.dataset, abstract.params
-    train_step: TrainStep = make_train_step(config, abstract, run.fault)
-    eval_step: EvalStep = make_eval_step(config.model, params)
+    train_step: Any = make_train_step(config, abstract, run.fault)
+    eval_step: Any = make_eval_step(config.model, params)
 
     def validate(params: Params, stopped: Stopped) -> float | None:
         losses = functools.partial(eval_step, params)
@@ -81,11 +81,12 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
     if available_cpus() < CORES or jax.process_count() > 1:
         return loop
     step, fresh = run.steps[-1] if run.steps else 0, not run.steps
-    # The training step takes longest, so it is the first to begin.
+    # The training step takes longest, so it is traced alone: Python traces one at a time.
     if step < plan.last_step(config):
         count = plan.steps_per_call(config, step)
         batch = windows(run, count, config.gradient_accumulation_steps)
-        loop = loop._replace(train_step=Ahead(train_step, compiler(train_step, abstract, batch)))
+        lowered = train_step.lower(abstract, batch)
+        loop = loop._replace(train_step=Ahead(train_step, lowered.compile))
     if fresh and plan.is_evaluation_due(config, step):
         eval_step = Ahead(eval_step, compiler(eval_step, params, windows(run)))
     if fresh and plan.is_sample_due(config, step):

@@ -4,6 +4,7 @@ K steps per call, A accumulated forward passes per step, B batch, T time; a wind
 `config` is a TrainConfig whose model has no "auto" left (see `model.resolve`).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -71,7 +72,8 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
     This is what `init_state`, the compiled steps and a restore agree on.
     """
-    shapes = jax.eval_shape(functools.partial(fresh_state, config), jax.random.key(0))
+    # The key is made inside: a GPU's first program takes 1.4 s, in which others can be compiled.
+    shapes = jax.eval_shape(lambda: fresh_state(config, jax.random.key(0)))
     return abstract_tree(shapes, tree_shardings(mesh, shapes))
 
 
@@ -244,12 +246,15 @@ def make_train_step(
 def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array], Array]:
     """Return a jitted function (params, windows_BT) -> mean loss of each window (B,).
 
+    Its layers are a loop, unless cfg.unroll says otherwise: without a gradient that costs no time,
+    and spares most of the time that XLA takes.
+
     Args:
         cfg: the model, whose dropout is off here.
         abstract: the parameters' shapes and shardings.
     """
     mesh, shardings = mesh_of(abstract), shardings_of(abstract)
-    rows = P(batch_axes(mesh))
+    cfg, rows = dataclasses.replace(cfg, unroll=cfg.unroll or 1), P(batch_axes(mesh))
     losses = per_device(
         lambda params, windows_BT: window_losses(cfg, params, windows_BT).mean(axis=1),
         mesh,
