@@ -106,7 +106,7 @@ def report_end(run: TrainingRun, state: TrainState, step: int, val_loss: float |
         note(
             f"val loss {val_loss:.4f} after {step} {plural(step, 'step')} in "
             f"{time.monotonic() - run.began:.1f} s\n"
-            f"state sha256={digest(state)}\n"
+            f"state sha256={digest(state)} ({config.model.dtype})\n"
             f"{run.run_dir}: checkpoints, metrics.jsonl, loss.png, samples.txt\n"
             f"next: {programs.command('sample.py', f'--out_dir={run.run_dir}')}"
         )

@@ -4,6 +4,7 @@ B batch, T query time, S context time, H heads, K head dim.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from gptjax.dropout import drop, keep_mask
 from gptjax.errors import UsageError
 from gptjax.precision import AMPERE, compute_capability
 
+Einsum = Callable[..., Array]
+
 
 def attend(
     q_BTHK: Array,
@@ -24,6 +27,7 @@ def attend(
     *,
     dropout: float = 0.0,
     keys_B: Array | None = None,
+    einsum: Einsum = jnp.einsum,
 ) -> Array:
     """Return causal softmax(q k^T / sqrt(K)) v, the reference of all other implementations.
 
@@ -37,20 +41,21 @@ def attend(
             all rows alike.
         dropout: probability to drop an attention weight, where `keys_B` is given.
         keys_B: random key of each row's dropout mask.
+        einsum: what the products are made with.
 
     Returns:
         (B, T, H, K) in q's dtype. Scores and softmax are float32.
     """
     # Scaling q, not the scores, touches T*K numbers instead of T*S.
     q_BTHK = q_BTHK * q_BTHK.shape[-1] ** -0.5
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    scores_BHTS = einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     index_111S = jnp.arange(k_BSHK.shape[1])[None, None, None]
     visible_B1TS = index_111S <= positions_BT[:, None, :, None]
     weights_BHTS = jax.nn.softmax(jnp.where(visible_B1TS, scores_BHTS, -jnp.inf))
     if keys_B is not None and dropout > 0:
         keep_BHTS = keep_mask(keys_B, weights_BHTS.shape, dropout, positions_BT)
         weights_BHTS = drop(weights_BHTS, keep_BHTS, dropout)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(q_BTHK.dtype), v_BSHK)
+    return einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(q_BTHK.dtype), v_BSHK)
 
 
 def attend_xla(
@@ -60,6 +65,7 @@ def attend_xla(
     *,
     dropout: float = 0.0,
     keys_B: Array | None = None,
+    einsum: Einsum = jnp.einsum,
 ) -> Array:
     """Return the result of `attend` at positions 0..T-1, computed in blocks of queries.
 
@@ -78,7 +84,7 @@ def attend_xla(
         end = min(start + block, T)
         positions_1T = jnp.arange(start, end)[None]
         q, k, v = q_BTHK[:, start:end], k_BTHK[:, :end], v_BTHK[:, :end]
-        parts.append(attend(q, k, v, positions_1T, dropout=dropout, keys_B=keys_B))
+        parts.append(attend(q, k, v, positions_1T, dropout=dropout, keys_B=keys_B, einsum=einsum))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -89,10 +95,12 @@ def attend_cudnn(
     *,
     dropout: float = 0.0,
     keys_B: Array | None = None,
+    einsum: Einsum = jnp.einsum,
 ) -> Array:
     """Return the result of `attend` by cuDNN's flash attention, which never stores T x T scores.
 
-    It runs in half precision on NVIDIA GPUs from compute capability 8.0 on, and has no dropout.
+    It runs in half precision on NVIDIA GPUs from compute capability 8.0 on, and has no dropout;
+    `einsum` has no effect.
     """
     assert dropout == 0 or keys_B is None, "GPTConfig refuses cudnn with dropout"
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")

@@ -6,6 +6,7 @@ B batch, T query time, N tokens in all (B*T), S context time, D width, H heads, 
 P places of dropout.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from gptjax.dropout import drop_rows
 from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
 from gptjax.kernels import training
 from gptjax.kv_cache import KVCache
+from gptjax.precision import einsum_of, is_mixed, stored_dtype
 
 INIT_STD = 0.02
 
@@ -33,8 +35,20 @@ def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
     """
     std = INIT_STD / math.sqrt(2 * cfg.n_layer) if name == "c_proj" else INIT_STD
     normal = nn.initializers.normal(std)
-    dense = nn.Dense(features, use_bias=cfg.bias, dtype=cfg.dtype, kernel_init=normal, name=name)
+    dense = nn.Dense(
+        features,
+        use_bias=cfg.bias,
+        dtype=stored_dtype(cfg),
+        kernel_init=normal,
+        dot_general=functools.partial(dense_product, cfg) if is_mixed(cfg) else None,
+        name=name,
+    )
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def dense_product(cfg: GPTConfig, x_ND: Array, w_DF: Array, *_: object, **__: object) -> Array:
+    """Return x W for nn.Dense, which would have `jax.lax.dot_general` otherwise."""
+    return einsum_of(cfg)("ND,DF->NF", x_ND, w_DF)
 
 
 def kernel_of(cfg: GPTConfig, name: str, rows: int, columns: int) -> Callable[..., Any] | None:
@@ -58,13 +72,13 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Return (..., D) for (..., D), in the compute dtype."""
+        """Return (..., D) for (..., D), as `precision.stored_dtype` says."""
         D = x.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (D,))
         y_ND = layer_norm(x.reshape(-1, D), scale_D)
         if self.cfg.bias:
             y_ND = y_ND + self.param("bias", nn.initializers.zeros, (D,))[None]
-        return y_ND.astype(self.cfg.dtype).reshape(x.shape)
+        return y_ND.astype(stored_dtype(self.cfg)).reshape(x.shape)
 
 
 class CausalSelfAttention(nn.Module):
@@ -100,10 +114,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.reshape(B, T, cfg.n_head, cfg.head_dim) for part in parts)
         if cache is None:
             keys_B = None if keys_PB is None else keys_PB[0]
-            y_BTHK = ATTENTION[cfg.attention](q, k, v, dropout=cfg.weights_dropout, keys_B=keys_B)
+            y_BTHK = ATTENTION[cfg.attention](
+                q, k, v, dropout=cfg.weights_dropout, keys_B=keys_B, einsum=einsum_of(cfg)
+            )
         else:
             positions_BT = cache.positions(T)
-            k, v, cache = cache.update(layer, k, v)
+            k, v, cache = cache.update(layer, k.astype(cfg.dtype), v.astype(cfg.dtype))
             y_BTHK = CACHED_ATTENTION[cfg.attention](q, k, v, positions_BT)
         y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
         return y_BTD if keys_PB is None else drop_rows(y_BTD, keys_PB[1], cfg.dropout), cache

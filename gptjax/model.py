@@ -34,15 +34,15 @@ from gptjax.blocks import INIT_STD, Block, LayerNorm
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows, keys_of_places
 from gptjax.kv_cache import KVCache
-from gptjax.precision import choose_dtype
+from gptjax.precision import choose_dtype, einsum_of, stored_dtype
 
 Params = dict[str, Any]
 ONE_HOT = 1024  # rows of the token embedding up to which a GPU takes a product for the gather
 
 
-def resolve(cfg: GPTConfig) -> GPTConfig:
-    """Return the config with every "auto" decided for this machine."""
-    dtype = choose_dtype(cfg.dtype)
+def resolve(cfg: GPTConfig, *, training: bool = False) -> GPTConfig:
+    """Return the config with every "auto" decided for this machine, to train or to be used."""
+    dtype = choose_dtype(cfg, training=training)
     attention = choose_attention(cfg.attention, dtype, cfg.weights_dropout)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 
@@ -122,7 +122,7 @@ def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache | Non
     else:
         wte_BTD = wte_VD[tokens_BT]
     # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
-    return (wte_BTD + wpe_BTD).astype(cfg.dtype)
+    return (wte_BTD + wpe_BTD).astype(stored_dtype(cfg))
 
 
 def hidden_states(
@@ -133,7 +133,7 @@ def hidden_states(
     dropout_key: Array | None = None,
     cache: KVCache | None = None,
 ) -> tuple[Array, KVCache | None]:
-    """Return the final hidden states (B, T, D), after ln_f and in cfg.dtype, and the longer cache.
+    """Return the final hidden states (B, T, D), after ln_f, and the longer cache.
 
     Args:
         cfg: the model, without "auto" (see `resolve`).
@@ -190,8 +190,8 @@ def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float3
     The columns of padding rows are -inf, so that no loss and no sampler ever sees them.
     """
     name, x_ND = "wte" if cfg.tie_head else "lm_head", x.reshape(-1, x.shape[-1])
-    head_VD = params[name]["embedding"].astype(cfg.dtype)
-    logits_NV = jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)
+    head_VD = params[name]["embedding"].astype(stored_dtype(cfg))
+    logits_NV = einsum_of(cfg)("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)
     if cfg.padded_vocab_size > cfg.vocab_size:
         is_token_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
         logits_NV = jnp.where(is_token_V[None], logits_NV, -jnp.inf)

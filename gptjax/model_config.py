@@ -10,8 +10,10 @@ Activation = Literal["gelu_tanh", "gelu"]
 Attention = Literal["auto", "xla", "cudnn"]
 AUTO_DTYPE = (
     "auto is bfloat16 on a GPU or TPU, float16 on an NVIDIA GPU below compute capability 8.0 (T4, "
-    "V100), and float32 on a CPU."
+    "V100), and float32 on a CPU. On a CPU bfloat16 is the type of the operands of matrix products "
+    "alone, and all else is float32."
 )
+AUTO_TO_TRAIN = " In training auto is bfloat16 on a CPU that computes it (AVX512_BF16 or AMX), too."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,8 @@ class GPTConfig:
     )
     dtype: DType = experiment(
         "auto",
-        f"Data type of the computation; parameters are float32 whatever it is. {AUTO_DTYPE}",
+        f"Data type of the computation; parameters are float32 whatever it is. {AUTO_DTYPE}"
+        f"{AUTO_TO_TRAIN}",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = experiment(
         "float32", "Data type in which several devices add up their gradients."

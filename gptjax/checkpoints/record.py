@@ -119,9 +119,10 @@ def check_record(
     free = {*allow_change, *(BATCH if len({*sequences}) == 1 else ())}
     guarded = [name for name in changed if name in GUARDED and name not in free]
     if guarded:
+        flags = [f"--{name}={before[name]}" for name in guarded if name in COMPARED]
         raise UsageError(
-            f"the checkpoint has {'; '.join(map(show, guarded))}; keep what it had, or take "
-            f"--allow_change={','.join(guarded)}"
+            f"the checkpoint has {'; '.join(map(show, guarded))}; keep what it had"
+            f"{' by ' * bool(flags)}{' '.join(flags)}, or take --allow_change={','.join(guarded)}"
         )
     for name in changed:
         if name in ("data", "tokenizer"):

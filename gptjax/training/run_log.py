@@ -14,6 +14,7 @@ from gptjax import model, programs
 from gptjax.checkpoints.save import Saver
 from gptjax.errors import NonFiniteError, plural
 from gptjax.files import append_line
+from gptjax.precision import describe
 from gptjax.training import bad_steps, bands, feed, metrics
 from gptjax.training.plan import is_due
 from gptjax.training.start import TrainingRun
@@ -51,9 +52,9 @@ class RunLog:
         self.band = bands.find_band(config, data)
         self.where = ""  # the last validation loss, beside the band
         self.note(
-            f"{n_params:,} parameters, {cfg.dtype}, {cfg.attention} attention, on {n_devices} x "
-            f"{device}; {data.name}: {sum(map(len, data.train)):,} + {sum(map(len, data.val)):,} "
-            f"{data.tokenizer.kind} tokens; {tokens:,} per step"
+            f"{n_params:,} parameters, {describe(cfg)}, {cfg.attention} attention, on "
+            f"{n_devices} x {device}; {data.name}: {sum(map(len, data.train)):,} + "
+            f"{sum(map(len, data.val)):,} {data.tokenizer.kind} tokens; {tokens:,} per step"
         )
         if peak is None and jax.default_backend() != "cpu":
             self.note(f"mfu is not shown: the peak FLOP/s of {device} in {cfg.dtype} is unknown")

@@ -108,7 +108,7 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
         )
     config = dataclasses.replace(config, model=dataclasses.replace(cfg, vocab_size=n_vocab))
     if config.batch_size == 0:
-        resolved = dataclasses.replace(config, model=model.resolve(config.model))
+        resolved = dataclasses.replace(config, model=model.resolve(config.model, training=True))
         rows = step_rows(config, given)
         size, note = largest_batch(resolved, mesh, 0 if rows % n_devices else rows)
         console.note(note)
@@ -122,7 +122,7 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
         # What it was started from: a replay may have to start there again.
         started = load_config(run_dir / "config.json")
         stored = dataclasses.replace(stored, init_from=started.init_from)
-    config = dataclasses.replace(stored, model=model.resolve(stored.model))
+    config = dataclasses.replace(stored, model=model.resolve(stored.model, training=True))
     if "loss_scale" in given and config.loss_scale > 0 and config.model.dtype != "float16":
         raise UsageError(
             f"--loss_scale={config.loss_scale:g}: is for float16, but the computation is in "
