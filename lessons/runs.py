@@ -20,16 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "out" / "lessons"
 QUICK = os.environ.get("GPTJAX_LESSONS") == "quick"  # short runs, for a test that all cells run
 STEPS = 48 if QUICK else 1800  # of the run by the student's own code
-SHORT = 2 * STEPS // 3  # of those under Muon
+SHORT = 24 if QUICK else 1000  # of those under Muon
 COMPARED = STEPS // 12  # steps that train.py repeats under AdamW
 BPE = FOLDER / "bpe-1000"
 
 MODEL = ("--n_layer=3", "--n_head=4", "--n_embd=128", "--block_size=64", "--bias=True")
+FLOAT32 = "--dtype=float32"  # on every machine, for the numbers that the lesson quotes
 BATCHES = ("--batch_size=8", "--log_interval=1", "--sample_interval=0", "--checkpoint_interval=0")
 RATES = ("--learning_rate=3e-3", "--min_lr=1.5e-4")
 CHARACTERS = ("--dataset=auto", "--tokenizer=char")
 ADAMW = (
     *MODEL,
+    FLOAT32,
     *CHARACTERS,
     *BATCHES,
     *RATES,
@@ -38,6 +40,7 @@ ADAMW = (
 )
 MUON = (
     *MODEL,
+    FLOAT32,
     *BATCHES,
     *RATES,
     *("--optimizer=muon", f"--max_iters={SHORT}", f"--warmup_iters={SHORT // 12}"),
@@ -71,12 +74,9 @@ def program(*argv: str, shows: str = "") -> None:
         raise RuntimeError(f"{argv[0]} ended with {p.returncode}")
 
 
-def train(name: str = "muon", anew: bool = False) -> None:
-    """`python train.py` with the flags of a run; does nothing if it was done, unless `anew`."""
-    run, last = FOLDER / name, COMPARED if name == "adamw" else SHORT
-    if (run / "checkpoints" / str(last)).is_dir() and not anew:
-        print(f"{run.relative_to(ROOT)} is there already")
-        return
+def train(name: str = "muon") -> None:
+    """`python train.py` with the flags of a run, anew."""
+    run = FOLDER / name
     shutil.rmtree(run, ignore_errors=True)
     print("python train.py", *RUNS[name])
     every = rf"^step \d*{'0' if QUICK else '[05]00'}/"
@@ -104,7 +104,7 @@ def parameters(name: str) -> int:
 
 
 def sample(name: str, n_tokens: int = 400) -> str:
-    """A text by `python sample.py` from a run."""
-    argv = [f"--out_dir={FOLDER / name}", f"--max_new_tokens={n_tokens}", "--num_samples=1"]
-    command = [sys.executable, "sample.py", *argv, "--temperature=0.7", "--start=The "]
+    """Four texts by `python sample.py` from a run."""
+    argv = [f"--out_dir={FOLDER / name}", f"--max_new_tokens={n_tokens}", "--num_samples=4"]
+    command = [sys.executable, "sample.py", *argv, "--temperature=0.7", "--start=The ", FLOAT32]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
