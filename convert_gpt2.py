@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from gptjax import allocator, model, programs
 from gptjax.config import DEBUG
@@ -33,8 +33,8 @@ USAGE = """usage: {me} import SOURCE --out_dir=RUN
 SOURCE is a name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, ...),
 a folder of its format or of OpenAI's original one, weights beside a config.json, a checkpoint of
 nanoGPT, minGPT, makemore or build-nanogpt, a LoRA adapter, llm.c's .bin or a .gguf. RUN is a run
-folder, which train.py --init_from=RUN and sample.py --out_dir=RUN read. --help after a command
-lists its flags."""
+folder, which train.py --init_from=RUN and sample.py --out_dir=RUN read. For both, novels is a small
+model that comes with gptjax. --help after a command lists its flags."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,9 @@ class ExportConfig:
         section="Result",
     )
     out_dir: str = once("", "Folder to create.", path=True)
+    dtype: Literal["float32", "bfloat16"] = once(
+        "float32", "Type of the stored numbers; bfloat16, half as large and rounded, for hf only."
+    )
     checkpoint: str = once("best", CHECKPOINT)
     debug: bool = once(False, DEBUG)
 
@@ -123,7 +126,8 @@ def export_command(name: str, argv: list[str]) -> int:
     config = parse(ExportConfig, argv, "Export a run.", "export", "RUN")
     require(bool(config.out_dir), "out_dir", config.out_dir, "name the folder to create")
     allocator.return_freed_memory()
-    export_run(Path(name), config.to, Path(config.out_dir), config.checkpoint, print)
+    where = Path(config.out_dir)
+    export_run(Path(name), config.to, where, config.checkpoint, print, dtype=config.dtype)
     for path in sorted(path for path in Path(config.out_dir).rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>14,} {path}")
     return 0

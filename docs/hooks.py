@@ -1,5 +1,6 @@
-"""What `mkdocs build` adds to the folder: pages from elsewhere, the settings, and links between."""
+"""What `mkdocs build` adds: pages from elsewhere, the settings, the live model, and links."""
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ ELSEWHERE = {  # page of the site -> file of the repository
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
+LIVE = "live/model.bin"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
 
 
@@ -33,7 +35,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         ("settings/sample.md", "Settings of sample.py", SamplerConfig()),
     ):
         files.append(File.generated(config, page, content=settings_page(title, settings)))
+    if not files.get_file_from_path(LIVE):  # else a reader has put a model of his own there
+        files.append(File.generated(config, LIVE, content=live_model()))
     return files
+
+
+def live_model() -> bytes:
+    """Return the file of the model on the live page, as docs/live/export.py writes it."""
+    spec = importlib.util.spec_from_file_location("export", DOCS / "live" / "export.py")
+    assert spec is not None and spec.loader is not None
+    export = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(export)
+    return export.packed(export.load_model("novels"))
 
 
 def settings_page(title: str, config: Any) -> str:

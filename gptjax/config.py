@@ -190,7 +190,8 @@ class TrainConfig:
         "scratch",
         "scratch starts a new run, resume continues the one in out_dir, and auto resumes if there "
         "is one. Anything else names a model whose parameters a new run begins with: a run folder, "
-        "a model on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what convert_gpt2.py imports.",
+        "novels (a small model that comes with gptjax), a model on the Hugging Face Hub (gpt2, "
+        "gpt2-medium, ...) or what convert_gpt2.py imports.",
         path=True,
     )
     checkpoint_interval: int = run(250, "Steps between checkpoints; 0 = only at the end.")

@@ -16,6 +16,7 @@ class SamplerConfig:
     init_from: str = once(
         "resume",
         "resume takes the run in out_dir, scratch an untrained model of the preset, over bytes. "
+        "novels is a small model of English novels that comes with gptjax, and needs no network. "
         "Anything else names a model on the Hugging Face Hub (gpt2, gpt2-medium, ...) or what "
         "convert_gpt2.py imports.",
         path=True,

@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import convert_gpt2
 import sample
@@ -90,6 +92,19 @@ def test_export_and_import_give_the_same_bits(
     before = load_run(tmp_path / "run").config.model
     after = loaded.config.model
     assert (after.bias, after.padded_vocab_size) == (before.bias, before.padded_vocab_size)
+
+
+def test_bfloat16_rounds_what_is_stored(tmp_path: Path) -> None:
+    params = make_run(tmp_path / "run", ByteTokenizer(), n_embd=8)
+    convert.export_run(tmp_path / "run", "hf", tmp_path / "hf", dtype="bfloat16")
+    back, _ = convert.import_run(str(tmp_path / "hf"), tmp_path / "back", SourceConfig())
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert_same(back.params, rounded)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+    with pytest.raises(UsageError, match="--dtype=bfloat16: only --to=hf"):
+        convert.export_run(tmp_path / "run", "llmc", tmp_path / "llmc", dtype="bfloat16")
 
 
 def test_through_llmc(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_a_wheel_in_an_empty_folder(
     where = "import gptjax, sys; sys.stdout.write(gptjax.__file__)"
     assert shell(f"{sys.executable} -c {shlex.quote(where)}").startswith(str(installed))
     assert (installed / "gptjax" / "py.typed").is_file()
+    said = shell("gptjax sample --init_from=novels --start=She --max_new_tokens=5")
+    assert said.startswith("She")
     data = f"--dataset={folder}/corpus.txt"
     trained = shell(shlex.join(["gptjax", "train", *TINY_RUN, data, "--out_dir=it's out"]))
     script = run(environment, "train.py", *TINY_RUN, data, f"--out_dir={tmp_path}/script")

@@ -58,6 +58,8 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
         assert asked_from_elsewhere(page.read_text(encoding="utf-8")) == [], page
     for style in tmp_path.rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()\W*(?:https?:)?//", style.read_text()), style
+    live = {path.name: path.stat().st_size for path in (tmp_path / "live").iterdir()}
+    assert live["model.bin"] > 1_000_000 and sum(live.values()) <= 8_000_000
     index = json.loads((tmp_path / "search" / "search_index.json").read_text())
     assert any("KV cache" in entry["text"] for entry in index["docs"])
 

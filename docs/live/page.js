@@ -206,7 +206,7 @@ function typed() {
   }
 }
 
-at("text").value = "It was a dark night, and";
+at("text").value = "It was a dark night, and the old man looked at the door. He";
 at("text").oninput = typed;
 at("one").onclick = () => addToken(draw(chosen(), Math.random()));
 at("many").onclick = write;

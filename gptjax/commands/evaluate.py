@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 
 from gptjax import model
-from gptjax.checkpoints.run_folder import load_run
 from gptjax.commands.protocols import Result, Scorer, Settings, hellaswag, lambada, wikitext2
 from gptjax.config import AUTO_DTYPE, COMPILE_CACHE, DEBUG, DType
+from gptjax.conversion.sources import load_run_or_own
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
 from gptjax.scoring import score_texts
@@ -27,7 +27,7 @@ TASKS: dict[str, Callable[[Scorer, Tokenizer, str, Settings], Result]] = {
     "lambada": lambada,
     "hellaswag": hellaswag,
 }
-ABOUT = "Evaluate a model by a published protocol. The first word is its run folder."
+ABOUT = "Evaluate a model by a published protocol. The first word is its run folder, or novels."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
     run_dir, config = parse(argv)
     text, sha256 = read_file(Path(config.data))
     cli.use_compile_cache(config.compile_cache)
-    run = load_run(run_dir, config.checkpoint)
+    run = load_run_or_own(run_dir, config.checkpoint)
     # Any attention will do: what the run was trained with may not go with this dtype or machine.
     cfg = dataclasses.replace(run.config.model, dtype=config.dtype, dropout=0.0, attention="auto")
     cfg = model.resolve(cfg)

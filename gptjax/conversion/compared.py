@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.checkpoints.run_folder import load_run
 from gptjax.conversion.common_rows import common_rows, cut_reference
 from gptjax.conversion.reference import how_read, load_reference, write_random_model
 from gptjax.conversion.report import Compared
-from gptjax.conversion.sources import SourceConfig, open_source
+from gptjax.conversion.sources import SourceConfig, load_run_or_own, open_source
 from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.verify import check_sizes, verify
 from gptjax.files import file_sha256
@@ -30,7 +29,7 @@ def compare_run(
     """Compare the model of a run with a source, by transformers.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, or the name of a model that comes with gptjax.
         which: its step, as `load_run` takes it.
         against: the source, as `open_source` takes it.
         config: how to open the source.
@@ -43,7 +42,7 @@ def compare_run(
             different architectures.
     """
     source = open_to_compare(against, config)
-    run = load_run(Path(run_dir), which)
+    run = load_run_or_own(Path(run_dir), which)
     check_sizes(run.config.model, source, resized)
     ours = common_rows(run.config.model, run.params, source.cfg)
     reference = load_reference(source)

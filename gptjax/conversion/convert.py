@@ -1,12 +1,13 @@
 """From any format of GPT-2 to a run folder, and back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from gptjax.checkpoints.run_folder import Run, load_run
+from gptjax.checkpoints.run_folder import Run
 from gptjax.checkpoints.save import Saver, check_space
 from gptjax.checkpoints.steps import About
 from gptjax.config_file import to_json
@@ -14,9 +15,10 @@ from gptjax.conversion import gguf, huggingface, llmc, llmc_vocabulary, nanogpt_
 from gptjax.conversion.new_folder import new_folder, refuse_existing
 from gptjax.conversion.resize import resize
 from gptjax.conversion.source_tokenizer import write_tokenizer
-from gptjax.conversion.sources import SourceConfig, open_source, read_model
+from gptjax.conversion.sources import SourceConfig, load_run_or_own, open_source, read_model
 from gptjax.errors import OutputError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256
+from gptjax.settings import require
 from gptjax.tokenizer import HFTokenizer, save_tokenizer
 from gptjax.tokenizer_files import OWN_TOKENIZER
 from gptjax.tokens import CONFIG, published_ids
@@ -87,10 +89,10 @@ def import_run(
 # ---- Out -----------------------------------------------------------------------------------------
 
 
-def write_hf(folder: Path, run: Run) -> list[str]:
+def write_hf(folder: Path, run: Run, dtype: str = "float32") -> list[str]:
     """Write a folder for transformers, with its tokenizer's files, or gptjax's own file."""
     special = published_ids(run.tokenizer)[CONFIG]
-    huggingface.write_folder(folder, run.config.model, run.params, special)
+    huggingface.write_folder(folder, run.config.model, run.params, special, dtype)
     write_tokenizer(run.tokenizer, folder, run.config.model.block_size)
     if not (folder / OWN_TOKENIZER).is_file():
         return []
@@ -125,15 +127,18 @@ def export_run(
     out_dir: Path,
     which: str = "best",
     notify: Callable[[str], None] = lambda said: None,
+    *,
+    dtype: str = "float32",
 ) -> None:
     """Write a run's model in another format, whole or not at all.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, or the name of a model that comes with gptjax.
         to: a key of EXPORTS.
         out_dir: the folder to make.
         which: the step, as `load_run` takes it.
         notify: is told what the format cannot say of the run.
+        dtype: of the tensors, float32; for hf also bfloat16.
 
     Raises:
         UsageError: there is no such format or run, or the format cannot say what the model is.
@@ -142,10 +147,13 @@ def export_run(
     """
     if to not in EXPORTS:
         raise UsageError(f"--to={to}: must be one of {', '.join(EXPORTS)}")
+    rule = "only --to=hf can store it; leave the flag out"
+    require(dtype == "float32" or to == "hf", "dtype", dtype, rule)
     refuse_existing(out_dir)
-    run = load_run(run_dir, which)
+    run = load_run_or_own(run_dir, which)
+    write = functools.partial(write_hf, dtype=dtype) if to == "hf" else EXPORTS[to]
     with new_folder(out_dir) as temporary:
         check_space(temporary, run.params)
-        notes = EXPORTS[to](temporary, run)
+        notes = write(temporary, run)
     for said in notes:
         notify(said)

@@ -1,4 +1,4 @@
-"""Downloads of models from the Hugging Face Hub, by name."""
+"""Models by name: those that come with gptjax, and downloads from the Hugging Face Hub."""
 
 import logging
 import re
@@ -11,9 +11,11 @@ from pathlib import Path
 from gptjax.errors import DataError, Refusal, UsageError, first_line
 from gptjax.files import file_sha256, read_json
 from gptjax.hf_tokenizer import FILES
+from gptjax.settings import require
 from gptjax.tokenizer_files import OWN_TOKENIZER
 
 BESIDE = (OWN_TOKENIZER, *FILES)
+OWN = {"novels": Path(__file__).resolve().parent.parent / "models" / "novels"}  # come with gptjax
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # that a model may have there
 
 
@@ -34,19 +36,23 @@ def can_connect(endpoint: str) -> bool:
 
 
 def download_model(name: str, weights: Sequence[str], revision: str | None = None) -> Path:
-    """Return the folder of a model of the Hub, from huggingface_hub's cache or the network.
+    """Return the folder of a model by name: of OWN, huggingface_hub's cache or the network.
 
     The cache names a weight file by its sha256: one that has another is fetched again, once.
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and HF_TOKEN mean what they mean to that library.
 
     Args:
-        name: of the model, such as gpt2 or someone/gpt2.
+        name: of the model, such as novels, gpt2 or someone/gpt2.
         weights: names of weight files; the first that is there, whole or in shards, is taken.
         revision: a branch, tag or commit; None means main.
 
     Raises:
+        UsageError: a revision of a model of OWN, which has none.
         DataError: there is no such model, revision or file, or no way to get it.
     """
+    if name in OWN:
+        require(not revision, "revision", revision, f"{name} has none; leave the flag out")
+        return OWN[name]
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -116,11 +122,14 @@ def download_model(name: str, weights: Sequence[str], revision: str | None = Non
     except RevisionNotFoundError as error:
         raise DataError(f"{name} has no revision {revision} on the Hub") from error
     except RepositoryNotFoundError as error:
-        raise DataError(f"no file or folder {name}, and no such model on the Hub") from error
+        raise DataError(
+            f"no file or folder {name}, and no such model on the Hub; with gptjax comes "
+            f"{', '.join(OWN)}"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise DataError(
             f"cannot reach the Hub for {name}, which is not in the cache; copy the folder by other "
-            "means and give its path"
+            f"means and give its path. With gptjax comes {', '.join(OWN)}"
         ) from error
     except EntryNotFoundError as error:
         raise DataError(

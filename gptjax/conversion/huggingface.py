@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -142,12 +143,28 @@ def open_file(path: Path, allow_pickle: bool) -> Tensors:
 
 
 def write_folder(
-    folder: Path, cfg: GPTConfig, params: Params, special: Mapping[str, object] | None
+    folder: Path,
+    cfg: GPTConfig,
+    params: Params,
+    special: Mapping[str, object] | None,
+    dtype: str = "float32",
 ) -> None:
-    """Write config.json and model.safetensors, in float32, as transformers reads them."""
-    text = json.dumps(format_config(cfg, special), indent=2) + "\n"
-    (folder / "config.json").write_text(text)
-    tensors = {stored_name(name): array for name, array in named_tensors(cfg, params)}
+    """Write config.json and model.safetensors as transformers reads them.
+
+    Args:
+        folder: where; it is there already.
+        cfg: the model.
+        params: its parameters.
+        special: the special ids, by their names in config.json.
+        dtype: of the stored tensors, float32 or bfloat16, to which numbers are rounded.
+
+    Raises:
+        DiskError: the weights cannot be written.
+    """
+    fields = format_config(cfg, special) | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    named, stored = named_tensors(cfg, params), jnp.dtype(dtype)
+    tensors = {stored_name(name): array.astype(stored, copy=False) for name, array in named}
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # its word for whatever the disk said

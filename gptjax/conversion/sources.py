@@ -104,7 +104,7 @@ def load_model(
     """Return a model for use, from a run folder or any format that `open_source` reads.
 
     Args:
-        name: the path of a folder or file, or a name on the Hub.
+        name: the path of a folder or file, or the name of a model (see `hub.download_model`).
         config: how to open a model that is not a run folder.
         which: the step of a run folder, as `load_run` takes it.
         opened: is told the model and the tokenizer, before the parameters are read.
@@ -125,6 +125,17 @@ def load_model(
         raise type(error)(
             f"{error.reason}; import it by {command} ({error.note}), then take --init_from=RUN"
         ) from error
+
+
+def load_run_or_own(run_dir: Path, which: str = "best") -> Run:
+    """Return the model of a run folder; or, if there is none, of that name in `hub.OWN`.
+
+    Raises:
+        UsageError, DataError, CheckpointError: as of `load_run`.
+    """
+    name = str(run_dir)
+    own = name in hub.OWN and not run_dir.exists()
+    return load_model(name) if own else load_run(run_dir, which)
 
 
 def read_model(
@@ -152,7 +163,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
     Of the tensors, only those are read that decide what the model is: masks, wte beside a head.
 
     Args:
-        name: a folder or file in one of the formats, or a name on the Hub.
+        name: a folder or file in one of the formats, or a name of `hub.download_model`.
         config: how to open it.
 
     Raises:
@@ -162,7 +173,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
     path = Path(name)
     if not (path.is_file() or path.is_dir()):
         if path.suffix in WEIGHT_SUFFIXES or not hub.NAME.fullmatch(name):
-            raise UsageError(f"no file or folder {name}")
+            raise UsageError(f"no file or folder {name}; with gptjax comes {', '.join(hub.OWN)}")
         weights = huggingface.WEIGHTS[: 2 if config.allow_pickle else 1]
         path = hub.download_model(name, weights, config.revision or None)
     adapter = (path / huggingface.ADAPTER).is_file() or path.name in lora.FILES
