@@ -14,6 +14,7 @@ from gptjax.checkpoints.record import available_cpus
 from gptjax.checkpoints.run_folder import Opened, load_run
 from gptjax.config import GPTConfig
 from gptjax.conversion import sources
+from gptjax.drafts import Draft
 from gptjax.errors import DataError, UsageError, plural
 from gptjax.presets import PRESETS
 from gptjax.sampler_config import SamplerConfig, refuse_contradictions
@@ -22,7 +23,7 @@ from gptjax.terminal import cli, flags
 from gptjax.terminal.output import note
 from gptjax.terminal.prompts import default_start, encode_prompt, read_prompts, read_start
 from gptjax.terminal.samples import Sample, draw, to_json, to_text, write
-from gptjax.tokenizer import ByteTokenizer, Tokenizer
+from gptjax.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 
 CORES = 4  # below, threads that compile take from the one that reads what it needs
 
@@ -60,7 +61,7 @@ def compile_first(
     tokenizer: Tokenizer,
 ) -> first_text.Programs:
     """Begin to compile what the first samples call."""
-    if config.beams > 1 or config.max_new_tokens < 1:
+    if config.beams > 1 or config.draft or config.max_new_tokens < 1:
         return []
     cfg, texts = resolve(config, cfg), starts or [default_start(tokenizer)]
     ids = [encode_prompt(text, tokenizer, config.allow_special) for text in texts]
@@ -76,12 +77,29 @@ def compile_first(
     )
 
 
+def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> Draft | None:
+    """Return who drafts for the model; UsageError if what it drafts is no text of the model."""
+    if not config.draft or config.draft == "ngram":
+        return Draft(config.draft_tokens) if config.draft else None
+    run = sources.load_model(config.draft)
+    cfg_d = resolve(config, run.config.model)
+    same = (
+        fingerprint(run.tokenizer) == fingerprint(tokenizer) and cfg_d.vocab_size == cfg.vocab_size
+    )
+    rule = "its tokenizer is not the model's; take a model with the same, or --draft=ngram"
+    require(same, "draft", config.draft, rule)
+    rule = f"its context of {cfg_d.block_size} tokens is shorter than the model's {cfg.block_size}"
+    require(cfg_d.block_size >= cfg.block_size, "draft", config.draft, rule)
+    return Draft(config.draft_tokens, cfg_d, model.prepare_for_decoding(cfg_d, run.params))
+
+
 def write_samples(
     config: SamplerConfig,
     cfg: GPTConfig,
     params: model.Params,
     tokenizer: Tokenizer,
     begun: list[Future[first_text.Programs]],
+    draft: Draft | None,
     texts: list[str],
 ) -> None:
     """Print the samples of these prompts: a single one as it comes, several one by one.
@@ -108,7 +126,7 @@ def write_samples(
     size = config.batch_size if config.beams == 1 else 1
     for batch in (samples[i : i + size] for i in range(0, len(samples), size)):
         with cli.delay_interrupt() as interrupted:
-            for piece in draw(config, cfg, params, batch, interrupted):
+            for piece in draw(config, cfg, params, batch, interrupted, draft):
                 for i, sample in enumerate(batch):
                     scores = jax.tree.map(lambda x, i=i: x[i], piece.scores)
                     text = sample.feed(piece.ids[i].tolist(), scores)
@@ -123,6 +141,9 @@ def write_samples(
             rest = sample.finish()
             several = to_json(sample) if config.json else to_text(sample, not config.no_echo)
             write(f"{rest}\n" if alone else several, config.raw)
+        if drafted := sum(sample.drafted or 0 for sample in batch):
+            share = sum(sample.right for sample in batch) / drafted
+            note(f"note: {share:.0%} of {drafted} drafted tokens were right")
 
 
 def converse(config: SamplerConfig, sample: Callable[[list[str]], None]) -> int:
@@ -164,9 +185,10 @@ def main(argv: list[str]) -> int:
         cfg = resolve(config, cfg)
         first_text.wait(begun, 2)
         params = model.prepare_for_decoding(cfg, jax.device_put(params, jax.devices()[0]))
+        draft = load_draft(config, cfg, tokenizer)
         for i in config.stop_id:
             require(0 <= i < cfg.vocab_size, "stop_id", i, f"must be 0 to {cfg.vocab_size - 1}")
-        sample = functools.partial(write_samples, config, cfg, params, tokenizer, begun)
+        sample = functools.partial(write_samples, config, cfg, params, tokenizer, begun, draft)
         if config.interactive:
             return converse(config, sample)
         sample(starts or [default_start(tokenizer)])

@@ -82,6 +82,28 @@ def remember(history: History, token_B: Array) -> History:
     return History(seen_BV, counts_BV, tokens_BS, length_B)
 
 
+def remember_each(history: History | None, tokens_BT: Array) -> History | None:
+    """Return the histories before and after each of T tokens, in arrays (T + 1, B, ...)."""
+    if history is None:
+        return None
+
+    def step(history: History, token_B: Array) -> tuple[History, History]:
+        history = remember(history, token_B)
+        return history, history
+
+    _, later = jax.lax.scan(step, history, tokens_BT.T)
+    return jax.tree.map(lambda x, later: jnp.concatenate([x[None], later]), history, later)
+
+
+def remember_first(history: History | None, tokens_BT: Array, count_B: Array) -> History | None:
+    """Return the history with the first count_B[b] tokens of row b."""
+    if history is None:
+        return None
+
+    each = remember_each(history, tokens_BT)
+    return jax.tree.map(lambda x: x[count_B, jnp.arange(len(count_B))], each)
+
+
 # ---- Penalties, for what the text already holds --------------------------------------------------
 
 

@@ -60,12 +60,23 @@ class SamplerConfig:
     length_penalty: float = once(
         1.0, "Compare beams by their log-probability divided by their length to this power."
     )
+    draft: str = once(
+        "",
+        "Draw faster, and the same text, with drafts that the model checks several tokens at a "
+        "time. ngram drafts what followed the same words in prompt and text; anything else names a "
+        "small model of the same tokenizer, as --init_from does, or a run folder. A prompt or text "
+        "that repeats itself, and a large model, gain most.",
+        section="Speculative decoding",
+        path=True,
+    )
+    draft_tokens: int = once(4, "Number of tokens to draft at a time.")
     json: bool = once(
         False,
         "Print a line of JSON for each sample: prompt, prompt_ids, sample (its number), ids, text, "
-        "logprobs, ended (by eot, stop, stop_id or length), ended_by (which string or id), and "
-        "score with beams. ids hold each token drawn, also the one that ended the sample, and "
-        "logprobs are theirs by the model itself, before the temperature and all filters.",
+        "logprobs, ended (by eot, stop, stop_id or length), ended_by (which string or id), score "
+        "with beams, and with a draft how many tokens were drafted and how many of them were "
+        "right. ids hold each token drawn, also the one that ended the sample, and logprobs are "
+        "theirs by the model itself, before the temperature and all filters.",
         section="Output",
     )
     logprobs: int = once(
@@ -88,6 +99,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         require_range(self, "num_samples batch_size", 1)
         require_range(self, "beams", 1, 1000)
+        require_range(self, "draft_tokens", 1, 64)
         require_range(self, "length_penalty", -100, 100)
         require_range(self, "max_new_tokens logprobs", 0)
         require_range(self, "seed", 0, 2**32 - 1)
@@ -97,7 +109,7 @@ class SamplerConfig:
 CONTRADICTIONS = {
     "interactive": ("json", "prompts", "start"),
     "prompts": ("start",),
-    "beams": ("temperature", "top_k", "top_p", "min_p", "num_samples"),
+    "beams": ("temperature", "top_k", "top_p", "min_p", "num_samples", "draft"),
 }
 
 
@@ -113,6 +125,7 @@ def refuse_contradictions(config: SamplerConfig, given: Mapping[str, object]) ->
             require(not both, flag, values[flag], rule)
     rule = "standard input can be read once only; leave one of them out"
     require(config.start.count("-") < 2, "start", values["start"], rule)
-    for flag, needed in (("logprobs", "json"), ("length_penalty", "beams")):
+    needs = {"logprobs": "json", "length_penalty": "beams", "draft_tokens": "draft"}
+    for flag, needed in needs.items():
         rule = f"has an effect only with --{needed}; add it, or leave --{flag} out"
         require(flag not in on or needed in on, flag, values[flag], rule)

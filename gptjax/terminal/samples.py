@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from gptjax import beam_search, sampling
+from gptjax import beam_search, sampling, speculative
 from gptjax.config import GPTConfig
 from gptjax.decoding import Scores
+from gptjax.drafts import Draft
 from gptjax.errors import plural
 from gptjax.model import Params
 from gptjax.sampler_config import SamplerConfig
@@ -32,6 +33,8 @@ class Sample:
     ids: list[int] = dataclasses.field(default_factory=list)  # with the one that ended it
     scores: list[Scores] = dataclasses.field(default_factory=list)  # of each id, where asked for
     score: float | None = None  # of beam search
+    drafted: int | None = None  # tokens of it that were drafted, where any were
+    right: int = 0  # of these
     text: str = ""  # all that may be shown so far
     held: str = ""  # the end of the text, which a stop string might begin in
     ended: str = ""  # by "eot", "stop", "stop_id" or "length"
@@ -90,10 +93,29 @@ def draw(
     params: Params,
     samples: list[Sample],
     stopped: Sequence[object],
+    draft: Draft | None = None,
 ) -> Iterator[sampling.Piece]:
     """Yield the next tokens of some samples: as they are drawn, or all that beam search found."""
     prompts, ends = [sample.prompt_ids for sample in samples], list(samples[0].ends)
     n_likeliest = min(config.logprobs, cfg.vocab_size) if config.json else None
+    if draft is not None:
+        tally = speculative.Tally(len(samples))
+        for piece in speculative.generate_pieces(
+            cfg,
+            params,
+            prompts,
+            config.sample,
+            draft=draft,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            samples=[sample.number for sample in samples],
+            n_likeliest=n_likeliest,
+            tally=tally,
+        ):
+            for sample, *counts in zip(samples, tally.drafted, tally.right, strict=True):
+                sample.drafted, sample.right = map(int, counts)
+            yield piece
+        return
     if config.beams == 1:
         yield from sampling.generate_pieces(
             cfg,
@@ -150,6 +172,8 @@ def to_json(sample: Sample) -> str:
     }
     if sample.score is not None:
         fields["score"] = number(sample.score)
+    if sample.drafted is not None:
+        fields |= {"drafted": sample.drafted, "right": sample.right}
     likeliest = [
         [
             {"id": int(i), "text": decode(sample.tokenizer, [int(i)]), "logprob": number(logprob)}

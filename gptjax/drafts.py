@@ -1,0 +1,101 @@
+"""Cheap guesses at the next tokens of a text, which `speculative` lets the model check.
+
+B batch, K tokens drafted at a time, S tokens of a text (padded), V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.decoding import sample_token
+from gptjax.filters import History, remember
+from gptjax.kv_cache import KVCache
+from gptjax.model import Params, next_logits
+
+NGRAM = 3  # most tokens at a text's end that are looked for in the text before
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["n_tokens", "cfg"]
+)
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Who guesses, and how much at a time."""
+
+    n_tokens: int
+    cfg: GPTConfig | None = None  # of a small model, without "auto"; None looks into the text
+    params: Params | None = None  # of the small model, from `prepare_for_decoding`
+
+
+def look_up(text_BS: Array, length_B: Array, n_tokens: int) -> Array:
+    """Return what followed the last place where a row's text ended as it does now, (B, n_tokens).
+
+    The place is the one with the most equal tokens before it, up to NGRAM, of these the last; where
+    the text ends sooner, it is taken to repeat itself.
+    """
+    S = text_BS.shape[1]
+    index_1S = jnp.arange(S)[None]
+    matched_BS = jnp.zeros(text_BS.shape, jnp.int32)
+    same_BS = (index_1S > 0) & (index_1S < length_B[:, None])
+    for j in range(1, NGRAM + 1):
+        last_B1 = jnp.take_along_axis(text_BS, length_B[:, None] - j, axis=1, mode="clip")
+        same_BS &= (index_1S >= j) & (jnp.roll(text_BS, j, axis=1) == last_B1)
+        matched_BS += same_BS
+    inside_BS = index_1S < length_B[:, None]
+    place_B1 = jnp.argmax(jnp.where(inside_BS, matched_BS * S + index_1S, 0), axis=1)[:, None]
+    index_BK = place_B1 + jnp.arange(n_tokens)[None] % (length_B[:, None] - place_B1)
+    return jnp.take_along_axis(text_BS, index_BK, axis=1)
+
+
+def draft_by_model(
+    cfg: GPTConfig,
+    how: SampleConfig,
+    params: Params,
+    text_BS: Array,
+    length_B: Array,
+    cache: KVCache,
+    keys_KB: Array,
+    history: History | None,
+    n_columns: int,
+) -> tuple[Array, KVCache]:
+    """Return a small model's next tokens of each row (B, K), and its cache.
+
+    Args:
+        cfg: the small model, without "auto".
+        how: temperature and filters, the same as the large model's.
+        params: from `prepare_for_decoding`.
+        text_BS: the text so far, padded on the right.
+        length_B: its length. The last two tokens are read first: where all of the last draft was
+            kept, both are new to the cache.
+        cache: holds all tokens before these two.
+        keys_KB: the keys with which the large model will draw.
+        history: what the filters remember of each row; None where they need nothing.
+        n_columns: columns of the large model's logits, which may be padded otherwise.
+    """
+    start_B = jnp.maximum(length_B - 2, 0)
+    newest_B2 = jnp.take_along_axis(text_BS, start_B[:, None] + jnp.arange(2)[None], axis=1)
+    cache = cache._replace(length_B=start_B)
+
+    def pick(logits_BV: Array, keys_B: Array, history: History | None) -> Array:
+        wider = max(0, n_columns - logits_BV.shape[1])
+        logits_BV = jnp.pad(logits_BV, ((0, 0), (0, wider)), constant_values=-jnp.inf)
+        return sample_token(logits_BV[:, :n_columns], keys_B, history, how)
+
+    logits_BV, cache = next_logits(cfg, params, newest_B2, cache, jnp.minimum(length_B, 2))
+    token_B = pick(logits_BV, keys_KB[0], history)
+
+    def step(carry: Any, keys_B: Array) -> tuple[Any, Array]:
+        cache, history, token_B = carry
+        history = None if history is None else remember(history, token_B)
+        logits_BV, cache = next_logits(cfg, params, token_B[:, None], cache)
+        token_B = pick(logits_BV, keys_B, history)
+        return (cache, history, token_B), token_B
+
+    carry: Any = (cache, history, token_B)
+    (cache, *_), later_KB = jax.lax.scan(step, carry, keys_KB[1:])
+    return jnp.concatenate([token_B[None], later_KB]).T, cache
