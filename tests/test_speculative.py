@@ -227,7 +227,9 @@ def runs(monkeypatch: pytest.MonkeyPatch, restore_process: None) -> None:
         "chars": run(small, CharTokenizer("ab")),
     }
     params = scaled_params(large, jax.random.key(4))
-    monkeypatch.setattr(sample, "load_model", lambda config, opened: (large, params, ByteTokenizer()))
+    monkeypatch.setattr(
+        sample, "load_model", lambda config, opened: (large, params, ByteTokenizer())
+    )
     monkeypatch.setattr(sample.sources, "load_model", found.__getitem__)
 
 
