@@ -132,7 +132,7 @@ def write_samples(
                     text = sample.feed(piece.ids[i].tolist(), scores)
                     if alone:
                         write(text, config.raw)
-                first_text.wait(begun, 3)
+                first_text.wait(begun)
                 if interrupted or all(sample.ended for sample in batch):
                     break
         if interrupted:
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> int:
 
         cfg, params, tokenizer = load_model(config, opened)
         cfg = resolve(config, cfg)
-        first_text.wait(begun, 2)
+        first_text.wait(begun, first_text.FIRST)
         params = model.prepare_for_decoding(cfg, jax.device_put(params, jax.devices()[0]))
         draft = load_draft(config, cfg, tokenizer)
         for i in config.stop_id:

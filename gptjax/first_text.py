@@ -15,6 +15,7 @@ from gptjax.filters import make_history
 from gptjax.sharding import PyTree, abstract_tree
 
 Programs = list[Future[Any]]
+FIRST = 3  # programs without which there is no text
 
 
 def compile_programs(
@@ -41,8 +42,8 @@ def compile_programs(
         n_likeliest: likeliest tokens to score beside each; None = score nothing.
 
     Returns:
-        The programs in the order in which they are needed: to prepare, for the first token of each
-        row, and for the next ones, if there are any.
+        The programs in the order in which they are needed: to prepare, FIRST in all for the first
+        token of each row, and one for the next, if there are any.
     """
 
     def on_device(tree: PyTree) -> PyTree:
@@ -53,14 +54,15 @@ def compile_programs(
     left = min(max_new_tokens, cfg.block_size - longest + 1)
     size = sampling.first_size(rows, longest, left, cfg.block_size)
     tokens_BT = np.zeros((rows, sampling.bucket(longest, size)), np.int32)
-    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    keys = sampling.row_keys.lower(*sampling.key_parts(0, [0] * rows, prompts))
+    keys_B = keys.out_info
     length_B, n_drawn = np.ones(rows, np.int32), np.int32(0)
     most = sampling.bucket(longest + cfg.block_size)
     history = make_history(how, cfg.padded_vocab_size, prompts, [[]] * rows, most)
     read = (tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest)
 
     prepare = model.prepare_for_decoding.lower(cfg, on_device(model.param_shapes(cfg)))
-    programs: Programs = [pool.submit(prepare.compile)]
+    programs: Programs = [pool.submit(prepare.compile), pool.submit(keys.compile)]
     params = on_device(prepare.out_info)
     prefill = decoding.prefill.lower(cfg, how, size, params, *read)
     programs.append(pool.submit(prefill.compile))
@@ -71,8 +73,8 @@ def compile_programs(
     return programs
 
 
-def wait(begun: list[Future[Programs]], count: int) -> None:
-    """Return when the first `count` programs that were begun are compiled.
+def wait(begun: list[Future[Programs]], count: int | None = None) -> None:
+    """Return when the first `count` programs that were begun are compiled, or all of them.
 
     One that failed is compiled again, and fails again, when it is called.
     """

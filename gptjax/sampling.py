@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -137,9 +136,7 @@ def generate_pieces(
     limit = cfg.block_size
     contexts = [list(prompt) for prompt in prompts]
     samples = samples if samples is not None else [0] * len(prompts)
-    keys_B = jnp.stack(
-        [row_key(seed, i, prompt) for i, prompt in zip(samples, prompts, strict=True)]
-    )
+    keys_B = row_keys(*key_parts(seed, samples, prompts))
     drawn: list[list[int]] = [[] for _ in prompts]
     while len(drawn[0]) < max_new_tokens:
         contexts = [cut(context, limit) for context in contexts]
@@ -231,10 +228,25 @@ def first_rows(x_nB: Array, count: int) -> np.ndarray:
     return np.asarray(x_nB)[:count].swapaxes(0, 1)
 
 
+def key_parts(
+    seed: int, samples: Sequence[int], prompts: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what the random keys of rows are made of, and nothing but that: see `row_keys`."""
+    prompt_B = [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts]
+    return np.asarray(seed, np.uint32), np.array(samples, np.int32), np.array(prompt_B, np.uint32)
+
+
+@jax.jit
+def row_keys(seed: Array, sample_B: Array, prompt_B: Array) -> Array:
+    """Return a random key for each row (B,): of the seed, the number of its sample, its prompt."""
+    key = jax.random.key(seed)
+    fold = jax.vmap(lambda i, prompt: jax.random.fold_in(jax.random.fold_in(key, i), prompt))
+    return fold(sample_B, prompt_B)
+
+
 def row_key(seed: int, sample: int, prompt: Sequence[int]) -> Array:
-    """Return the random key of a row, made of nothing but these arguments."""
-    key = jax.random.fold_in(jax.random.key(seed), sample)
-    return jax.random.fold_in(key, zlib.crc32(np.asarray(prompt, np.int32).tobytes()))
+    """Return the random key of a row."""
+    return row_keys(*key_parts(seed, [sample], [prompt]))[0]
 
 
 def cut(context: list[int], limit: int) -> list[int]:

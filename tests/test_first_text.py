@@ -28,7 +28,7 @@ def compiled_by_calls(
     (device, *_) = jax.devices()
     with ThreadPoolExecutor() as pool:
         programs = first_text.compile_programs(pool, cfg, device, ahead, HOW, max_new_tokens=30)
-        assert len([program.result() for program in programs]) == 3
+        assert len([program.result() for program in programs]) == 4
     params = jax.device_put(scaled_params(cfg, jax.random.key(0)), device)
     caplog.set_level(logging.WARNING)
     caplog.clear()
@@ -37,7 +37,7 @@ def compiled_by_calls(
         for _ in sampling.generate(cfg, decoder, called, HOW, max_new_tokens=30):
             pass
     lines = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
-    names = ("prepare_for_decoding", "prefill", "decode")
+    names = ("prepare_for_decoding", "row_keys", "prefill", "decode")
     return {name for name in names if any(f"jit({name})" in line for line in lines)}
 
 
@@ -48,7 +48,7 @@ def test_the_sampler_calls_what_was_compiled(caplog: pytest.LogCaptureFixture) -
 
 def test_compiled_ahead_gate_turns_red(caplog: pytest.LogCaptureFixture) -> None:
     """The mistake: programs of another number of rows."""
-    assert compiled_by_calls(caplog, 28, [[3]], [[3], [5]]) == {"prefill", "decode"}
+    assert compiled_by_calls(caplog, 28, [[3]], [[3], [5]]) == {"row_keys", "prefill", "decode"}
 
 
 @pytest.fixture

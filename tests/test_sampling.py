@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -80,6 +81,17 @@ def test_seed_and_number_make_the_sample() -> None:
     assert first[1] == text([PROMPT], how, n=20, seed=1, samples=[1])[0]
     assert len({tuple(row) for row in first}) == 3
     assert first[0] != text([PROMPT], how, n=20, seed=2)[0]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_the_keys_of_rows_are_folded_one_by_one(seed: int) -> None:
+    prompts, samples = [[1], PROMPT], [3, 0]
+    keys = sampling.row_keys(*sampling.key_parts(seed, samples, prompts))
+    for key, prompt, number in zip(keys, prompts, samples, strict=True):
+        plain = jax.random.fold_in(jax.random.key(seed), number)
+        plain = jax.random.fold_in(plain, zlib.crc32(np.array(prompt, np.int32).tobytes()))
+        assert (jax.random.key_data(key) == jax.random.key_data(plain)).all()
+        assert (key == sampling.row_key(seed, number, prompt)).all()
 
 
 def test_a_penalty_holds_for_prompt_and_text() -> None:

@@ -1,0 +1,187 @@
+"""Decoding, gptjax against transformers: `python -m benchmarks.decode`.
+
+Greedy, random weights, of GPT-2 124M on a GPU and of 6 layers, 384 wide, on a CPU. Before anything
+is timed, the tokens of the cached decoder are compared with those of the model without a cache. The
+roofline is the time in which the device can read the weights and the caches once, at the bandwidth
+of a copy that is measured first. `--quick` has one round of fewer tokens, `--peer` transformers
+(with a static cache and torch.compile on a GPU), with the same weights and prompts.
+
+B rows, T time.
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import allocator, decoding, model, sampling
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.conversion import huggingface
+from gptjax.kv_cache import make_cache
+from gptjax.presets import PRESETS
+
+GREEDY = SampleConfig(temperature=0)
+
+
+def fastest(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest of some calls that end when their result is there; one compiles."""
+    run()
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def bandwidth(rounds: int) -> float:
+    """Bytes per second that a copy reads and writes."""
+    x = jnp.ones((64 if jax.default_backend() == "cpu" else 1024) * 2**20 // 4)
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / fastest(lambda: copy(x).block_until_ready(), rounds)
+
+
+def make_prompts(cfg: GPTConfig, rows: int) -> list[list[int]]:
+    """Eight tokens of each row."""
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, 8))
+    return [[int(i) for i in row] for row in tokens]
+
+
+def draw(cfg: GPTConfig, decoder: model.Params, rows: int, n: int) -> tuple[np.ndarray, float]:
+    """The next n tokens of each row, and the seconds until the first of them."""
+    began, first, pieces = time.perf_counter(), 0.0, []
+    prompts = make_prompts(cfg, rows)
+    for piece in sampling.generate(cfg, decoder, prompts, GREEDY, max_new_tokens=n):
+        first = first or time.perf_counter() - began
+        pieces.append(piece)
+    return np.concatenate(pieces, axis=1), first
+
+
+def check(cfg: GPTConfig, params: model.Params, decoder: model.Params, n: int) -> str:
+    """Compare the tokens of two rows with the likeliest ones of one pass over their whole texts.
+
+    They may differ where two logits are as good as equal: such a token's logit must be within 2 %
+    of the largest one's size.
+    """
+    new, _ = draw(cfg, decoder, 2, n)
+    text = np.concatenate([np.array(make_prompts(cfg, 2)), new], axis=1)
+    logits = jax.jit(model.forward, static_argnums=0)(cfg, params, text[:, :-1])[0][:, 7:]
+    chosen = np.take_along_axis(np.asarray(logits), new[..., None], axis=-1)[..., 0]
+    best = np.asarray(logits.max(axis=-1))
+    different = int(np.sum(chosen < best))
+    assert np.all(chosen >= best - 0.02 * np.abs(best)), "the cached decoder says something else"
+    return f"of {new.size} greedy tokens {different} differ from those without a cache"
+
+
+def time_step(cfg: GPTConfig, decoder: model.Params, rows: int, size: int, rounds: int) -> float:
+    """Seconds of a token of all rows, with a full cache of this size."""
+    n, keys = sampling.chunk_size(), jax.random.split(jax.random.key(0), rows)
+    prompts = np.zeros((rows, 64), np.int32)
+    lengths = np.full(rows, 64, np.int32)
+    start = decoding.prefill(cfg, GREEDY, 128, decoder, prompts, lengths, keys, np.int32(0), None)
+    state = start._replace(cache=make_cache(cfg, rows, size), token_B=start.token_B)
+    length_B = jnp.full(rows, max(size - n, 0))
+
+    def run() -> None:
+        nonlocal state
+        cache = state.cache._replace(length_B=length_B + 0)  # decode donates it
+        state, new, _ = decoding.decode(cfg, GREEDY, n, decoder, state._replace(cache=cache), keys)
+        new.block_until_ready()
+
+    return fastest(run, rounds) / n
+
+
+def time_prefill(cfg: GPTConfig, decoder: model.Params, rows: int, T: int, rounds: int) -> float:
+    """Seconds to read prompts of T tokens."""
+    keys, length = jax.random.split(jax.random.key(0), rows), np.full(rows, T, np.int32)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, T), dtype=np.int32)
+    read = (tokens, length, keys, np.int32(0), None)
+    return fastest(
+        lambda: decoding.prefill(cfg, GREEDY, T, decoder, *read).token_B.block_until_ready(), rounds
+    )
+
+
+def time_peer(cfg: GPTConfig, params: model.Params, rows: int, n: int, rounds: int) -> float:
+    """Seconds in which transformers draws n tokens of each row, with the same weights."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    gpu = jax.default_backend() == "gpu"
+    with tempfile.TemporaryDirectory() as folder:
+        huggingface.write_folder(Path(folder), cfg, jax.device_get(params), None)
+        twin = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16 if gpu else None)
+    twin = twin.eval().to("cuda" if gpu else "cpu")
+    prompts = torch.tensor(make_prompts(cfg, rows), device=twin.device)
+    how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if gpu:
+        how["cache_implementation"] = "static"  # with it, generate compiles the forward pass
+
+    def run() -> None:
+        twin.generate(prompts, max_new_tokens=n, min_new_tokens=n, **how).cpu()
+
+    with torch.no_grad():
+        return fastest(run, rounds)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=[])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peer", action="store_true")
+    args = parser.parse_args()
+    allocator.keep_freed_memory()
+    cpu = jax.default_backend() == "cpu"
+    small = dataclasses.replace(PRESETS["shakespeare_char"].model, vocab_size=65, dropout=0.0)
+    cfg = model.resolve(small if cpu else GPTConfig())
+    n, rounds = (40 if args.quick else 200 if cpu else 500), (1 if args.quick else 4)
+    all_rows = args.rows or ([1] if cpu else [1, 64] if args.quick else [1, 8, 64, 256])
+    contexts = args.contexts or [c for c in (128, 256, 512, 1024) if c <= cfg.block_size]
+    contexts = contexts[-1:] if args.quick else contexts
+    params = jax.jit(model.init_params, static_argnums=0)(cfg, jax.random.key(0))
+    params["h"] = jax.tree.map(lambda p: 4 * p, params["h"])  # else one token is said for ever
+    decoder = model.prepare_for_decoding(cfg, params)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+    rate = bandwidth(rounds)
+    device = jax.devices()[0].device_kind
+    print(f"{os.cpu_count()} cores, {device}, {cfg.dtype}, jax {version('jax')}")
+    print(f"a copy: {rate / 1e9:.0f} GB/s; weights: {weights / 1e6:.0f} MB")
+    print(f"{check(cfg, params, decoder, n)}\n", flush=True)
+
+    print(f"| rows | ms to the first token | tokens/s of {n} tokens | transformers |")
+    print("|---|---|---|---|", flush=True)
+    for rows in all_rows:
+        seconds = fastest(lambda rows=rows: draw(cfg, decoder, rows, n), rounds)  # type: ignore[misc]
+        _, first = draw(cfg, decoder, rows, n)
+        theirs = "-"
+        if args.peer:
+            theirs = f"{rows * n / time_peer(cfg, params, rows, n, rounds):,.0f}"
+        print(f"| {rows} | {1e3 * first:.1f} | {rows * n / seconds:,.0f} | {theirs} |", flush=True)
+
+    print("\n| rows | context | ms to read it | ms a token | tokens/s | of the roofline |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for rows in all_rows:
+        for context in contexts:
+            step = time_step(cfg, decoder, rows, context, rounds)
+            read = time_prefill(cfg, decoder, rows, context, rounds) if rows <= 64 else float("nan")
+            caches = 2 * cfg.n_layer * rows * context * cfg.n_embd * jnp.dtype(cfg.dtype).itemsize
+            share = (weights + caches) / rate / step
+            print(
+                f"| {rows} | {context} | {1e3 * read:.1f} | {1e3 * step:.3f} | {rows / step:,.0f} "
+                f"| {share:.0%} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
