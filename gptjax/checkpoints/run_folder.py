@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax.checkpoints.restore import restore_params
-from gptjax.checkpoints.steps import best_step, require_steps
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.config_file import load_config
 from gptjax.errors import UsageError
@@ -43,6 +41,10 @@ def load_run(run_dir: Path, which: str = "best", opened: Opened = lambda *known:
         UsageError: the folder is not a run's, or has no such step.
         CheckpointError, DataError: what it holds cannot be read.
     """
+    # Orbax takes a fifth of the time in which sample.py is imported: only who reads a run waits.
+    from gptjax.checkpoints.restore import restore_params
+    from gptjax.checkpoints.steps import best_step, require_steps
+
     if not (run_dir / "config.json").is_file():
         raise UsageError(f"{run_dir} is not a run folder: it has no config.json")
     config = load_config(run_dir / "config.json")
