@@ -513,11 +513,14 @@ def check_against_torch(cfg: GPTConfig) -> None:
         assert max_difference(ours, theirs) <= 1e-5 * np.abs(theirs).max(), path
 
 
-@pytest.mark.skipif(
+on_gpu = pytest.mark.skipif(
     jax.default_backend() != "gpu",
     reason="cuDNN needs an NVIDIA GPU: "
     "JAX_PLATFORMS=cuda pytest -n 0 tests/test_model.py -k cudnn_attention",
 )
+
+
+@on_gpu
 def test_cudnn_attention_is_attention() -> None:
     """Forward and gradients in bfloat16: as near to float32 as the reference in bfloat16 is."""
     q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 256, 6, 64))
@@ -534,6 +537,26 @@ def test_cudnn_attention_is_attention() -> None:
     for name, x, y, z in zip("yqkv", exact, reference, fast, strict=True):
         error, allowed = np.linalg.norm(z - x), np.linalg.norm(y - x)
         assert error <= 1.5 * allowed, (name, error, allowed)
+
+
+@on_gpu
+def test_cudnn_attention_to_caches() -> None:
+    """Of one token a row, at positions up to one that no longer fits into the cache."""
+    q = jax.random.normal(jax.random.key(0), (9, 1, 12, 64))
+    k, v = jax.random.normal(jax.random.key(1), (2, 9, 256, 12, 64))
+    positions = jnp.array([0, 1, 2, 63, 64, 127, 200, 255, 256])[:, None]
+
+    def run(name: str, dtype: str) -> np.ndarray:
+        attend = attention.CACHED_ATTENTION[name]
+        y = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions)
+        return np.asarray(y, np.float32)
+
+    with jax.default_matmul_precision("highest"):
+        exact = run("xla", "float32")
+    allowed, error = (
+        np.linalg.norm(run(name, "bfloat16") - exact, axis=(1, 2, 3)) for name in ("xla", "cudnn")
+    )
+    assert (error <= 1.5 * allowed + 1e-6).all(), (error, allowed)
 
 
 @pytest.mark.parametrize(
