@@ -51,20 +51,6 @@ def dense_product(cfg: GPTConfig, x_ND: Array, w_DF: Array, *_: object, **__: ob
     return einsum_of(cfg)("ND,DF->NF", x_ND, w_DF)
 
 
-def kernel_of(cfg: GPTConfig, name: str, rows: int, columns: int) -> Callable[..., Any] | None:
-    """Return the function of this name in `training.TRAINING`, None where plain JAX is to compute.
-
-    Args:
-        cfg: the model.
-        name: of the function.
-        rows: of the arrays that it reads.
-        columns: of the widest of them.
-    """
-    if collectives.axis_size("tensor") > 1:  # a kernel needs whole rows
-        return None
-    return training.choose(name, cfg.kernels, cfg.dtype, rows, columns)
-
-
 class LayerNorm(nn.Module):
     """Normalisation of each token in float32, then its scale and shift (Ba et al. 2016)."""
 
@@ -79,6 +65,20 @@ class LayerNorm(nn.Module):
         if self.cfg.bias:
             y_ND = y_ND + self.param("bias", nn.initializers.zeros, (D,))[None]
         return y_ND.astype(stored_dtype(self.cfg)).reshape(x.shape)
+
+
+def kernel_of(cfg: GPTConfig, name: str, rows: int, columns: int) -> Callable[..., Any] | None:
+    """Return the function of this name in `training.TRAINING`, None where plain JAX is to compute.
+
+    Args:
+        cfg: the model.
+        name: of the function.
+        rows: of the arrays that it reads.
+        columns: of the widest of them.
+    """
+    if collectives.axis_size("tensor") > 1:  # a kernel needs whole rows
+        return None
+    return training.choose(name, cfg.kernels, cfg.dtype, rows, columns)
 
 
 class CausalSelfAttention(nn.Module):
