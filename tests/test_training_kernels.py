@@ -376,3 +376,9 @@ def test_a_machine_whose_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "available", lambda: False)
     assert training.choose("add_norm", "auto", "bfloat16", 65536, 768) is None
+
+
+def test_the_source_has_the_kernels() -> None:
+    assert all(f" {name}(" in training.source() for name in ALL)
+    assert functions.EPSILON == 1e-5
+    assert "#define EPSILON 1e-5f" in training.source()

@@ -91,12 +91,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = 0; i < THREADS / 32; i++) sum += parts[1][i];
 
   const float total = highest + logf(sum);
+  if (t == 0 && (u32)target >= TOKENS) losses[blockIdx.x] = __int_as_float(0x7fc00000);  // NaN
   for (int i = t; i < VECTORS; i += THREADS) {
     unpack(row[i], x);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const int column = 8 * i + j;
-      if (column == target) losses[blockIdx.x] = total - x[j];
+      if (column == target && column < TOKENS) losses[blockIdx.x] = total - x[j];
       const float p = exp2f((x[j] - total) * LOG2E);
       x[j] = V == TOKENS || column < TOKENS ? (p - (column == target)) * (1.0f / N) : 0.0f;
     }
