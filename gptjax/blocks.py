@@ -98,9 +98,9 @@ class CausalSelfAttention(nn.Module):
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         parts: Sequence[Array]
         linear_split = kernel_of(cfg, "linear_split", B * T, 3 * D)
-        if linear_split is not None and cfg.bias and cache is None:
+        if linear_split is not None and cache is None:
             weights: Any = self.get_variable("params", "c_attn")
-            kernel, bias = weights["kernel"].astype(cfg.dtype), weights["bias"]
+            kernel, bias = weights["kernel"].astype(cfg.dtype), weights.get("bias")
             parts = linear_split(x_BTD.reshape(B * T, D), kernel, bias)
         else:
             qkv = linear(cfg, x_BTD, 3 * D, "c_attn")

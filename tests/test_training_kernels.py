@@ -117,7 +117,8 @@ def plain_add_norm(x_ND: Any, y_ND: Any, scale_D: Any, bias_D: Any) -> Any:
 
 
 def plain_linear_split(x_ND: Any, kernel: Any, bias: Any) -> Any:
-    return tuple(jnp.split(x_ND @ kernel + bias[None].astype(x_ND.dtype), 3, axis=1))
+    bias_1 = 0 if bias is None else bias[None].astype(x_ND.dtype)
+    return tuple(jnp.split(x_ND @ kernel + bias_1, 3, axis=1))
 
 
 def cases() -> dict[str, tuple[Callable, Callable, list[Any]]]:
@@ -133,7 +134,7 @@ def cases() -> dict[str, tuple[Callable, Callable, list[Any]]]:
         return mean + normal(size, scale=0.3, dtype=f32)
 
     x_ND, scale_D, width = 1 + 2 * normal(N, D), vector(D, 1), D**-0.5
-    targets_N = jnp.asarray(rng.integers(0, V - 3, N))
+    targets_N, kernel = jnp.asarray(rng.integers(0, V - 3, N)), normal(D, 3 * D, scale=width)
     mean_loss = functools.partial(training.TRAINING["mean_loss"], tokens=V - 3)
     add_norm, linear_split = training.TRAINING["add_norm"], training.TRAINING["linear_split"]
     return {
@@ -141,10 +142,8 @@ def cases() -> dict[str, tuple[Callable, Callable, list[Any]]]:
         "add_norm": (add_norm, plain_add_norm, [x_ND, normal(N, D), scale_D, vector(D)]),
         "add_norm, no bias": (add_norm, plain_add_norm, [x_ND, normal(N, D), scale_D, None]),
         "norm": (add_norm, plain_add_norm, [x_ND, None, scale_D, vector(D)]),
-        "linear_split": (
-            *(linear_split, plain_linear_split),
-            [x_ND, normal(D, 3 * D, scale=width), vector(3 * D)],
-        ),
+        "linear_split": (linear_split, plain_linear_split, [x_ND, kernel, vector(3 * D)]),
+        "linear_split, no bias": (linear_split, plain_linear_split, [x_ND, kernel, None]),
     }
 
 
