@@ -76,6 +76,7 @@ def test_what_is_due_when() -> None:
         ({}, 0, 4),
         ({"eval_interval": 6}, 0, 3),
         ({"checkpoint_interval": 9}, 0, 3),
+        ({"checkpoint_interval": 13}, 0, 4),  # which does not come
         ({"sample_interval": 1}, 0, 1),
         ({"sample_interval": 1, "sample_tokens": 0}, 0, 4),
         ({"stop_step": 5}, 0, 5),

@@ -81,6 +81,8 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
     if available_cpus() < CORES or jax.process_count() > 1:
         return loop
     step, fresh = run.steps[-1] if run.steps else 0, not run.steps
+    # A GPU's first program takes 1.4 s, whichever it is.
+    threading.Thread(target=jax.random.key, args=(0,)).start()
     # The training step takes longest, so it is traced alone: Python traces one at a time.
     if step < plan.last_step(config):
         count = plan.steps_per_call(config, step)

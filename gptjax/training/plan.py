@@ -54,7 +54,8 @@ def steps_per_call(config: TrainConfig, first: int = 0) -> int:
     most = config.steps_per_dispatch or (10 if small else 1)
     sample_interval = config.sample_interval if config.sample_tokens else 0
     intervals = (config.eval_interval, sample_interval, config.checkpoint_interval)
-    common = math.gcd(first, last_step(config), *intervals)
+    last = last_step(config)
+    common = math.gcd(first, last, *(interval for interval in intervals if interval < last))
     return next(count for count in range(most, 0, -1) if common % count == 0)
 
 
