@@ -21,11 +21,12 @@ from gptjax.terminal import cli
 from .helpers import TINY, digest, init_params, tiny
 from .test_training import train as train_tiny
 
-SPECS = {  # the products of a model: of a linear layer, of the head, and the two of attention
+SPECS = {  # products of a model: of a linear layer, of the head, and the two of attention
     "ND,DF->NF": ((48, 24), (24, 40)),
     "ND,VD->NV": ((48, 24), (17, 24)),
     "BTHK,BSHK->BHTS": ((2, 12, 3, 16), (2, 20, 3, 16)),
     "BHTS,BSHK->BTHK": ((2, 3, 12, 20), (2, 20, 3, 16)),
+    "LPRS,LPSC->LPRC": ((2, 3, 16, 16), (2, 3, 16, 24)),  # of Muon, whose others are as attention's
 }
 Einsum = Callable[..., Array]
 

@@ -10,6 +10,7 @@ import pytest
 from optax import contrib
 
 from gptjax.config import TrainConfig
+from gptjax.kernels import cpu_bf16
 from gptjax.sharding import PyTree
 from gptjax.training import muon, optimizer
 
@@ -74,8 +75,9 @@ def test_that_gate_turns_red(mistake: dict[str, Any]) -> None:
     assert not difference_to_optax(**mistake) <= 1e-4
 
 
-def orthogonalise(x: Any, parts: int, dtype: Any = jnp.float32) -> np.ndarray:
-    found = muon.orthogonalise(jnp.asarray(x), jnp.asarray(muon.COEFFICIENTS), parts, dtype)
+def orthogonalise(x: Any, parts: int, dtype: Any = jnp.float32, *einsum: Any) -> np.ndarray:
+    coefficients = jnp.asarray(muon.COEFFICIENTS)
+    found = muon.orthogonalise(jnp.asarray(x), coefficients, parts, dtype, *einsum)
     return np.asarray(found, np.float32)
 
 
@@ -101,6 +103,8 @@ def test_an_entry_of_an_update_is_as_large_in_every_shape(shape: tuple[int, int]
     assert np.sqrt(np.mean(found**2)) == pytest.approx(shape[0] ** -0.5, rel=0.2)
     half = orthogonalise(x, 1, jnp.bfloat16)
     assert np.linalg.norm(half - found) <= 0.1 * np.linalg.norm(found)  # the small singular values
+    mixed = orthogonalise(x, 1, jnp.float32, cpu_bf16.plain_einsum)
+    assert 1e-3 <= np.linalg.norm(mixed - found) / np.linalg.norm(found) <= 0.05
 
 
 def test_momentum_rises_in_a_line() -> None:

@@ -1,8 +1,11 @@
 """Muon: momentum, each matrix of which is orthogonalised before it becomes an update.
 
 Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
-L layers, R rows and C columns of a matrix, which are its inputs and its outputs.
+L layers, P matrices side by side in each, R (or S, T) rows and C columns of a matrix, which are its
+inputs and its outputs.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from optax.contrib import MuonState
 
+from gptjax import precision
 from gptjax.config import TrainConfig
 
 MOMENTUM, FIRST_MOMENTUM = 0.95, 0.85  # of all updates, and of the first where it is warmed up
@@ -28,7 +32,8 @@ def scale_by_muon(config: TrainConfig) -> optax.GradientTransformation:
     state is that of optax.contrib.muon, which older runs saved.
     """
     half = config.model.dtype == "bfloat16" and config.muon_qkv != "whole"
-    dtype = jnp.bfloat16 if half else jnp.float32
+    dtype = precision.stored_dtype(config.model) if half else "float32"
+    einsum = precision.einsum_of(config.model) if half else jnp.einsum
 
     def init(params: optax.Params) -> MuonState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -48,7 +53,7 @@ def scale_by_muon(config: TrainConfig) -> optax.GradientTransformation:
         def at_leaf(path: jax.tree_util.KeyPath, x_LRC: Array) -> Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             parts = QKV_PARTS[config.muon_qkv] if name.endswith("c_attn/kernel") else 1
-            return orthogonalise(x_LRC, state.ns_coeffs, parts, dtype)
+            return orthogonalise(x_LRC, state.ns_coeffs, parts, dtype, einsum)
 
         updates = jax.tree.map_with_path(at_leaf, nesterov)
         return updates, MuonState(count, mean, state.ns_coeffs)
@@ -64,7 +69,13 @@ def momentum(config: TrainConfig, count: Array) -> Array | float:
     return FIRST_MOMENTUM + part * (MOMENTUM - FIRST_MOMENTUM)
 
 
-def orthogonalise(x_LRC: Array, coefficients: Array, parts: int, dtype: DTypeLike) -> Array:
+def orthogonalise(
+    x_LRC: Array,
+    coefficients: Array,
+    parts: int,
+    dtype: DTypeLike,
+    einsum: Callable[..., Array] = jnp.einsum,
+) -> Array:
     """Return matrices (L, R, C) whose singular values are near 1, times sqrt(max(1, C / R)).
 
     Five Newton-Schulz steps bring them to between 0.7 and 1.2. The matrices of all layers go
@@ -74,7 +85,8 @@ def orthogonalise(x_LRC: Array, coefficients: Array, parts: int, dtype: DTypeLik
         x_LRC: matrices.
         coefficients: (3,) of the polynomial a x + b x^3 + c x^5.
         parts: how many matrices lie side by side in each, along C.
-        dtype: type in which the products are computed.
+        dtype: type in which all is computed.
+        einsum: what the products are made with.
     """
     L, R, C = x_LRC.shape
     x = jnp.moveaxis(x_LRC.reshape(L, R, parts, C // parts), 2, 1)
@@ -83,8 +95,9 @@ def orthogonalise(x_LRC: Array, coefficients: Array, parts: int, dtype: DTypeLik
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
     x, (a, b, c) = x.astype(dtype), coefficients.astype(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        square = einsum("LPRC,LPSC->LPRS", x, x)
+        sum_of_powers = b * square + c * einsum("LPRS,LPST->LPRT", square, square)
+        x = a * x + einsum("LPRS,LPSC->LPRC", sum_of_powers, x)
     x = (x.mT if tall else x).astype(x_LRC.dtype)
     x = x * max(1, x.shape[-1] / x.shape[-2]) ** 0.5
     return jnp.moveaxis(x, 1, 2).reshape(L, R, C)
