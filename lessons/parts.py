@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +72,31 @@ def check_part(name: str, function: Any, show: bool = False) -> None:
         print(f"{name}: {grade(name, function).said}")
 
 
-@jax.default_matmul_precision("highest")  # a GPU would round the inputs of products otherwise
 def grade(name: str, function: Any) -> Verdict:
+    """Compare a function with the reference, and those that it calls if it is wrong."""
+    verdict = judge(name, function)
+    if verdict.is_written and not verdict.is_right:
+        for part in all_parts():
+            if part == name:
+                break
+            if part in names_in(getattr(function, "__code__", None)):
+                called = function.__globals__.get(part)
+                if called is not None and not grade(part, called).is_right:
+                    said = f"calls {part}, which is not right yet: mend that first"
+                    return Verdict(False, True, said)
+    return verdict
+
+
+def names_in(code: CodeType | None) -> set[str]:
+    """The names that a function uses, those of functions inside it too."""
+    if code is None:
+        return set()
+    inside = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inside)
+
+
+@jax.default_matmul_precision("highest")  # a GPU would round the inputs of products otherwise
+def judge(name: str, function: Any) -> Verdict:
     """Compare a function with the reference on every case; it never raises."""
     part = all_parts()[name]
     largest = 0.0
@@ -83,7 +106,8 @@ def grade(name: str, function: Any) -> Verdict:
         except NotImplementedError as error:
             return not_written(name, error)
         except Exception as error:  # a student's function may do anything
-            return Verdict(False, True, f"raised {describe(error)}. {part.hint}")
+            said = f"raised {describe(error)}{line_of(error, function)}. {part.hint}"
+            return Verdict(False, True, said)
         if found is None:
             return Verdict(False, False, "not written yet: it returns None")
         try:
@@ -134,10 +158,19 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"
 
 
+def line_of(error: Exception, function: Any) -> str:
+    """The line of the student's that an error came from, in words, "" if it is not known."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [f.line for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f", in the line `{lines[-1]}`" if lines and lines[-1] else ""
+
+
 def compare(found: Any, expected: Any, part: Part) -> tuple[str, float]:
     """What is wrong with a result, "" if nothing, and the largest relative difference."""
     paths, expected_leaves = named_leaves(expected)
     found_paths, found_leaves = named_leaves(found)
+    if paths == ["the result"] and found_paths != paths:
+        return f"the result is a {type(found).__name__}, expected an array", 0.0
     if found_paths != paths:
         missing = [path for path in paths if path not in found_paths]
         extra = [path for path in found_paths if path not in paths]

@@ -49,8 +49,8 @@ PARTS = {
         reference=lambda params, tokens_BT: model.embed(CFG, params, tokens_BT),
         cases=lambda: [(noisy_params(), tokens_BT())],
         tolerance=CLOSE,
-        hint="It is the sum of two look-ups: a row of wte by the token, and a row of wpe by the "
-        "place, from 0 to T - 1.",
+        hint='It is the sum of two look-ups: a row of params["wte"]["embedding"] by the token, and '
+        'a row of params["wpe"]["embedding"] by the place, from 0 to T - 1.',
         why="An array of ids in square brackets picks rows, (B, T) of them. The first T rows of "
         "wpe are the same for every sequence of the batch, and broadcasting adds them to each.",
         mistake=lambda params, tokens_BT: params["wte"]["embedding"][tokens_BT],
@@ -118,7 +118,7 @@ PARTS = {
             (attn_params()["c_proj"], normal(4, D)),
         ],
         tolerance=CLOSE,
-        hint="It is x @ kernel + bias, the kernel being (in, out).",
+        hint='It is x @ p["kernel"] + p["bias"], the kernel being (in, out).',
         why="The kernel's rows are the inputs and its columns the outputs, so x stands on the left "
         "and nothing is transposed. The bias has one number for each output and broadcasts.",
         mistake=lambda p, x: x @ p["kernel"],

@@ -103,7 +103,10 @@ def test_a_bug_is_told_with_its_error_and_a_call_of_a_blank_by_its_name() -> Non
     def no_bias(p: Any, x: Any) -> Any:
         return x @ p["weight"]
 
-    assert "raised KeyError: 'weight'" in parts.grade("linear", no_bias).said
+    said = parts.grade("linear", no_bias).said
+    assert "raised KeyError: 'weight', in the line `" in said and '["weight"]' in said
+    rows = [[s <= t for s in range(6)] for t in range(6)]
+    assert "is a list, expected an array" in parts.grade("causal_mask", lambda T: rows).said
     assert parts.grade("gelu", lambda x: None).said.startswith("not written yet")
 
     def gelu(x: Any) -> Any:
@@ -111,6 +114,22 @@ def test_a_bug_is_told_with_its_error_and_a_call_of_a_blank_by_its_name() -> Non
 
     verdict = parts.grade("mlp", lambda p, x: gelu(x))
     assert verdict.said == "needs gelu, which is not written yet" and not verdict.is_right
+
+
+def test_a_function_is_not_blamed_for_one_that_it_calls(solved: ModuleType) -> None:
+    written: dict[str, Any] = {"jnp": jnp}
+    code = """
+def linear(p, x): return x @ p["kernel"]
+def gelu(x): return x
+def mlp(p, x): return (lambda y: linear(p["c_proj"], gelu(y)))(linear(p["c_fc"], x))
+"""
+    exec(code, written)
+    said = parts.grade("mlp", written["mlp"]).said
+    assert said == "calls linear, which is not right yet: mend that first"
+    written["linear"] = solved.linear
+    assert parts.grade("mlp", written["mlp"]).said.startswith("calls gelu,")
+    written["gelu"] = solved.gelu
+    assert parts.grade("mlp", written["mlp"]).is_right
 
 
 def test_wrong_shapes_and_nan_are_told() -> None:
