@@ -1,4 +1,4 @@
-"""The training runs that lesson 2 makes by train.py, of which lesson 4 can take up one."""
+"""The training runs that lesson 2 makes by train.py, and the model that lesson 4 loads."""
 
 import os
 import re
@@ -51,7 +51,7 @@ RUNS = {
     "muon": (*MUON, *CHARACTERS),
     "bpe": (*MUON, f"--dataset={BPE.relative_to(ROOT)}"),
 }
-RUN = FOLDER / "muon"  # the one that lesson 4 can take up
+SPEAKING = ROOT / "gptjax" / "models" / "novels"  # Hugging Face's folder of a small model
 
 
 def settings() -> TrainConfig:
@@ -74,7 +74,7 @@ def program(*argv: str, shows: str = "") -> None:
         raise RuntimeError(f"{argv[0]} ended with {p.returncode}")
 
 
-def train(name: str = "muon") -> None:
+def train(name: str) -> None:
     """`python train.py` with the flags of a run, anew."""
     run = FOLDER / name
     shutil.rmtree(run, ignore_errors=True)

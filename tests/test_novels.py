@@ -161,3 +161,18 @@ def test_an_unknown_name_is_told_which_one_there_is(tmp_path: Path) -> None:
         convert_gpt2.main(["import", "/no/such", f"--out_dir={tmp_path / 'run'}"])
     with pytest.raises(UsageError, match="--revision=main: novels has none"):
         convert_gpt2.main(["import", "novels", "--revision=main", f"--out_dir={tmp_path / 'run'}"])
+
+
+def test_the_heads_that_lesson_4_names_are_those_of_its_table() -> None:
+    page = (ROOT / "docs" / "lessons" / "4_load_gpt2.md").read_text(encoding="utf-8")
+    prose = " ".join(page.split())
+    table = re.findall(r"layer (\d), head (\d) +(\d+)% +(\d+)%", page)
+    assert len(table) == 3
+    for layer, head, share, mean in table:
+        assert re.search(f"[Hh]ead {head} of layer {layer} ", prose)
+        told = (
+            f"{share} % of its attention to the token before, where the mean of all heads is {mean}"
+        )
+        assert f"({share} %, mean {mean} %)" in prose or f"{told} %" in prose
+    times = count_params(GPTConfig()) // count_params(load_model("novels").config.model)
+    assert f"GPT-2 124M has {times} times as many" in prose
