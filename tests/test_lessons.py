@@ -71,7 +71,7 @@ def test_notebooks_run_from_a_clean_kernel(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("GPTJAX_MY_GPT", str(tmp_path / "my_gpt.py"))  # not the reader's
     render = importlib.import_module("render")
     graded = re.compile(rf"^({'|'.join(importlib.import_module('parts').all_parts())}): (.*)")
-    for path in NOTEBOOKS:  # in this order: lesson 4 takes up the run that lesson 2 makes anew
+    for path in NOTEBOOKS:  # in this order, since each saves its functions for the next
         notebook = render.execute(path)
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         warnings = [output.text for output in outputs if output.get("name") == "stderr"]
