@@ -50,7 +50,9 @@ def load_model(config: SamplerConfig, opened: Opened) -> tuple[GPTConfig, model.
 
 def resolve(config: SamplerConfig, cfg: GPTConfig) -> GPTConfig:
     """Return the model as it is computed here."""
-    return model.resolve(dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0))
+    return model.resolve(
+        dataclasses.replace(cfg, dtype=config.dtype, cache=config.cache, dropout=0.0)
+    )
 
 
 def compile_first(
@@ -72,6 +74,7 @@ def compile_first(
         jax.devices()[0],
         [sampling.cut(prompt, cfg.block_size) for prompt in rows[: config.batch_size]],
         config.sample,
+        weights=config.weights,
         max_new_tokens=config.max_new_tokens,
         n_likeliest=min(config.logprobs, cfg.vocab_size) if config.json else None,
     )
@@ -90,7 +93,8 @@ def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> D
     require(same, "draft", config.draft, rule)
     rule = f"its context of {cfg_d.block_size} tokens is shorter than the model's {cfg.block_size}"
     require(cfg_d.block_size >= cfg.block_size, "draft", config.draft, rule)
-    return Draft(config.draft_tokens, cfg_d, model.prepare_for_decoding(cfg_d, run.params))
+    params = model.prepare_for_decoding(cfg_d, run.params, config.weights)
+    return Draft(config.draft_tokens, cfg_d, params)
 
 
 def write_samples(
@@ -184,7 +188,8 @@ def main(argv: list[str]) -> int:
         cfg, params, tokenizer = load_model(config, opened)
         cfg = resolve(config, cfg)
         first_text.wait(begun, first_text.FIRST)
-        params = model.prepare_for_decoding(cfg, jax.device_put(params, jax.devices()[0]))
+        params = jax.device_put(params, jax.devices()[0])
+        params = model.prepare_for_decoding(cfg, params, config.weights)
         draft = load_draft(config, cfg, tokenizer)
         for i in config.stop_id:
             require(0 <= i < cfg.vocab_size, "stop_id", i, f"must be 0 to {cfg.vocab_size - 1}")

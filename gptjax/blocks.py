@@ -17,11 +17,12 @@ from flax import linen as nn
 from jax import Array
 
 from gptjax import collectives
-from gptjax.attention import ATTENTION, CACHED_ATTENTION
+from gptjax.attention import ATTENTION, CACHED_ATTENTION, attend_int8
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows
 from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
 from gptjax.kernels import training
+from gptjax.kernels.int8 import PRODUCTS, Int8, choose_product
 from gptjax.kv_cache import KVCache
 from gptjax.precision import einsum_of, is_mixed, stored_dtype
 
@@ -40,15 +41,31 @@ def linear(cfg: GPTConfig, x: Array, features: int, name: str) -> Array:
         use_bias=cfg.bias,
         dtype=stored_dtype(cfg),
         kernel_init=normal,
-        dot_general=functools.partial(dense_product, cfg) if is_mixed(cfg) else None,
+        promote_dtype=promote,
+        dot_general=functools.partial(dense_product, cfg),
         name=name,
     )
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
-def dense_product(cfg: GPTConfig, x_ND: Array, w_DF: Array, *_: object, **__: object) -> Array:
-    """Return x W for nn.Dense, which would have `jax.lax.dot_general` otherwise."""
-    return einsum_of(cfg)("ND,DF->NF", x_ND, w_DF)
+def promote(*arrays: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
+    """Return x, W and b of nn.Dense in the type to compute in, but int8 weights as they are."""
+    x, w, bias = arrays
+    if isinstance(w, Int8):
+        x, bias = nn.dtypes.promote_dtype(x, bias, dtype=dtype, inexact=inexact)
+        return [x, w, bias]
+    return nn.dtypes.promote_dtype(x, w, bias, dtype=dtype, inexact=inexact)
+
+
+def dense_product(
+    cfg: GPTConfig, x_ND: Array, w_DF: Array | Int8, dims: Any, precision: Any = None
+) -> Array:
+    """Return x W for nn.Dense, (N, F)."""
+    if isinstance(w_DF, Int8):
+        return PRODUCTS[choose_product(cfg.kernels)](x_ND, w_DF).astype(x_ND.dtype)
+    if is_mixed(cfg):
+        return einsum_of(cfg)("ND,DF->NF", x_ND, w_DF)
+    return jax.lax.dot_general(x_ND, w_DF, dims, precision=precision)
 
 
 class LayerNorm(nn.Module):
@@ -120,7 +137,8 @@ class CausalSelfAttention(nn.Module):
         else:
             positions_BT = cache.positions(T)
             k, v, cache = cache.update(layer, k.astype(cfg.dtype), v.astype(cfg.dtype))
-            y_BTHK = CACHED_ATTENTION[cfg.attention](q, k, v, positions_BT)
+            attend = attend_int8 if cfg.cache == "int8" else CACHED_ATTENTION[cfg.attention]
+            y_BTHK = attend(q, k, v, positions_BT)
         y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
         return y_BTD if keys_PB is None else drop_rows(y_BTD, keys_PB[1], cfg.dropout), cache
 

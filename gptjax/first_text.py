@@ -25,6 +25,7 @@ def compile_programs(
     prompts: Sequence[Sequence[int]],
     how: SampleConfig,
     *,
+    weights: str = "auto",
     max_new_tokens: int,
     n_likeliest: int | None = None,
 ) -> Programs:
@@ -38,6 +39,7 @@ def compile_programs(
         device: where the parameters will lie.
         prompts: token ids of each row, at most a context of them.
         how: temperature and filters.
+        weights: as of `model.prepare_for_decoding`.
         max_new_tokens: per row, at least 1.
         n_likeliest: likeliest tokens to score beside each; None = score nothing.
 
@@ -61,7 +63,7 @@ def compile_programs(
     history = make_history(how, cfg.padded_vocab_size, prompts, [[]] * rows, most)
     read = (tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest)
 
-    prepare = model.prepare_for_decoding.lower(cfg, on_device(model.param_shapes(cfg)))
+    prepare = model.prepare_for_decoding.lower(cfg, on_device(model.param_shapes(cfg)), weights)
     programs: Programs = [pool.submit(prepare.compile), pool.submit(keys.compile)]
     params = on_device(prepare.out_info)
     prefill = decoding.prefill.lower(cfg, how, size, params, *read)

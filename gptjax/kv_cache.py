@@ -7,13 +7,16 @@ else: a cache of another kind is another class with these four, and a function i
 reads what it returns.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gptjax.config import GPTConfig
+from gptjax.kernels.int8 import Int8, quantize
+
+Stored = Any  # an Array (B, S, H, K), or an Int8 with a scale for each token and head, (B, S, H)
 
 
 class KVCache(NamedTuple):
@@ -22,15 +25,15 @@ class KVCache(NamedTuple):
     One array per layer, not one for all: so the update of a layer stays in place.
     """
 
-    k: tuple[Array, ...]  # a (B, S, H, K) per layer
-    v: tuple[Array, ...]
+    k: tuple[Stored, ...]  # one per layer
+    v: tuple[Stored, ...]
     length_B: Array  # tokens held, row by row: prompts of a batch differ in length
 
     def positions(self, T: int) -> Array:
         """Return the positions (B, T) of the next T tokens."""
         return self.length_B[:, None] + jnp.arange(T)[None]
 
-    def update(self, layer: int, k_BTHK: Array, v_BTHK: Array) -> tuple[Array, Array, "KVCache"]:
+    def update(self, layer: int, k_BTHK: Array, v_BTHK: Array) -> tuple[Stored, Stored, "KVCache"]:
         """Write the keys and values of the next T tokens of one layer.
 
         Args:
@@ -40,12 +43,12 @@ class KVCache(NamedTuple):
             v_BTHK: their values.
 
         Returns:
-            All keys and all values of the layer, both (B, S, H, K), for `attention`; and the cache
-            that holds them. Its length is the old one until all layers are written: see `advance`.
+            All keys and all values of the layer as the cache holds them, for `attention`; and the
+            cache. Its length is the old one until all layers are written: see `advance`.
         """
         k, v = list(self.k), list(self.v)
-        k[layer] = write(k[layer], k_BTHK, self.length_B)
-        v[layer] = write(v[layer], v_BTHK, self.length_B)
+        k[layer] = store(k[layer], k_BTHK, self.length_B)
+        v[layer] = store(v[layer], v_BTHK, self.length_B)
         return k[layer], v[layer], KVCache(tuple(k), tuple(v), self.length_B)
 
     def advance(self, count: int | Array) -> "KVCache":
@@ -66,16 +69,31 @@ class KVCache(NamedTuple):
 def make_cache(cfg: GPTConfig, batch: int, size: int) -> KVCache:
     """Return an empty cache of `size` tokens for `batch` rows."""
     shape, dtype = (batch, size, cfg.n_head, cfg.head_dim), jnp.dtype(cfg.dtype)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer)) for _ in "kv")
+
+    def empty() -> Stored:
+        if cfg.cache == "int8":
+            return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]))
+        return jnp.zeros(shape, dtype)
+
+    k, v = (tuple(empty() for _ in range(cfg.n_layer)) for _ in "kv")
     return KVCache(k, v, jnp.zeros(batch, jnp.int32))
+
+
+def store(cache_BSHK: Stored, new_BTHK: Array, start_B: Array) -> Stored:
+    """Return what a layer holds with row b's new entries at start_B[b]."""
+    if isinstance(cache_BSHK, Int8):
+        new = quantize(new_BTHK, -1)
+        values_BSHK = write(cache_BSHK.values, new.values, start_B)
+        return Int8(values_BSHK, write(cache_BSHK.scale, new.scale, start_B))
+    return write(cache_BSHK, new_BTHK, start_B)
 
 
 def write(cache_BSHK: Array, new_BTHK: Array, start_B: Array) -> Array:
     """Return the array with row b's new entries at start_B[b]."""
     if cache_BSHK.shape[0] == 1:  # a slice update stays in place where XLA's scatter may copy
-        return jax.lax.dynamic_update_slice(cache_BSHK, new_BTHK, (0, start_B[0], 0, 0))
+        return jax.lax.dynamic_update_slice_in_dim(cache_BSHK, new_BTHK, start_B[0], axis=1)
 
     def write_row(row_SHK: Array, new_THK: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row_SHK, new_THK, (start, 0, 0))
+        return jax.lax.dynamic_update_slice_in_dim(row_SHK, new_THK, start, axis=0)
 
     return jax.vmap(write_row)(cache_BSHK, new_BTHK, start_B)

@@ -19,7 +19,7 @@ V vocabulary (padded), L layers, P places of dropout in a layer.
 
 import dataclasses
 import functools
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from gptjax.attention import choose_attention
 from gptjax.blocks import INIT_STD, Block, LayerNorm
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows, keys_of_places
+from gptjax.kernels.int8 import PRODUCTS, Int8, choose_product, dequantize, quantize
 from gptjax.kv_cache import KVCache
 from gptjax.precision import choose_dtype, einsum_of, stored_dtype
 
@@ -95,10 +96,44 @@ def unstack_layers(params: Params, n_layer: int) -> Params:
     return {**params, "h": layers}
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def prepare_for_decoding(cfg: GPTConfig, params: Params) -> Params:
-    """Return the parameters with unstacked layers in the compute dtype, converted once for all."""
-    return jax.tree.map(lambda p: p.astype(cfg.dtype), unstack_layers(params, cfg.n_layer))
+@functools.partial(jax.jit, static_argnames=("cfg", "weights"))
+def prepare_for_decoding(cfg: GPTConfig, params: Params, weights: str = "auto") -> Params:
+    """Return the parameters with unstacked layers in the compute dtype, converted once for all.
+
+    With weights="int8" all matrices but the position embedding become `Int8`.
+    """
+    params = quantize_matrices(params) if weights == "int8" else params
+    return jax.tree.map(
+        lambda p: p if isinstance(p, Int8) else p.astype(cfg.dtype),
+        unstack_layers(params, cfg.n_layer),
+        is_leaf=lambda p: isinstance(p, Int8),
+    )
+
+
+# The axis of a matrix along which a scale holds: its inputs.
+SCALED = {"kernel": -2, "wte": -1, "lm_head": -1}
+
+
+def quantize_matrices(params: Params) -> Params:
+    """Return the tree with every matrix that a product reads as `Int8`, a scale for each output."""
+    return map_matrices(quantize, params)
+
+
+def round_matrices(params: Params) -> Params:
+    """Return the tree in float32, with the matrices that `quantize_matrices` stands for."""
+    return map_matrices(lambda p, axis: dequantize(quantize(p, axis), axis), params)
+
+
+def map_matrices(change: Callable[[Array, int], Any], params: Params) -> Params:
+    """Return the tree with each matrix that a product reads changed, knowing its axis of inputs."""
+
+    def change_one(path: Any, p: Array) -> Any:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        axes = [axis for name, axis in SCALED.items() if name in names]
+        return change(p, axes[0]) if axes else p
+
+    changed: Params = jax.tree.map_with_path(change_one, params)
+    return changed
 
 
 # ---- The whole -----------------------------------------------------------------------------------
@@ -120,9 +155,16 @@ def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache | Non
         one_hot_BTV = jax.nn.one_hot(tokens_BT, len(wte_VD), dtype=wte_VD.dtype)
         wte_BTD = jnp.einsum("BTV,VD->BTD", one_hot_BTV, wte_VD, precision="highest")
     else:
-        wte_BTD = wte_VD[tokens_BT]
+        wte_BTD = rows(wte_VD, tokens_BT)
     # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
     return (wte_BTD + wpe_BTD).astype(stored_dtype(cfg))
+
+
+def rows(wte_VD: Array | Int8, tokens_BT: Array) -> Array:
+    """Return the embedding of each token."""
+    if isinstance(wte_VD, Int8):
+        return dequantize(Int8(wte_VD.values[tokens_BT], wte_VD.scale[tokens_BT]), -1)
+    return wte_VD[tokens_BT]
 
 
 def hidden_states(
@@ -190,8 +232,13 @@ def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float3
     The columns of padding rows are -inf, so that no loss and no sampler ever sees them.
     """
     name, x_ND = "wte" if cfg.tie_head else "lm_head", x.reshape(-1, x.shape[-1])
-    head_VD = params[name]["embedding"].astype(stored_dtype(cfg))
-    logits_NV = einsum_of(cfg)("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)
+    head_VD = params[name]["embedding"]
+    if isinstance(head_VD, Int8):
+        head_DV = Int8(head_VD.values.T, head_VD.scale)
+        logits_NV = PRODUCTS[choose_product(cfg.kernels)](x_ND, head_DV).astype(dtype)
+    else:
+        head_VD = head_VD.astype(stored_dtype(cfg))
+        logits_NV = einsum_of(cfg)("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)
     if cfg.padded_vocab_size > cfg.vocab_size:
         is_token_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
         logits_NV = jnp.where(is_token_V[None], logits_NV, -jnp.inf)

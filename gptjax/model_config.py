@@ -14,6 +14,14 @@ AUTO_DTYPE = (
     "alone, and all else is float32."
 )
 AUTO_TO_TRAIN = " In training auto is bfloat16 on a CPU that computes it (AVX512_BF16 or AMX), too."
+WEIGHTS = (
+    "Type of the weights of a decoder: int8 takes half of the memory of bfloat16, a quarter of "
+    "float32, with a scale for each output of a matrix. auto is the type of the computation."
+)
+CACHE = (
+    "Type of the keys and values that a decoder keeps: int8 takes half of the memory of bfloat16, "
+    "with a scale for each token and head. auto is the type of the computation."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,7 @@ class GPTConfig:
         "Whether to use the kernels of gptjax/kernels where they were measured to be faster, or "
         "plain JAX everywhere.",
     )
+    cache: Literal["auto", "int8"] = run("auto", CACHE)
     unroll: int = run(
         0, "Layers to unroll in the layer scan; 0 = all, which runs fastest; 1 compiles fastest."
     )

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
-from gptjax.config import AUTO_DTYPE, COMPILE_CACHE, DEBUG, DType
+from gptjax.config import AUTO_DTYPE, CACHE, COMPILE_CACHE, DEBUG, WEIGHTS, DType
 from gptjax.sample_config import SampleConfig
 from gptjax.settings import flatten, once, require, require_range
 
@@ -26,6 +27,8 @@ class SamplerConfig:
         "best", "Step to load: best (by validation loss), latest, or its number."
     )
     dtype: DType = once("auto", f"Type to compute in. {AUTO_DTYPE}")
+    weights: Literal["auto", "int8"] = once("auto", WEIGHTS)
+    cache: Literal["auto", "int8"] = once("auto", CACHE)
     start: tuple[str, ...] = once(
         (),
         "One or several prompts. FILE:path reads a prompt from a file, and - reads it from "

@@ -14,8 +14,9 @@ from jax import Array
 
 from gptjax.config import GPTConfig
 from gptjax.errors import NonFiniteError
+from gptjax.kv_cache import make_cache
 from gptjax.loss import token_losses
-from gptjax.model import Params, head, hidden_states
+from gptjax.model import Params, head, hidden_states, unstack_layers
 from gptjax.tokenizer import check_ids
 
 SHORTEST = 32  # tokens of the narrowest batch; below, another compilation costs more than it saves
@@ -51,7 +52,10 @@ def score_batch(
         Both (B, T).
     """
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    x_BTD, _ = hidden_states(cfg, params, tokens_BT)
+    cache = None
+    if cfg.cache != "auto":  # else none is needed
+        params, cache = unstack_layers(params, cfg.n_layer), make_cache(cfg, *tokens_BT.shape)
+    x_BTD, _ = hidden_states(cfg, params, tokens_BT, cache=cache)
 
     def score_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
         x_TD, targets_T = row

@@ -118,6 +118,7 @@ def test_every_choice_is_compared_with_its_code() -> None:
         "loss_axis",
         "distributed",
         "kernels",
+        "cache",
         *names(TrainConfig, architecture),
     }
     literals = {n for n, f in fields_of(TrainConfig).items() if get_origin(f.type) is Literal}

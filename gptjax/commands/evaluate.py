@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 
 from gptjax import model
 from gptjax.commands.protocols import Result, Scorer, Settings, hellaswag, lambada, wikitext2
-from gptjax.config import AUTO_DTYPE, COMPILE_CACHE, DEBUG, DType
+from gptjax.config import AUTO_DTYPE, CACHE, COMPILE_CACHE, DEBUG, WEIGHTS, DType
 from gptjax.conversion.sources import load_run_or_own
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
@@ -50,6 +51,8 @@ class EvaluateConfig:
     )
     batch_size: int = once(8, "Number of texts in a forward pass.")
     dtype: DType = once("auto", f"Data type of the computation. {AUTO_DTYPE}")
+    weights: Literal["auto", "int8"] = once("auto", WEIGHTS)
+    cache: Literal["auto", "int8"] = once("auto", CACHE)
     compile_cache: str = once("auto", COMPILE_CACHE, path=True)
     debug: bool = once(False, DEBUG)
 
@@ -110,14 +113,16 @@ def main(argv: list[str]) -> int:
     run = load_run_or_own(run_dir, config.checkpoint)
     # Any attention will do: what the run was trained with may not go with this dtype or machine.
     cfg = dataclasses.replace(run.config.model, dtype=config.dtype, dropout=0.0, attention="auto")
-    cfg = model.resolve(cfg)
+    cfg = model.resolve(dataclasses.replace(cfg, cache=config.cache))
+    # Rounded weights in the compute dtype: the quality of int8 without its speed.
+    params = model.round_matrices(run.params) if config.weights == "int8" else run.params
     settings = make_settings(config, cfg.block_size)
     unit = "windows" if config.task == "wikitext2" else "texts"
     with show_progress(unit=unit) as progress:
         score = functools.partial(
             score_texts,
             cfg,
-            run.params,
+            params,
             context=settings.context,
             batch_size=config.batch_size,
             progress=functools.partial(progress, ""),
@@ -137,6 +142,8 @@ def main(argv: list[str]) -> int:
         "limit": config.limit,
         "batch_size": config.batch_size,
         "dtype": cfg.dtype,
+        "weights": config.weights,
+        "cache": config.cache,
         "device": jax.devices()[0].device_kind,
     }
     print(json.dumps(about | result | {"seconds": round(time.monotonic() - began, 2)}))
