@@ -18,7 +18,6 @@ from gptjax.kernels.int8 import Int8
 from gptjax.precision import AMPERE, compute_capability
 
 Einsum = Callable[..., Array]
-CUDNN_ROWS = 8  # from which cuDNN attends to caches; of fewer it was not measured
 
 
 def attend(
@@ -110,15 +109,15 @@ def attend_cudnn(
 
 
 def attend_cached_cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, positions_BT: Array) -> Array:
-    """Return the result of `attend`, for one new token of many rows by cuDNN's flash attention.
+    """Return the result of `attend`, for one new token a row by cuDNN's flash attention.
 
-    64 rows of GPT-2 small with caches of 256 tokens take 27 us a layer on an H100, write and all,
-    and by `attend` 40.
+    A token of GPT-2 small with caches of 512 takes 0.86 ms for 64 rows on an H100 and 0.45 for 8,
+    by `attend` 1.00 and 0.55; for one row they are alike.
     """
-    (B, T, _, _), S = q_BTHK.shape, k_BSHK.shape[1]
-    if T > 1 or B < CUDNN_ROWS:
+    if q_BTHK.shape[1] > 1:
         return attend(q_BTHK, k_BSHK, v_BSHK, positions_BT)
-    seen_B = jnp.minimum(positions_BT[:, 0] + 1, S)  # steps that do not count lie past the end
+    # Steps that do not count lie past the end.
+    seen_B = jnp.minimum(positions_BT[:, 0] + 1, k_BSHK.shape[1])
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSHK, v_BSHK, key_value_seq_lengths=seen_B, implementation="cudnn"
     )

@@ -78,7 +78,8 @@ def init_params(cfg: GPTConfig, key: Array) -> Params:
 @functools.lru_cache(maxsize=32)
 def param_shapes(cfg: GPTConfig) -> Params:
     """Return the tree of parameters as shapes and dtypes, without computing them."""
-    shapes = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+    # The key inside, too, or it would be computed: CUDA's first program takes a second.
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     # Without the layout they get inside `shard_map`: the answer is kept for other callers.
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
 

@@ -157,6 +157,7 @@ LONG_DECODER = model.prepare_for_decoding(LONG, scaled_params(LONG, jax.random.k
 def said_by(monkeypatch: pytest.MonkeyPatch, small: int, chunk: int, cpu: bool) -> list[list[int]]:
     """Three rows that fill the context and read it again, with these sizes of caches and chunks."""
     monkeypatch.setattr(sampling, "SMALL_CACHE", small)
+    monkeypatch.setattr(sampling, "SMALL_CACHE_OF_CPU", small)
     monkeypatch.setattr(sampling, "MANY_ROWS", 1)
     monkeypatch.setattr(sampling, "chunk_size", lambda: chunk)
     monkeypatch.setattr(sampling, "on_cpu", lambda: cpu)
@@ -185,7 +186,7 @@ def test_growing_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
         return state._replace(cache=KVCache(k, v, state.cache.length_B))
 
     monkeypatch.setattr(sampling, "grow", grow)
-    assert said_by(monkeypatch, 8, 5, True) != expected
+    assert said_by(monkeypatch, 8, 5, False) != expected
 
 
 def test_a_chunk_is_read_when_the_next_one_was_started() -> None:
