@@ -173,7 +173,13 @@ def check_function(name: str) -> None:
     for one, plainly, wanted in zip(found, allowed, exact, strict=True):
         size = np.linalg.norm(wanted)
         error, limit = np.linalg.norm(one - wanted), np.linalg.norm(plainly - wanted)
-        assert error <= 1.2 * limit + 1e-5 * size, (name, wanted.shape, error / size, limit / size)
+        # Or as bfloat16 rounds once: some versions of XLA keep more digits between operations.
+        assert error <= max(1.2 * limit, 2**-8 * size), (
+            name,
+            wanted.shape,
+            error / size,
+            limit / size,
+        )
 
 
 FUNCTIONS = [*cases()]
