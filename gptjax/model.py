@@ -35,10 +35,10 @@ from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows, keys_of_places
 from gptjax.kernels.int8 import PRODUCTS, Int8, choose_product, dequantize, quantize
 from gptjax.kv_cache import KVCache
+from gptjax.lookup import LOOK_UP, look_up
 from gptjax.precision import choose_dtype, einsum_of, stored_dtype
 
 Params = dict[str, Any]
-ONE_HOT = 1024  # rows of the token embedding up to which a GPU takes a product for the gather
 
 
 def resolve(cfg: GPTConfig, *, training: bool = False) -> GPTConfig:
@@ -150,22 +150,12 @@ def embed(cfg: GPTConfig, params: Params, tokens_BT: Array, cache: KVCache | Non
         wpe_BTD = jnp.broadcast_to(wpe_SD[:T], (B, T, cfg.n_embd))
     else:
         wpe_BTD = wpe_SD[cache.positions(T)]
-    if len(wte_VD) <= ONE_HOT and cache is None and jax.default_backend() == "gpu":
-        # The gather as a product, whose gradient has the same bits each time. A scatter-add on a
-        # GPU adds in any order, so that a resumed run would end with other bits.
-        one_hot_BTV = jax.nn.one_hot(tokens_BT, len(wte_VD), dtype=wte_VD.dtype)
-        wte_BTD = jnp.einsum("BTV,VD->BTD", one_hot_BTV, wte_VD, precision="highest")
+    if isinstance(wte_VD, Int8):
+        wte_BTD = dequantize(Int8(wte_VD.values[tokens_BT], wte_VD.scale[tokens_BT]), -1)
     else:
-        wte_BTD = rows(wte_VD, tokens_BT)
+        wte_BTD = LOOK_UP.get(jax.default_backend(), look_up)(wte_VD, tokens_BT, cfg.dtype)
     # The cast comes after the gather: its gradient, a scatter-add, is slow and coarse in bfloat16.
     return (wte_BTD + wpe_BTD).astype(stored_dtype(cfg))
-
-
-def rows(wte_VD: Array | Int8, tokens_BT: Array) -> Array:
-    """Return the embedding of each token."""
-    if isinstance(wte_VD, Int8):
-        return dequantize(Int8(wte_VD.values[tokens_BT], wte_VD.scale[tokens_BT]), -1)
-    return wte_VD[tokens_BT]
 
 
 def hidden_states(

@@ -115,31 +115,6 @@ def test_first_loss_is_the_loss_of_knowing_nothing() -> None:
 # ---- Causality -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_vocab", [model.ONE_HOT, model.ONE_HOT + 1])
-def test_a_gpu_looks_tokens_up_with_the_same_result(
-    n_vocab: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a product where the vocabulary is small: its values and gradients are the gather's."""
-    cfg = tiny(vocab_size=n_vocab, vocab_multiple=1)
-    params = model.init_params(cfg, jax.random.key(0))
-    tokens = jnp.array([[0, 3, n_vocab - 1, 3], [5, 3, 0, 0]])
-
-    def total(params: model.Params) -> jax.Array:
-        x_BTD = model.embed(cfg, params, tokens)
-        return (jnp.sin(jnp.arange(x_BTD.size)).reshape(x_BTD.shape) * x_BTD).sum()
-
-    def program() -> str:
-        return str(jax.make_jaxpr(lambda params: model.embed(cfg, params, tokens))(params))
-
-    want = jax.grad(total)(params)["wte"]["embedding"]
-    x_BTD = model.embed(cfg, params, tokens)
-    assert "gather" in program()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert ("gather" in program()) == (n_vocab > model.ONE_HOT)
-    np.testing.assert_array_equal(model.embed(cfg, params, tokens), x_BTD)
-    np.testing.assert_allclose(jax.grad(total)(params)["wte"]["embedding"], want, atol=1e-6)
-
-
 @pytest.mark.parametrize("position", [0, 7, 15])
 def test_no_gradient_from_the_future(position: int) -> None:
     """The logits at a position depend on the embeddings at and before it, on no later one."""
