@@ -2,8 +2,9 @@
 
 Every side runs in a process of its own, in turn, for several rounds; the table shows the median of
 the rounds' medians, and the fastest step of all, in ms. All sides compute the same: AdamW,
-clipping, no dropout, no biases; float32 on CPU (but where bf16 is said), bfloat16 on GPU. gptjax
-with and without kernels begins with the same parameters, so that its losses must agree.
+clipping, no dropout, no biases; on CPU float32 where nothing else is said, but for gptjax, which
+chooses; bfloat16 on GPU. gptjax with and without kernels begins with the same parameters, so that
+its losses must agree.
 
 With `--gpus=4` each GPU takes the batch of the shape: gptjax's share it as `--mesh` says, the
 twin's by DistributedDataParallel, a process for each. Both may take nearly all of their memory.
@@ -38,7 +39,7 @@ SHAPES = {  # device -> name -> layers, heads, width, context, vocabulary; batch
 }
 RANK = int(os.environ.get("RANK", "0"))  # of the twin's processes, as torch.distributed.run says
 SIDES = {
-    "cpu": ("gptjax", "torch eager", "torch.compile", "torch bf16 autocast"),
+    "cpu": ("gptjax", "gptjax float32", "torch eager", "torch.compile", "torch bf16 autocast"),
     "gpu": ("gptjax", "gptjax --kernels=off", "torch.compile, bf16 autocast"),
 }
 
@@ -61,7 +62,7 @@ def make_gptjax_step(config: TrainConfig, gpus: int) -> Callable[[np.ndarray], f
     from gptjax.training.step import abstract_state, init_state, make_train_step
 
     allocator.keep_freed_memory()
-    config = dataclasses.replace(config, model=model.resolve(config.model))
+    config = dataclasses.replace(config, model=model.resolve(config.model, training=True))
     mesh = sharding.make_mesh(jax.devices()[:gpus], parse_mesh(config.mesh))
     abstract = abstract_state(config, mesh)
     state, train_step = init_state(config, abstract), make_train_step(config, abstract)
@@ -112,6 +113,10 @@ def time_side(
     """Milliseconds of each step after the first five, and the last one's loss."""
     config, batch_size, steps = make_config(device, shape)
     ours = side.startswith("gptjax")
+    if "float32" in side:
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, dtype="float32")
+        )
     if ours:
         batch_size *= gpus
         cfg = dataclasses.replace(config.model, kernels="off" if "off" in side else "auto")
