@@ -16,7 +16,10 @@ from gptjax import model, precision
 from gptjax.config import GPTConfig
 from gptjax.kernels import cpu_bf16
 from gptjax.loss import loss_fn
+from gptjax.presets import PRESETS
 from gptjax.terminal import cli
+from gptjax.training import run_settings
+from gptjax.training.run_settings import read_settings
 
 from .helpers import TINY, digest, init_params, tiny
 from .test_training import train as train_tiny
@@ -183,6 +186,24 @@ def test_auto_takes_bfloat16_to_train_where_the_cpu_computes_it(
     assert used is (cpu_bf16.fast_einsum if computes else cpu_bf16.plain_einsum)
     assert without is cpu_bf16.plain_einsum
     assert precision.einsum_of(tiny(dtype="float32")) is jnp.einsum
+
+
+@pytest.mark.parametrize(
+    ("argv", "preset"),
+    [
+        *(([], "quickstart_bf16"), (["--dtype=bfloat16"], "quickstart_bf16")),
+        *((["--dtype=float32"], "quickstart"), (["--kernels=off"], "quickstart")),
+        *((["quickstart"], "quickstart"), (["quickstart_bf16"], "quickstart_bf16")),
+    ],
+)
+def test_the_first_command_takes_the_larger_model_where_the_cpu_computes_bfloat16(
+    argv: list[str], preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = PRESETS["quickstart"].model.n_embd
+    assert read_settings([])[0].model.n_embd == small  # as in all other tests
+    monkeypatch.setattr(run_settings, "cpu_computes_bfloat16", lambda: True)
+    assert read_settings(argv)[0].model.n_embd == PRESETS[preset].model.n_embd
 
 
 def test_the_suite_does_not_depend_on_the_cpu() -> None:

@@ -32,6 +32,13 @@ BANDS = (
         ((325, 2.14, 2.26), (650, 1.91, 2.02), (975, 1.74, 1.84), (1300, 1.66, 1.74)),
     ),
     Band(
+        "quickstart_bf16",
+        "tinyshakespeare",
+        "char",
+        "measured with one seed on a CPU",
+        ((300, 2.08, 2.21), (600, 1.84, 1.95), (900, 1.68, 1.78), (1200, 1.60, 1.68)),
+    ),
+    Band(
         "shakespeare_char",
         "tinyshakespeare",
         "char",

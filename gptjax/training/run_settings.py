@@ -11,6 +11,7 @@ from gptjax import files, programs
 from gptjax.config import TrainConfig
 from gptjax.config_file import load_config
 from gptjax.errors import UsageError
+from gptjax.precision import cpu_computes_bfloat16
 from gptjax.presets import PRESETS
 from gptjax.settings import fields_of, names, once
 from gptjax.terminal import flags, output
@@ -22,14 +23,15 @@ from gptjax.training.origin import with_architecture_of
 def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
     """Return the settings, and the values of the flags that were given.
 
-    Flags count over the preset that a first word names; on resume, over the settings that the run
-    was started with.
+    Flags count over the preset that a first word names, which is quickstart_bf16 without one where
+    the CPU computes in it and quickstart elsewhere; on resume, over the settings that the run was
+    started with.
 
     Raises:
         UsageError: a flag or the preset is unknown, or a value does not fit.
     """
-    preset = "quickstart"
-    if argv and not argv[0].startswith("-"):
+    preset, named = "quickstart", bool(argv) and not argv[0].startswith("-")
+    if named:
         preset, *argv = argv
     if preset not in PRESETS:
         problem = config_file_problem(preset)
@@ -38,6 +40,8 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
     config = PRESETS[preset]
     prog = f"{programs.command('train.py')} [PRESET]"
     given = flags.read(TrainConfig, argv, config, about, prog)
+    if not named and trains_in_bfloat16(given):
+        config = PRESETS["quickstart_bf16"]
     run_dir = files.expand(given.get("out_dir") or config.out_dir)
     settings = settings_to_go_on(run_dir, given.get("init_from"), given.get("replay"))
     if settings is not None:
@@ -51,6 +55,12 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
             output.note(note)
     with name_settings(settings, given):
         return flags.apply(config, given), given
+
+
+def trains_in_bfloat16(given: dict[str, Any]) -> bool:
+    """Return whether this CPU would train in bfloat16 with these flags; it need not be used."""
+    asked = given.get("dtype", "auto"), given.get("kernels", "auto")
+    return asked in (("auto", "auto"), ("bfloat16", "auto")) and cpu_computes_bfloat16()
 
 
 @contextlib.contextmanager
