@@ -58,11 +58,12 @@ class KVCache(NamedTuple):
     def grow(self, size: int) -> "KVCache":
         """Return the cache with room for `size` tokens, at least as many as now."""
 
-        def longer(cache_BSHK: Array) -> Array:
-            more = size - cache_BSHK.shape[1]
-            return jnp.pad(cache_BSHK, ((0, 0), (0, more), (0, 0), (0, 0)))
+        def longer(x_BS: Array) -> Array:
+            more = [(0, 0)] * x_BS.ndim
+            more[1] = (0, size - x_BS.shape[1])
+            return jnp.pad(x_BS, more)
 
-        k, v = (tuple(map(longer, part)) for part in (self.k, self.v))
+        k, v = jax.tree.map(longer, (self.k, self.v))
         return KVCache(k, v, self.length_B)
 
 

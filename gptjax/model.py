@@ -225,8 +225,7 @@ def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float3
     name, x_ND = "wte" if cfg.tie_head else "lm_head", x.reshape(-1, x.shape[-1])
     head_VD = params[name]["embedding"]
     if isinstance(head_VD, Int8):
-        head_DV = Int8(head_VD.values.T, head_VD.scale)
-        logits_NV = PRODUCTS[choose_product(cfg.kernels)](x_ND, head_DV).astype(dtype)
+        logits_NV = PRODUCTS[choose_product(cfg.kernels)](x_ND, head_VD, 1).astype(dtype)
     else:
         head_VD = head_VD.astype(stored_dtype(cfg))
         logits_NV = einsum_of(cfg)("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)

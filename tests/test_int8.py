@@ -58,6 +58,10 @@ def test_a_product_is_that_of_the_dequantized_weights(name: str, rows: int) -> N
     x = rng.normal(size=(rows, 64)).astype(np.float32) * np.logspace(0, 3, rows)[:, None]
     w = quantize(jnp.asarray(rng.normal(size=(64, 48)).astype(np.float32)), 0)
     found = jax.jit(int8.PRODUCTS[name])(x.astype(np.float32), w)
+    turned = jax.jit(int8.PRODUCTS[name], static_argnums=2)(
+        x.astype(np.float32), Int8(w.values.T, w.scale), 1
+    )
+    assert np.abs(found - turned).max() <= 1e-6 * np.abs(found).max()
     exact = np.asarray(dequantize(w, 0), np.float64)
     step = 1e-6 if name == "plain" else 1 / 129032  # or what float32 rounds
     limit = step * np.abs(x).max(1, keepdims=True) * np.abs(exact).sum(0)
@@ -122,6 +126,8 @@ def test_an_int8_cache_holds_each_token_and_head_to_half_a_step() -> None:
     assert cache.k[0].scale.shape == (3, 16, cfg.n_head)
     whole, _ = model.forward(cfg, decoder, TOKENS, cache=cache)
     assert 1e-5 < worst(whole, logits(CFG, decoder)) < 0.02
+    grown = cache.grow(20).k[0]
+    assert grown.values.shape[:2] == grown.scale.shape[:2] == (3, 20)
     # Token by token the same, so that a row's text does not depend on how it was read.
     for i in range(12):
         one, longer = model.forward(cfg, decoder, TOKENS[:, i : i + 1], cache=cache)

@@ -32,14 +32,21 @@ def dequantize(x: Int8, axis: int) -> Array:
     return x.values.astype(jnp.float32) * jnp.expand_dims(x.scale, axis)
 
 
-def product(x_ND: Array, w_DF: Int8) -> Array:
-    """Return x w, (N, F) float32, the reference: int8 is exact in each type to compute in."""
-    values_DF = w_DF.values.astype(x_ND.dtype)
-    y_NF = jnp.einsum("ND,DF->NF", x_ND, values_DF, preferred_element_type=jnp.float32)
-    return y_NF * w_DF.scale[None]
+def product(x_ND: Array, w: Int8, axis: int = 0) -> Array:
+    """Return x w, (N, F) float32, the reference: int8 is exact in each type to compute in.
+
+    Args:
+        x_ND: of any type.
+        w: (D, F), or (F, D) with axis=1; a scale for each output.
+        axis: that of the inputs. A transposed copy would cost far more than the product.
+    """
+    dims = (((1,), (axis,)), ((), ()))
+    values = w.values.astype(x_ND.dtype)
+    y_NF = jax.lax.dot_general(x_ND, values, dims, preferred_element_type=jnp.float32)
+    return y_NF * w.scale[None]
 
 
-def product_in_parts(x_ND: Array, w_DF: Int8) -> Array:
+def product_in_parts(x_ND: Array, w: Int8, axis: int = 0) -> Array:
     """Return the product by int8 products of the high and the low half of each row's numbers.
 
     A row of x is rounded to 1/64516 of its largest number. XLA makes a float32 copy of w for any
@@ -51,9 +58,10 @@ def product_in_parts(x_ND: Array, w_DF: Int8) -> Array:
     rest_ND = x_ND.astype(jnp.float32) / high.scale[:, None] - high.values
     low_ND = jnp.round(254 * rest_ND).astype(jnp.int8)
     both_ND = jnp.concatenate([high.values, low_ND])
-    y_NF = jax.lax.dot(both_ND, w_DF.values, preferred_element_type=jnp.int32)
+    dims = (((1,), (axis,)), ((), ()))
+    y_NF = jax.lax.dot_general(both_ND, w.values, dims, preferred_element_type=jnp.int32)
     y_NF = y_NF[:N].astype(jnp.float32) + y_NF[N:].astype(jnp.float32) / 254
-    return y_NF * high.scale[:, None] * w_DF.scale[None]
+    return y_NF * high.scale[:, None] * w.scale[None]
 
 
 PRODUCTS = {"plain": product, "parts": product_in_parts}
