@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax import first_text, model, programs, sampling
+from gptjax import first_text, fused, model, programs, sampling
 from gptjax.checkpoints.record import available_cpus
 from gptjax.checkpoints.run_folder import Opened, load_run
 from gptjax.config import GPTConfig
@@ -51,7 +51,9 @@ def load_model(config: SamplerConfig, opened: Opened) -> tuple[GPTConfig, model.
 def resolve(config: SamplerConfig, cfg: GPTConfig) -> GPTConfig:
     """Return the model as it is computed here."""
     return model.resolve(
-        dataclasses.replace(cfg, dtype=config.dtype, cache=config.cache, dropout=0.0)
+        dataclasses.replace(
+            cfg, dtype=config.dtype, cache=config.cache, kernels=config.kernels, dropout=0.0
+        )
     )
 
 
@@ -95,6 +97,14 @@ def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> D
     require(cfg_d.block_size >= cfg.block_size, "draft", config.draft, rule)
     params = model.prepare_for_decoding(cfg_d, run.params, config.weights)
     return Draft(config.draft_tokens, cfg_d, params)
+
+
+def draws_long(config: SamplerConfig, starts: list[str]) -> bool:
+    """Return whether so much is to be drawn, one token at a time, that a kernel may be compiled."""
+    calls = -(-max(1, len(starts)) * config.num_samples // config.batch_size)
+    one_by_one = not config.draft and config.beams == 1
+    long = config.interactive or calls * config.max_new_tokens >= fused.MANY_STEPS
+    return one_by_one and long
 
 
 def write_samples(
@@ -190,6 +200,8 @@ def main(argv: list[str]) -> int:
         first_text.wait(begun, first_text.FIRST)
         params = jax.device_put(params, jax.devices()[0])
         params = model.prepare_for_decoding(cfg, params, config.weights)
+        if draws_long(config, starts):
+            params = fused.with_kernel(cfg, params)
         draft = load_draft(config, cfg, tokenizer)
         for i in config.stop_id:
             require(0 <= i < cfg.vocab_size, "stop_id", i, f"must be 0 to {cfg.vocab_size - 1}")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from gptjax.model_config import AUTO_DTYPE as AUTO_DTYPE
 from gptjax.model_config import CACHE as CACHE
+from gptjax.model_config import KERNELS as KERNELS
 from gptjax.model_config import WEIGHTS as WEIGHTS
 from gptjax.model_config import Activation as Activation
 from gptjax.model_config import Attention as Attention

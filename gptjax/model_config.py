@@ -22,6 +22,10 @@ CACHE = (
     "Type of the keys and values that a decoder keeps: int8 takes half of the memory of bfloat16, "
     "with a scale for each token and head. auto is the type of the computation."
 )
+KERNELS = (
+    "Whether to use the kernels of gptjax/kernels where they were measured to be faster, or plain "
+    "JAX everywhere."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +67,7 @@ class GPTConfig:
         "Implementation of attention. auto is cudnn on an NVIDIA GPU of compute capability 8.0 or "
         "more in half precision without dropout, and xla elsewhere.",
     )
-    kernels: Literal["auto", "off"] = run(
-        "auto",
-        "Whether to use the kernels of gptjax/kernels where they were measured to be faster, or "
-        "plain JAX everywhere.",
-    )
+    kernels: Literal["auto", "off"] = run("auto", KERNELS)
     cache: Literal["auto", "int8"] = run("auto", CACHE)
     unroll: int = run(
         0, "Layers to unroll in the layer scan; 0 = all, which runs fastest; 1 compiles fastest."

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from gptjax.config import AUTO_DTYPE, CACHE, COMPILE_CACHE, DEBUG, WEIGHTS, DType
+from gptjax.config import AUTO_DTYPE, CACHE, COMPILE_CACHE, DEBUG, KERNELS, WEIGHTS, DType
 from gptjax.sample_config import SampleConfig
 from gptjax.settings import flatten, once, require, require_range
 
@@ -27,6 +27,7 @@ class SamplerConfig:
         "best", "Step to load: best (by validation loss), latest, or its number."
     )
     dtype: DType = once("auto", f"Type to compute in. {AUTO_DTYPE}")
+    kernels: Literal["auto", "off"] = once("auto", KERNELS)
     weights: Literal["auto", "int8"] = once("auto", WEIGHTS)
     cache: Literal["auto", "int8"] = once("auto", CACHE)
     start: tuple[str, ...] = once(

@@ -16,10 +16,12 @@ import jax
 import numpy as np
 from jax import Array
 
+from gptjax import fused
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import NOT_FINITE, Scores, decode, grow, prefill
 from gptjax.errors import NonFiniteError
 from gptjax.filters import History, make_history
+from gptjax.kernels.cuda import KernelError
 from gptjax.model import Params
 
 SMALL_CACHE = 128  # tokens that a cache has room for at least
@@ -157,6 +159,9 @@ def generate_pieces(
         for chunk in chunks if on_cpu() else one_ahead(chunks):
             count = min(limit + 1 - max(map(len, contexts)), max_new_tokens - len(drawn[0]))
             piece: Piece = jax.tree.map(functools.partial(first_rows, count=count), chunk)
+            if (piece.ids == fused.GAVE_UP).any():
+                fused.give_up("blocks waited in vain")
+                break  # and read all that came before again
             if (piece.ids == NOT_FINITE).any():
                 raise NonFiniteError(
                     "the model's logits are NaN or infinite: its weights are damaged"
@@ -202,18 +207,28 @@ def fill_context(
     for row, context in zip(tokens_BT, contexts, strict=True):
         row[: len(context)] = context
     length_B = np.array([len(context) for context in contexts], np.int32)
+    plain = fused.without_kernel(params)
     state = prefill(
-        cfg, how, size, params, tokens_BT, length_B, keys_B, np.int32(n_drawn), history, n_likeliest
+        cfg, how, size, plain, tokens_BT, length_B, keys_B, np.int32(n_drawn), history, n_likeliest
     )
     yield jax.tree.map(lambda x: np.asarray(x)[None], Piece(state.token_B, state.scores))
-    done = 1
+    done, draw_chunk, weights = 1, decode, plain
+    if done < left and fused.runs(params, len(contexts)):
+        state, size = fused.stack_cache(cfg, state), limit
+        draw_chunk, weights = fused.decode, params["kernel"]
     while done < left:
         count = min(chunk, left - done)
         if (needed := longest + done - 1 + count) > size:
             size = cache_size(needed, limit)
             state = grow(state, size)
         # Steps beyond those that count overwrite the last place of a cache that is not read again.
-        state, new_nB, scores = decode(cfg, how, chunk, params, state, keys_B)
+        try:
+            state, new_nB, scores = draw_chunk(cfg, how, chunk, weights, state, keys_B)
+        except (KernelError, jax.errors.JaxRuntimeError) as error:
+            if draw_chunk is decode:
+                raise
+            fused.give_up(str(error).strip().partition("\n")[0])
+            return  # all that came before will be read again
         yield Piece(new_nB, scores)
         done += count
 

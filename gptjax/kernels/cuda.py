@@ -7,6 +7,8 @@ and whoever asks it takes the plain computation where anything of this fails.
 
 import ctypes
 import functools
+import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +57,9 @@ def nvrtc() -> ctypes.CDLL:
 
 @functools.cache
 def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -> str:
-    """Return the PTX of CUDA C++, compiled once in a process.
+    """Return the PTX of CUDA C++, compiled once in a process, and once in all with JAX's cache.
+
+    A large kernel takes NVRTC seconds, so the PTX is kept where JAX keeps compiled programs.
 
     Args:
         source: the program; a kernel in it is `extern "C" __global__`.
@@ -66,6 +70,12 @@ def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -
         KernelError: NVRTC is missing, or refuses the source.
     """
     lib, program = nvrtc(), ctypes.c_void_p()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    made_of = repr((source, architecture, options, major.value, minor.value))
+    kept = kept_file(f"{hashlib.sha256(made_of.encode()).hexdigest()}.ptx")
+    if kept is not None and kept.exists():
+        return kept.read_text(encoding="utf-8")
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *options]
     size = ctypes.c_size_t()
     if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
@@ -80,9 +90,22 @@ def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -
         lib.nvrtcGetPTXSize(program, ctypes.byref(size))
         text = ctypes.create_string_buffer(size.value)
         lib.nvrtcGetPTX(program, text)
-        return text.value.decode()
+        ptx = text.value.decode()
+        if kept is not None:
+            files_own = kept.with_suffix(f".{os.getpid()}")  # whole, whoever else writes it
+            files_own.write_text(ptx, encoding="utf-8")
+            files_own.replace(kept)
+        return ptx
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def kept_file(name: str) -> Path | None:
+    """Return where to keep a file beside JAX's compiled programs, None if it keeps none."""
+    folder: str | None = jax.config.values["jax_compilation_cache_dir"]
+    if not folder or "://" in folder or not Path(folder).is_dir():
+        return None
+    return Path(folder) / name
 
 
 def capability() -> tuple[int, int] | None:

@@ -1,0 +1,145 @@
+"""The decoder by the kernel of `kernels.decoder`, where it runs: a drop-in for `decoding.decode`.
+
+B batch (rows), S cache size, D width, L layers.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.decoding import NOT_FINITE, SMALLEST, DecoderState, Scores, draw
+from gptjax.kernels import cuda, decoder
+from gptjax.kernels.int8 import Int8
+from gptjax.model import Params
+
+GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder.decode`
+# Layers, heads and width of the models that it was measured to be faster for: GPT-2 small, whose
+# token takes an H100 0.27 ms instead of 0.8. XL was not compared with the plain decoder.
+FASTER = ((12, 12, 768),)
+MANY_STEPS = 4096  # tokens of a row that save 2 s: NVRTC takes 1 to 2.5 s (on 2 CPU cores) once
+given_up: list[bool] = []  # not empty once that happened
+
+
+def sizes_of(cfg: GPTConfig) -> decoder.Sizes:
+    """Return what the kernel has to know of a model."""
+    return decoder.Sizes(
+        cfg.n_layer,
+        cfg.n_head,
+        cfg.n_embd,
+        cfg.vocab_size,
+        cfg.padded_vocab_size,
+        cfg.activation == "gelu",
+    )
+
+
+def plan_of(cfg: GPTConfig) -> decoder.Plan | None:
+    """Return how the kernel would compute the model on the first GPU here, None if it does not."""
+    cores = getattr(jax.local_devices()[0], "core_count", 0)
+    return decoder.plan(sizes_of(cfg), min(128, cores))
+
+
+def with_kernel(cfg: GPTConfig, params: Params) -> Params:
+    """Return the parameters with the weights as the kernel reads them, if it is to run.
+
+    It does with cfg.kernels=auto, for the shapes and on the kind of GPU where it was measured to be
+    faster, in bfloat16 and without int8. The weights then lie in memory twice: prompts are read by
+    the plain model.
+
+    Args:
+        cfg: the model, without "auto".
+        params: from `prepare_for_decoding`.
+    """
+    wanted = cfg.kernels == "auto" and (cfg.n_layer, cfg.n_head, cfg.n_embd) in FASTER
+    plain = cfg.dtype == "bfloat16" and cfg.cache == "auto"
+    if not wanted or not plain or isinstance(params["wte"]["embedding"], Int8):
+        return params
+    if cuda.capability() != decoder.CAPABILITY or not cuda.available():
+        return params
+    plan = plan_of(cfg)
+    if plan is None:
+        return params
+    return {**params, "kernel": decoder.pack(sizes_of(cfg), plan, params)}
+
+
+def without_kernel(params: Params) -> Params:
+    """Return the parameters of `prepare_for_decoding` again."""
+    return {name: part for name, part in params.items() if name != "kernel"}
+
+
+def runs(params: Params, rows: int) -> bool:
+    """Return whether the kernel is to decode this many rows, with parameters of `with_kernel`."""
+    return "kernel" in params and rows <= decoder.ROWS and not given_up
+
+
+def give_up(reason: str) -> None:
+    """Leave decoding to the plain decoder for the rest of the process, and say so on stderr."""
+    if not given_up:
+        given_up.append(True)
+        print(f"kernels: plain JAX instead, because {reason}", file=sys.stderr)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def stack_cache(cfg: GPTConfig, state: DecoderState) -> DecoderState:
+    """Return a state of `prefill` with the cache that the kernel takes, with room for a context."""
+    plan, cache = plan_of(cfg), state.cache
+    assert plan is not None
+    B, S = cache.k[0].shape[:2]
+    room = ((0, 0), (0, 0), (0, cfg.block_size - S), (0, 0))
+    k, v = (
+        jnp.pad(jnp.stack(x).reshape(cfg.n_layer, B, S, cfg.n_embd), room)
+        for x in (cache.k, cache.v)
+    )
+    words = jnp.zeros(decoder.n_words(sizes_of(cfg), plan, B), jnp.uint32)
+    stacked: Any = decoder.Stacked(k, v, cache.length_B, words)
+    return state._replace(cache=stacked)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "how", "n_steps"), donate_argnames=("state",))
+def decode(
+    cfg: GPTConfig,
+    how: SampleConfig,
+    n_steps: int,
+    packed: decoder.Packed,
+    state: DecoderState,
+    keys_B: Array,
+) -> tuple[DecoderState, Array, Scores | None]:
+    """Draw n_steps tokens for each row, as `decoding.decode` does.
+
+    The likeliest tokens come from one launch, which chooses them itself; if tokens are drawn, each
+    takes a launch that leaves all logits.
+
+    Args:
+        cfg: the model, without "auto".
+        how: temperature and filters.
+        n_steps: tokens.
+        packed: params["kernel"] of `with_kernel`.
+        state: from `stack_cache`.
+        keys_B: a random key per row.
+
+    Returns:
+        The state, the tokens (n_steps, B), and their scores (n_steps, B, ...) if the state has any.
+        All tokens are GAVE_UP if the kernel waited in vain: then all that is returned is garbage.
+    """
+    plan = plan_of(cfg)
+    assert plan is not None
+    launch: Any = functools.partial(decoder.decode, sizes_of(cfg), plan, packed)
+    if how.temperature < SMALLEST and state.history is None and state.scores is None:
+        new_nB, best_nB, cache, ok = launch(state.token_B, state.cache, n_steps, logits=False)
+        new_nB = jnp.where(jnp.isfinite(best_nB), new_nB, NOT_FINITE)
+        state = state._replace(cache=cache, token_B=new_nB[-1], n_drawn=state.n_drawn + n_steps)
+        return state, jnp.where(ok, new_nB, GAVE_UP), None
+    n_likeliest = None if state.scores is None else state.scores.likeliest.shape[1]
+
+    def step(state: DecoderState, _: None) -> tuple[DecoderState, tuple[Array, Array, Any]]:
+        token_B = jnp.maximum(state.token_B, 0)  # NOT_FINITE is the index of no row
+        _, logits_BV, cache, ok = launch(token_B, state.cache, 1, logits=True)
+        state = draw(state._replace(cache=cache), logits_BV, keys_B, how, n_likeliest)
+        return state, (state.token_B, ok, state.scores)
+
+    state, (new_nB, ok_n, scores_n) = jax.lax.scan(step, state, length=n_steps)
+    return state, jnp.where(jnp.all(ok_n), new_nB, GAVE_UP), scores_n

@@ -1,0 +1,244 @@
+"""A token of GPT-2 for one to eight rows as one CUDA kernel: weights stream while it computes.
+
+`decoder.cu` says how. It is the counterpart of `model.next_logits` with a cache, and of the greedy
+decoder; where `plan` finds no shape for it, or `cuda.available` says no, those are what runs.
+
+B rows, L layers, S cache size, D width, H heads, K head dim, V vocabulary (padded), N blocks.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gptjax.kernels import cuda
+
+ROWS = 8  # rows that one product of the tensor cores takes at once
+HEAD_DIMS = (16, 32, 64, 128)
+STAGE = 8192  # bytes that are copied at once
+SHARED = 227 * 1024  # bytes of shared memory that a block may have on compute capability 9.0
+CAPABILITY = (9, 0)  # where it was measured and checked
+Params = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """What the kernel has to know of a model."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab: int
+    padded: int  # rows of the embedding
+    erf: bool  # GELU in its exact form
+
+
+class Plan(NamedTuple):
+    """How a model is cut into blocks: what `pack` and the kernel agree on."""
+
+    blocks: int
+    warps: int
+    rows: tuple[int, int, int]  # that a block has of the matrices of 3D, D and 4D outputs
+    head: tuple[int, int]  # rows of a group of the head, groups
+    stages: int  # of a token's weights
+
+
+def plan(sizes: Sizes, blocks: int) -> Plan | None:
+    """Return how to cut the model into `blocks`, None if the kernel does not take its shape."""
+    D, H = sizes.n_embd, sizes.n_head
+    if D % 32 or D // H not in HEAD_DIMS or blocks < 1:
+        return None
+    pieces = D // 32
+    # Warps take pieces of 32 columns in turn: as little idle time as possible, then many warps.
+    warps = min(range(8, 17), key=lambda n: (-(-pieces // n) * n if pieces >= 8 else 0, -n))
+    warps = warps if pieces >= 8 else 8
+    rows = (-(-3 * D // blocks), -(-D // blocks), -(-4 * D // blocks))
+    per_block, most = -(-sizes.padded // blocks), 32 * warps // ROWS
+    least = -(-per_block // most)
+    groups = min(range(least, least + 8), key=lambda n: (-(-per_block // n) * n, n))
+    head = (-(-per_block // groups), groups)
+    layer = 2 * D * (rows[0] + rows[1] + rows[2] + 4 * rows[1])
+    stages = -(-(sizes.n_layer * layer + 2 * D * head[0] * head[1]) // STAGE)
+    return Plan(blocks, warps, rows, head, stages)
+
+
+# ---- The weights ---------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Weights as the kernel reads them."""
+
+    stream: Array  # (N, bytes / 2) bfloat16: of each block, in the order of use
+    wte: Array  # (V, D) bfloat16
+    wpe: Array  # (context, D) bfloat16
+    vectors: Array  # float32: LayerNorms and biases of each layer, then ln_f
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "plan"))
+def pack(sizes: Sizes, plan: Plan, params: Params) -> Packed:
+    """Return the weights of unstacked params (see `model.unstack_layers`) for the kernel."""
+    D, (qkv, d, f), (group, groups) = sizes.n_embd, plan.rows, plan.head
+
+    def cut(rows: Array, per_group: int, groups: int = 1) -> Array:
+        """Cut a matrix (out, in) into (N, -1): groups, pieces of 32 columns, rows, columns."""
+        count = plan.blocks * per_group * groups
+        padded = jnp.zeros((count, rows.shape[1]), jnp.bfloat16).at[: len(rows)].set(rows)
+        cut = padded.reshape(plan.blocks, groups, per_group, -1, 32).swapaxes(2, 3)
+        return cut.reshape(plan.blocks, -1)
+
+    def vector(module: Params, name: str, size: int) -> Array:
+        return module.get(name, jnp.zeros(size)).astype(jnp.float32)
+
+    parts, vectors = [], []
+    for layer in params["h"]:
+        attn, mlp = layer["attn"], layer["mlp"]
+        matrices = (
+            (attn["c_attn"], qkv),
+            (attn["c_proj"], d),
+            (mlp["c_fc"], f),
+            (mlp["c_proj"], d),
+        )
+        parts += [cut(m["kernel"].T.astype(jnp.bfloat16), rows) for m, rows in matrices]
+        for module, size in (
+            (layer["ln_1"], D),
+            (attn["c_attn"], 3 * D),
+            (attn["c_proj"], D),
+            (layer["ln_2"], D),
+            (mlp["c_fc"], 4 * D),
+            (mlp["c_proj"], D),
+        ):
+            if "scale" in module:
+                vectors.append(vector(module, "scale", size))
+            vectors.append(vector(module, "bias", size))
+    vectors += [vector(params["ln_f"], name, D) for name in ("scale", "bias")]
+    wte, wpe = (params[name]["embedding"].astype(jnp.bfloat16) for name in ("wte", "wpe"))
+    head = params["lm_head"]["embedding"].astype(jnp.bfloat16) if "lm_head" in params else wte
+    parts.append(cut(head, group, groups))
+    width = sum(part.shape[1] for part in parts)
+    parts.append(jnp.zeros((plan.blocks, plan.stages * STAGE // 2 - width), jnp.bfloat16))
+    return Packed(jnp.concatenate(parts, axis=1), wte, wpe, jnp.concatenate(vectors))
+
+
+# ---- The kernel ----------------------------------------------------------------------------------
+
+
+def splits(sizes: Sizes, plan: Plan, rows: int) -> int:
+    """Return into how many parts the context of a head is split at most."""
+    return max(1, min(16, plan.blocks // (rows * sizes.n_head)))
+
+
+def shared_memory(sizes: Sizes, plan: Plan, rows: int) -> tuple[int, int]:
+    """Return the stages of the ring and the bytes of shared memory, as decoder.cu lays it out."""
+    F, K = 4 * sizes.n_embd, sizes.n_embd // sizes.n_head
+    sums = max(plan.warps * rows * max(*plan.rows, plan.head[0]), plan.warps * (K + 4))
+    row = 2 * F + (0 if F // 32 % 2 else 64)
+    fixed = rows * row + 8 * sums + 8 * plan.warps + 8 * rows + 8 + 4 * rows * plan.rows[1]
+    stages = min((SHARED - fixed) // (STAGE + 16), plan.stages)
+    return stages, fixed + stages * (STAGE + 16)
+
+
+def n_words(sizes: Sizes, plan: Plan, rows: int) -> int:
+    """Return how many words the blocks exchange, as decoder.cu lays them out."""
+    D, H = sizes.n_embd, sizes.n_head
+    parts = H * splits(sizes, plan, rows) * (D // H + 4)
+    return 16 + rows * (3 * D + parts + 2 * D + 4 * D + 2 * plan.blocks)
+
+
+def source() -> str:
+    """Return the kernel's CUDA C++, after what it needs of a GPU."""
+    files = ("gpu_primitives.cuh", "decoder.cu")
+    return "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
+
+
+def macros(
+    sizes: Sizes, plan: Plan, rows: int, steps: int, cache: int, logits: bool
+) -> dict[str, int]:
+    """Return what decoder.cu is compiled with."""
+    names = ("L", "H", "D", "VOCAB", "VPAD", "EXACT")
+    ring, _ = shared_memory(sizes, plan, rows)
+    return {
+        **dict(zip(names, map(int, sizes), strict=True)),
+        "K": sizes.n_embd // sizes.n_head,
+        "ROWS": rows,
+        "STEPS": steps,
+        "S": cache,
+        "NB": plan.blocks,
+        "NW": plan.warps,
+        "NS": splits(sizes, plan, rows),
+        **dict(zip(("RQ", "RD", "RF"), plan.rows, strict=True)),
+        "RG": plan.head[0],
+        "NG": plan.head[1],
+        "CH": STAGE,
+        "NST": ring,
+        "SPT": plan.stages,
+        "LOGITS": int(logits),
+        "SPINS": 1 << 21,
+    }
+
+
+class Stacked(NamedTuple):
+    """A cache as the kernel writes it: that of all layers in one array, and the blocks' words."""
+
+    k: Array  # (L, B, S, D)
+    v: Array
+    length_B: Array
+    words: Array  # uint32, zero at first
+
+
+def decode(
+    sizes: Sizes,
+    plan: Plan,
+    packed: Packed,
+    token_B: Array,
+    cache: Stacked,
+    steps: int,
+    *,
+    logits: bool,
+    changed: dict[str, int] | None = None,
+    grid: int | None = None,
+) -> tuple[Array, Array, Stacked, Array]:
+    """Compute `steps` tokens for each row in one launch.
+
+    Args:
+        sizes: of the model.
+        plan: of `pack`.
+        packed: the weights.
+        token_B: the newest token of each row, not in the cache yet.
+        cache: of the tokens before; rows that are full write their last position again.
+        steps: 1 with logits.
+        logits: whether to return logits, and to choose no token.
+        changed: macros to compile with other values, for tests and benchmarks.
+        grid: blocks to launch, for the test that a wrong number does no harm.
+
+    Returns:
+        The greedy tokens (steps, B) and their logits (steps, B); with `logits` zeros (1, B) and
+        all logits (B, V); the longer cache; whether all blocks had what they waited for. If not,
+        the rest is garbage, but for what the cache held before.
+    """
+    _, B, S, _ = cache.k.shape
+    assert steps == 1 or not logits
+    values = {**macros(sizes, plan, B, steps, S, logits), **(changed or {})}
+    options = tuple(f"-D{name}={value}" for name, value in values.items())
+    ptx = cuda.compile_ptx(source(), cuda.architecture(), options)
+    shape = jax.ShapeDtypeStruct
+    inputs = [token_B, cache.length_B, *packed[:1], packed.wte, packed.wpe, packed.vectors]
+    outputs = [
+        *(shape(x.shape, x.dtype) for x in (cache.words, cache.k, cache.v)),
+        shape((steps, B), jnp.int32),
+        shape((B, sizes.padded) if logits else (steps, B), jnp.float32),
+        shape((plan.blocks,), jnp.int32),
+    ]
+    words, k, v, tokens_nB, values_BV, given_up_N = cuda.call(
+        "decode",
+        ptx,
+        [*inputs, cache.words, cache.k, cache.v],
+        outputs,
+        grid=grid or plan.blocks,
+        block=32 * plan.warps + 32,
+        shared=shared_memory(sizes, plan, B)[1],
+        aliases={6: 0, 7: 1, 8: 2},
+    )
+    length_B = jnp.minimum(cache.length_B + steps, S)
+    return tokens_nB, values_BV, Stacked(k, v, length_B, words), jnp.all(given_up_N == 0)

@@ -1,0 +1,294 @@
+"""The fused decoder: its CUDA source, run on a CPU, computes what the plain decoder does.
+
+tests/cuda_on_cpu.h is the GPU: a fiber for each of its threads, in any order. What it cannot show
+(memory that other blocks see late, the time it takes) is for a machine with an H100.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import fused, model, sampling
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.kernels import cuda, decoder
+from gptjax.kv_cache import KVCache, make_cache
+
+from .helpers import scaled_params, tiny
+
+BLOCKS, LENGTHS = 3, (9, 1, 13, 4, 16, 2, 7, 11)
+CPU = Path(__file__).with_name("cuda_on_cpu.h")
+SOURCE = Path(decoder.__file__).with_name("decoder.cu").read_text(encoding="utf-8")
+TOLERANCE = (
+    0.02  # of logits of about 2: activations are rounded to bfloat16, at most 0.009 was seen
+)
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: apt install g++")
+
+
+@functools.cache
+def compiled(folder: Path, source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """Return the kernel as a library for this CPU."""
+    path = folder / f"kernel{len(list(folder.iterdir()))}.so"
+    defines = "".join(f"#define {name} {value}\n" for name, value in macros)
+    end = CPU.with_name("cuda_on_cpu_end.h")
+    text = f'#include "{CPU}"\n{defines}{source}\n#include "{end}"\n'
+    flags = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC"]
+    subprocess.run(
+        ["g++", *flags, "-x", "c++", "-", "-o", str(path)], input=text, text=True, check=True
+    )
+    return ctypes.CDLL(str(path))
+
+
+def on_cpu(
+    folder: Path,
+    cfg: GPTConfig,
+    params: model.Params,
+    token_B: np.ndarray,
+    cache: KVCache,
+    steps: int,
+    *,
+    logits: bool,
+    source: str = SOURCE,
+    missing: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Run the kernel; return tokens, values, whether each block gave up, and the keys it left."""
+    sizes, B, S = fused.sizes_of(cfg), len(token_B), cache.k[0].shape[1]
+    plan = decoder.plan(sizes, BLOCKS)
+    assert plan is not None
+    packed = decoder.pack(sizes, plan, params)
+    macros = decoder.macros(sizes, plan, B, steps, S, logits)
+    macros |= {"SPINS": 1 << 12, "NST": 4}  # a ring so short that it comes round
+    shape = (cfg.n_layer, B, S, cfg.n_embd)
+    k, v = (np.array(jnp.stack(x).astype(jnp.bfloat16)).reshape(shape) for x in (cache.k, cache.v))
+    tokens = np.full((steps, B), -1, np.int32)
+    values = np.full((B, sizes.padded) if logits else (steps, B), np.nan, np.float32)
+    given_up = np.full(BLOCKS, -1, np.int32)
+    arrays = [
+        token_B.astype(np.int32),
+        np.array(cache.length_B, np.int32),
+        *(np.array(x) for x in packed),
+        np.zeros(decoder.n_words(sizes, plan, B), np.uint32),
+        k,
+        v,
+        tokens,
+        values,
+        given_up,
+    ]
+    pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    shared, threads = decoder.shared_memory(sizes, plan, B)[1], 32 * plan.warps + 32
+    library = compiled(folder, source, tuple(macros.items()))
+    left = library.run(pointers, BLOCKS - missing, threads, shared, ctypes.c_long(10**6), 1)
+    assert left == 0, "some threads never ended"
+    return tokens, values, given_up, k
+
+
+def a_model(rows: int, **changes: Any) -> tuple[GPTConfig, model.Params, np.ndarray, KVCache]:
+    """Return a model whose weights are of bfloat16, and the caches of prompts of other lengths."""
+    cfg = tiny(block_size=20, n_embd=64, **changes)
+    params = scaled_params(cfg, jax.random.key(0), 4.0)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    params = model.unstack_layers(params, cfg.n_layer)
+    tokens_BT = np.array(jax.random.randint(jax.random.key(1), (rows, 16), 0, 61))
+    length_B = jnp.array(LENGTHS[:rows])
+    _, cache = next_logits(cfg, params, tokens_BT, make_cache(cfg, rows, 20), length_B)
+    k, v = (tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in y) for y in cache[:2])
+    return cfg, params, tokens_BT[:, -1], KVCache(k, v, cache.length_B)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels lie."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+next_logits: Callable[..., Any] = jax.jit(model.next_logits, static_argnums=0)
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference of logits, infinite if others are -inf."""
+    real = np.isfinite(expected)
+    if not np.array_equal(real, np.isfinite(found)):
+        return np.inf
+    return float(np.abs(found[real] - expected[real]).max())
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (1, {"n_head": 4}),  # with splits of a context
+        (8, {"n_head": 1, "activation": "gelu", "bias": False, "tie_head": False}),
+    ],
+)
+def test_logits_and_cache_equal_the_plain_decoders(
+    rows: int, changes: dict[str, Any], folder: Path
+) -> None:
+    cfg, params, token_B, cache = a_model(rows, **changes)
+    expected, longer = next_logits(cfg, params, token_B[:, None], cache)
+    _, found, given_up, k = on_cpu(folder, cfg, params, token_B, cache, 1, logits=True)
+    assert not given_up.any()
+    assert difference(found, np.asarray(expected)) <= TOLERANCE
+    keys = np.asarray(jnp.stack(longer.k)).reshape(k.shape)
+    assert np.abs(k.astype(np.float32) - keys).max() <= TOLERANCE
+
+
+@needs_gxx
+def test_a_mistake_in_the_kernel_shows(folder: Path) -> None:
+    """The newest key, which no cache has, is zero."""
+    right, wrong = "a.from + j == a.n - 1", "a.from + j == a.n"
+    cfg, params, token_B, cache = a_model(3, n_head=2)
+    expected, _ = next_logits(cfg, params, token_B[:, None], cache)
+    assert right in SOURCE
+    source = SOURCE.replace(right, wrong)
+    _, found, _, _ = on_cpu(folder, cfg, params, token_B, cache, 1, logits=True, source=source)
+    assert not difference(found, np.asarray(expected)) <= TOLERANCE
+
+
+@needs_gxx
+def test_several_tokens_in_one_launch(folder: Path) -> None:
+    """The cache, of 20, is full for one of the rows before the end: it stays in its last place."""
+    cfg, params, token_B, cache = a_model(5, n_head=2)
+    found, best, given_up, _ = on_cpu(folder, cfg, params, token_B, cache, 6, logits=False)
+    assert not given_up.any()
+    for i in range(6):
+        logits_BV, cache = next_logits(cfg, params, token_B[:, None], cache)
+        rows = np.array(cache.length_B) <= 20
+        chosen_B = np.take_along_axis(np.asarray(logits_BV), found[i][:, None], axis=1)[:, 0]
+        assert np.all((logits_BV.max(-1) - chosen_B)[rows] <= TOLERANCE)  # its likeliest, or a tie
+        assert np.all(np.abs(best[i] - chosen_B)[rows] <= TOLERANCE)
+        token_B = found[i]
+
+
+@needs_gxx
+def test_a_missing_block_ends_all_waiting(folder: Path) -> None:
+    cfg, params, token_B, cache = a_model(5, n_head=2)
+    before = np.asarray(jnp.stack(cache.k).astype(jnp.bfloat16)).reshape(2, 5, 20, 64)
+    _, _, given_up, k = on_cpu(folder, cfg, params, token_B, cache, 6, logits=False, missing=1)
+    assert given_up[:2].all()
+    for row in range(5):
+        assert np.array_equal(k[:, row, : LENGTHS[row]], before[:, row, : LENGTHS[row]])
+
+
+# ---- Where it runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "taken"),
+    [(768, 12, True), (1600, 25, True), (128, 4, True), (96, 4, False), (80, 5, False)],
+)
+def test_which_shapes_it_takes(width: int, heads: int, taken: bool) -> None:
+    assert (decoder.plan(decoder.Sizes(2, heads, width, 61, 64, False), 128) is not None) == taken
+
+
+@pytest.mark.parametrize("width", [32, 128, 768, 1024, 1280, 1600])
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_a_block_has_the_shared_memory(width: int, rows: int) -> None:
+    sizes = decoder.Sizes(12, max(1, width // 64), width, 50257, 50304, False)
+    plan = decoder.plan(sizes, 128)
+    assert plan is not None
+    stages, size = decoder.shared_memory(sizes, plan, rows)
+    assert size <= decoder.SHARED
+    assert stages >= min(4, plan.stages)
+    assert plan.head[0] * rows <= 32 * plan.warps  # a thread for each logit of a group
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -1) -> list[int]:
+    """Put plain JAX in the kernel's place, as on a GPU; return the steps that it is asked for."""
+    asked: list[int] = []
+
+    def decode(
+        sizes: object,
+        plan: object,
+        packed: model.Params,
+        token_B: jax.Array,
+        cache: decoder.Stacked,
+        steps: int,
+        *,
+        logits: bool,
+    ) -> tuple[jax.Array, jax.Array, decoder.Stacked, jax.Array]:
+        asked.append(steps)
+        if give_up_at == 0:
+            raise cuda.KernelError("a block waited in vain for its compiler")
+        _, B, S, _ = cache.k.shape
+        k, v = (tuple(x.reshape(-1, B, S, cfg.n_head, cfg.head_dim)) for x in cache[:2])
+        plain = KVCache(k, v, cache.length_B)
+        if logits:
+            values_BV, plain = model.next_logits(cfg, packed, token_B[:, None], plain)
+            new_nB, values = jnp.zeros((1, B), jnp.int32), values_BV
+        else:
+
+            def step(state: tuple[jax.Array, KVCache], _: None) -> tuple[Any, Any]:
+                logits_BV, plain = model.next_logits(cfg, packed, state[0][:, None], state[1])
+                token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
+                return (token_B, plain), (token_B, logits_BV.max(-1))
+
+            (_, plain), (new_nB, values) = jax.lax.scan(step, (token_B, plain), length=steps)
+        k_LBSD, v_LBSD = (jnp.stack(x).reshape(cache.k.shape) for x in plain[:2])
+        stacked = decoder.Stacked(k_LBSD, v_LBSD, plain.length_B, cache.words)
+        ok = jnp.array(len(asked) != give_up_at)
+        return new_nB, values, stacked, ok
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    monkeypatch.setattr(decoder, "pack", lambda sizes, plan, params: dict(params))
+    monkeypatch.setattr(cuda, "capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(fused, "plan_of", lambda cfg: decoder.plan(fused.sizes_of(cfg), 128))
+    monkeypatch.setattr(fused, "given_up", [])
+    monkeypatch.setattr(fused, "FASTER", ((2, 2, 64),))
+    jax.clear_caches()  # programs with the plain decoder's names
+    return asked
+
+
+CFG = tiny(n_embd=64, block_size=24, dtype="bfloat16")
+PROMPTS = [[1, 2, 3, 4, 5], [6]]
+
+
+def texts(cfg: GPTConfig, params: model.Params, how: SampleConfig, n: int = 40) -> np.ndarray:
+    pieces = sampling.generate(cfg, params, PROMPTS, how, max_new_tokens=n, seed=3)
+    return np.concatenate(list(pieces), axis=1)
+
+
+HOWS = [SampleConfig(temperature=0.0), SampleConfig(temperature=1.0, repetition_penalty=1.2)]
+
+
+@pytest.mark.parametrize(("how", "give_up_at"), [(HOWS[0], 1), (HOWS[1], -1), (HOWS[1], 0)])
+def test_texts_are_the_same(
+    how: SampleConfig,
+    give_up_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Past the context's end; and if the kernel gives up in the middle, or does not compile."""
+    params = model.prepare_for_decoding(CFG, scaled_params(CFG, jax.random.key(0)))
+    expected = texts(CFG, params, how)
+    asked = pretend(monkeypatch, CFG, give_up_at)
+    found = texts(CFG, fused.with_kernel(CFG, params), how)
+    assert asked
+    assert np.array_equal(found, expected)
+    assert capsys.readouterr().err.count("waited in vain") == (give_up_at >= 0)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kernels": "off"}, {"dtype": "float32"}, {"n_embd": 128}, {"cache": "int8"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_when_the_plain_decoder_stays(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, CFG)
+    params: model.Params = {"h": [], "wte": {"embedding": jnp.zeros((2, 2))}}
+    assert "kernel" in fused.with_kernel(CFG, params)
+    assert fused.with_kernel(dataclasses.replace(CFG, **change), params) is params
+    assert not fused.runs(params, 1)
+    assert not fused.runs({"kernel": 1}, 9)
