@@ -100,11 +100,12 @@ def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> D
 
 
 def draws_long(config: SamplerConfig, starts: list[str]) -> bool:
-    """Return whether so much is to be drawn, one token at a time, that a kernel may be compiled."""
-    calls = -(-max(1, len(starts)) * config.num_samples // config.batch_size)
-    one_by_one = not config.draft and config.beams == 1
-    long = config.interactive or calls * config.max_new_tokens >= fused.MANY_STEPS
-    return one_by_one and long
+    """Return whether so much is to be drawn that a kernel may be compiled for it."""
+    rows = max(1, len(starts)) * config.num_samples
+    calls = -(-rows // config.batch_size)
+    taken = fused.takes(min(rows, config.batch_size), config.sample)
+    taken = taken and not config.draft and config.beams == 1
+    return taken and (config.interactive or calls * config.max_new_tokens >= fused.MANY_STEPS)
 
 
 def write_samples(

@@ -19,9 +19,11 @@ from gptjax.model import Params
 
 GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder.decode`
 # Layers, heads and width of the models that it was measured to be faster for: GPT-2 small, whose
-# token takes an H100 0.27 ms instead of 0.8. XL was not compared with the plain decoder.
+# token takes an H100 0.27 ms instead of 0.64. XL was not compared with the plain decoder.
 FASTER = ((12, 12, 768),)
-MANY_STEPS = 4096  # tokens of a row that save 2 s: NVRTC takes 1 to 2.5 s (on 2 CPU cores) once
+FEW_ROWS = 2  # with eight, it takes 0.55 ms where cuDNN's attention leads to 0.45
+DRAWN_TOO = False  # tokens drawn from logits, with a launch for each: not measured yet
+MANY_STEPS = 4096  # tokens of a row that save 1.5 s: NVRTC takes 1 to 2.5 s (on 2 CPU cores) once
 given_up: list[bool] = []  # not empty once that happened
 
 
@@ -71,9 +73,10 @@ def without_kernel(params: Params) -> Params:
     return {name: part for name, part in params.items() if name != "kernel"}
 
 
-def runs(params: Params, rows: int) -> bool:
-    """Return whether the kernel is to decode this many rows, with parameters of `with_kernel`."""
-    return "kernel" in params and rows <= decoder.ROWS and not given_up
+def takes(rows: int, how: SampleConfig) -> bool:
+    """Return whether the kernel is to decode this many rows, where it runs."""
+    measured = rows <= FEW_ROWS and (how.temperature < SMALLEST or DRAWN_TOO)
+    return measured and not given_up
 
 
 def give_up(reason: str) -> None:

@@ -213,7 +213,7 @@ def fill_context(
     )
     yield jax.tree.map(lambda x: np.asarray(x)[None], Piece(state.token_B, state.scores))
     done, draw_chunk, weights = 1, decode, plain
-    if done < left and fused.runs(params, len(contexts)):
+    if done < left and "kernel" in params and fused.takes(len(contexts), how):
         state, size = fused.stack_cache(cfg, state), limit
         draw_chunk, weights = fused.decode, params["kernel"]
     while done < left:

@@ -244,6 +244,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
     monkeypatch.setattr(fused, "plan_of", lambda cfg: decoder.plan(fused.sizes_of(cfg), 128))
     monkeypatch.setattr(fused, "given_up", [])
     monkeypatch.setattr(fused, "FASTER", ((2, 2, 64),))
+    monkeypatch.setattr(fused, "DRAWN_TOO", True)
     jax.clear_caches()  # programs with the plain decoder's names
     return asked
 
@@ -290,5 +291,10 @@ def test_when_the_plain_decoder_stays(
     params: model.Params = {"h": [], "wte": {"embedding": jnp.zeros((2, 2))}}
     assert "kernel" in fused.with_kernel(CFG, params)
     assert fused.with_kernel(dataclasses.replace(CFG, **change), params) is params
-    assert not fused.runs(params, 1)
-    assert not fused.runs({"kernel": 1}, 9)
+
+
+def test_rows_and_draws_that_it_takes() -> None:
+    """Those for which it was measured to be faster."""
+    assert fused.takes(2, HOWS[0])
+    assert not fused.takes(3, HOWS[0])
+    assert not fused.takes(1, HOWS[1])
