@@ -16,6 +16,7 @@ from gptjax.config import GPTConfig
 from gptjax.conversion import sources
 from gptjax.drafts import Draft
 from gptjax.errors import DataError, UsageError, plural
+from gptjax.filters import make_history
 from gptjax.presets import PRESETS
 from gptjax.sampler_config import SamplerConfig, refuse_contradictions
 from gptjax.settings import require
@@ -74,7 +75,7 @@ def compile_first(
         pool,
         cfg,
         jax.devices()[0],
-        [sampling.cut(prompt, cfg.block_size) for prompt in rows[: config.batch_size]],
+        rows[: config.batch_size],
         config.sample,
         weights=config.weights,
         max_new_tokens=config.max_new_tokens,
@@ -103,7 +104,9 @@ def draws_long(config: SamplerConfig, starts: list[str]) -> bool:
     """Return whether so much is to be drawn that a kernel may be compiled for it."""
     rows = max(1, len(starts)) * config.num_samples
     calls = -(-rows // config.batch_size)
-    taken = fused.takes(min(rows, config.batch_size), config.sample)
+    history = make_history(config.sample, 1, [[0]], [[]], 1)
+    whole = history is None and not config.json
+    taken = fused.takes(min(rows, config.batch_size), config.sample, whole)
     taken = taken and not config.draft and config.beams == 1
     return taken and (config.interactive or calls * config.max_new_tokens >= fused.MANY_STEPS)
 

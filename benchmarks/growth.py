@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 
 
 def make_model(device: str, shape: Shape) -> GPTConfig:
-    """A model of this shape, in the type and with the attention that the device takes."""
+    """A model of this shape: float32 on a CPU, in a GPU's type and with its attention."""
     return model.resolve(
         GPTConfig(
             n_layer=shape["layers"],

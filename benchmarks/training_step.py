@@ -2,9 +2,9 @@
 
 Every side runs in a process of its own, in turn, for several rounds; the table shows the median of
 the rounds' medians, and the fastest step of all, in ms. All sides compute the same: AdamW,
-clipping, no dropout, no biases; on CPU float32 where nothing else is said, but for gptjax, which
-chooses; bfloat16 on GPU. gptjax with and without kernels begins with the same parameters, so that
-its losses must agree.
+clipping, no dropout, no biases; on a CPU float32, unless the side's name says otherwise, and
+"gptjax" chooses its type; bfloat16 on GPU. gptjax with and without kernels begins with the same
+parameters, so that its losses must agree.
 
 With `--gpus=4` each GPU takes the batch of the shape: gptjax's share it as `--mesh` says, the
 twin's by DistributedDataParallel, a process for each. Both may take nearly all of their memory.

@@ -37,7 +37,7 @@ def compile_programs(
         pool: the threads.
         cfg: the model, without "auto".
         device: where the parameters will lie.
-        prompts: token ids of each row, at most a context of them.
+        prompts: token ids of each row, as of `sampling.generate`.
         how: temperature and filters.
         weights: as of `model.prepare_for_decoding`.
         max_new_tokens: per row, at least 1.
@@ -52,18 +52,19 @@ def compile_programs(
         """Return the shapes of arrays that lie on the device."""
         return abstract_tree(tree, jax.tree.map(lambda leaf: SingleDeviceSharding(device), tree))
 
-    rows, longest = len(prompts), max(map(len, prompts))
+    rows = len(prompts)
+    longest = max(len(sampling.cut(list(prompt), cfg.block_size)) for prompt in prompts)
     left = min(max_new_tokens, cfg.block_size - longest + 1)
     size = sampling.first_size(rows, longest, left, cfg.block_size)
     tokens_BT = np.zeros((rows, sampling.bucket(longest, size)), np.int32)
     keys = sampling.row_keys.lower(*sampling.key_parts(0, [0] * rows, prompts))
     keys_B = keys.out_info
     length_B, n_drawn = np.ones(rows, np.int32), np.int32(0)
-    most = sampling.bucket(longest + cfg.block_size)
+    most = sampling.bucket(max(map(len, prompts)) + cfg.block_size)
     history = make_history(how, cfg.padded_vocab_size, prompts, [[]] * rows, most)
     read = (tokens_BT, length_B, keys_B, n_drawn, history, n_likeliest)
 
-    prepare = model.prepare_for_decoding.lower(cfg, on_device(model.param_shapes(cfg)), weights)
+    prepare = model.prepare.lower(cfg, on_device(model.param_shapes(cfg)), weights)
     programs: Programs = [pool.submit(prepare.compile), pool.submit(keys.compile)]
     params = on_device(prepare.out_info)
     prefill = decoding.prefill.lower(cfg, how, size, params, *read)

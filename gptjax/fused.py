@@ -74,9 +74,15 @@ def without_kernel(params: Params) -> Params:
     return {name: part for name, part in params.items() if name != "kernel"}
 
 
-def takes(rows: int, how: SampleConfig) -> bool:
-    """Return whether the kernel is to decode this many rows, where it runs."""
-    measured = rows <= FEW_ROWS and (how.temperature < SMALLEST or DRAWN_TOO)
+def takes(rows: int, how: SampleConfig, whole: bool) -> bool:
+    """Return whether the kernel is to decode, where it runs.
+
+    Args:
+        rows: how many.
+        how: temperature and filters.
+        whole: whether it can choose by itself: nothing is remembered for filters, or scored.
+    """
+    measured = rows <= FEW_ROWS and (DRAWN_TOO or (whole and how.temperature < SMALLEST))
     return measured and not given_up
 
 

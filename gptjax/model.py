@@ -97,12 +97,17 @@ def unstack_layers(params: Params, n_layer: int) -> Params:
     return {**params, "h": layers}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "weights"))
 def prepare_for_decoding(cfg: GPTConfig, params: Params, weights: str = "auto") -> Params:
     """Return the parameters with unstacked layers in the compute dtype, converted once for all.
 
     With weights="int8" all matrices but the position embedding become `Int8`.
     """
+    return prepare(cfg, params, weights)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "weights"))
+def prepare(cfg: GPTConfig, params: Params, weights: str) -> Params:
+    """Compute `prepare_for_decoding`; all arguments are given, so that they name one program."""
     params = quantize_matrices(params) if weights == "int8" else params
     return jax.tree.map(
         lambda p: p if isinstance(p, Int8) else p.astype(cfg.dtype),

@@ -11,9 +11,12 @@ Attention = Literal["auto", "xla", "cudnn"]
 AUTO_DTYPE = (
     "auto is bfloat16 on a GPU or TPU, float16 on an NVIDIA GPU below compute capability 8.0 (T4, "
     "V100), and float32 on a CPU. On a CPU bfloat16 is the type of the operands of matrix products "
-    "alone, and all else is float32."
+    "and of the weights and the cache that a sampler keeps; all else is float32."
 )
-AUTO_TO_TRAIN = " In training auto is bfloat16 on a CPU that computes it (AVX512_BF16 or AMX), too."
+AUTO_TO_TRAIN = (
+    " In training auto is bfloat16 on a CPU that computes it (AVX512_BF16 or AMX), too, unless "
+    "kernels=off."
+)
 WEIGHTS = (
     "Type of the weights of a decoder: int8 takes half of the memory of bfloat16, a quarter of "
     "float32, with a scale for each output of a matrix. auto is the type of the computation."

@@ -66,10 +66,10 @@ class SamplerConfig:
     )
     draft: str = once(
         "",
-        "Draw faster, and the same text, with drafts that the model checks several tokens at a "
-        "time. ngram drafts what followed the same words in prompt and text; anything else names a "
-        "small model of the same tokenizer, as --init_from does, or a run folder. A prompt or text "
-        "that repeats itself, and a large model, gain most.",
+        "Draw faster, and the same text up to rounding, with drafts that the model checks several "
+        "tokens at a time. ngram drafts what followed the same words in prompt and text; anything "
+        "else names a small model of the same tokenizer, as --init_from does, or a run folder. A "
+        "prompt or text that repeats itself, and a large model, gain most.",
         section="Speculative decoding",
         path=True,
     )

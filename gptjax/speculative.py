@@ -6,8 +6,9 @@ V vocabulary.
 The model reads the newest token and a draft in one pass, draws its own token at each place, and
 keeps them up to the first that differs from the draft. Each draw has the random key that the plain
 decoder gives to it, so the text is the plain decoder's, token for token, whoever drafts and however
-many: a draft changes the speed alone. A small model drafts with the same keys, and so draws the
-same token wherever chance decides between probabilities that are much alike.
+many: a draft changes the speed alone. (Products of another shape may round otherwise, so that in
+half precision tokens can differ where two are as likely.) A small model drafts with the same keys,
+and so draws the same token wherever chance decides between probabilities that are much alike.
 
 Sources: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", and
 Chen et al. 2023, for the drafts that are checked in one pass. Their rejection sampling keeps a text

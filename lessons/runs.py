@@ -35,7 +35,6 @@ ADAMW = (
     *CHARACTERS,
     *BATCHES,
     *RATES,
-    "--dtype=float32",  # as the lesson computes
     *("--optimizer=adamw", f"--max_iters={STEPS}", f"--warmup_iters={STEPS // 24}"),
     *("--eval_interval=0", "--eval_iters=40"),
 )

@@ -56,7 +56,7 @@ def test_the_loop_calls_what_was_compiled(caplog: pytest.LogCaptureFixture) -> N
         assert loop.validate(state.params, lambda: False) is not None
         state, _ = loop.train_step(state, windows)
     compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
-    for name in ("train_step", "lambda", "prepare_for_decoding", "prefill", "decode"):
+    for name in ("train_step", "lambda", "prepare", "prefill", "decode"):
         assert not any(f"jit({name})" in line for line in compiled)
     plain, _ = make_train_step(CONFIG, abstract)(init_state(CONFIG, abstract), windows)
     assert digest(state) == digest(plain)

@@ -23,7 +23,7 @@ def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda, name, functools.cache(getattr(cuda, name).__wrapped__))
 
 
-def ampere(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None = (9, 0)) -> None:
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None = (9, 0)) -> None:
     monkeypatch.setattr(cuda, "capability", lambda: found)
 
 
@@ -60,7 +60,7 @@ def test_without_an_nvidia_gpu_there_are_no_kernels(capsys: pytest.CaptureFixtur
 
 
 def test_an_old_gpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    ampere(monkeypatch, (7, 5))
+    pretend_gpu(monkeypatch, (7, 5))
     assert "7.5 is below 8.0" in cuda.refusal()
     assert not cuda.available()
 
@@ -68,7 +68,7 @@ def test_an_old_gpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_compiler_leaves_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ampere(monkeypatch)
+    pretend_gpu(monkeypatch)
 
     def missing(name: str, *mode: object) -> None:
         raise OSError(name)
@@ -87,7 +87,7 @@ def test_a_target_that_xla_does_not_know_leaves_one_line(
     """A CPU does not know it, so this asks XLA in earnest; found while a program is traced."""
     if cuda.capability() is not None:
         pytest.skip("there is an NVIDIA GPU; run it without: JAX_PLATFORMS=cpu pytest -k target")
-    ampere(monkeypatch)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(cuda, "compile_ptx", lambda *source: "PTX")
     found = []
 
@@ -105,7 +105,7 @@ def test_a_target_that_xla_does_not_know_leaves_one_line(
 def test_the_probe_checks_the_answer(
     answer: float, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ampere(monkeypatch)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(cuda, "compile_ptx", lambda *source: "PTX")
 
     def pretend(*_: object, inputs: list[jax.Array], **__: object) -> list[jax.Array]:

@@ -326,6 +326,7 @@ def test_when_the_plain_decoder_stays(
 
 def test_rows_and_draws_that_it_takes() -> None:
     """Those for which it was measured to be faster."""
-    assert fused.takes(1, HOWS[0])
-    assert not fused.takes(2, HOWS[0])
-    assert not fused.takes(1, HOWS[1])
+    assert fused.takes(1, HOWS[0], whole=True)
+    assert not fused.takes(1, HOWS[0], whole=False)
+    assert not fused.takes(2, HOWS[0], whole=True)
+    assert not fused.takes(1, HOWS[1], whole=True)

@@ -37,7 +37,7 @@ def compiled_by_calls(
         for _ in sampling.generate(cfg, decoder, called, HOW, max_new_tokens=30):
             pass
     lines = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
-    names = ("prepare_for_decoding", "row_keys", "prefill", "decode")
+    names = ("prepare", "row_keys", "prefill", "decode")
     return {name for name in names if any(f"jit({name})" in line for line in lines)}
 
 
@@ -77,15 +77,24 @@ def test_the_text_is_the_same_whether_or_not_it_was_compiled_ahead(
     def load(name: str, **rest: Any) -> Any:
         return load_model(name, sources.SourceConfig(tokenizer="byte"), **rest)
 
+    compile_programs, calls = first_text.compile_programs, []
+
+    def note(*args: Any, **rest: Any) -> Any:
+        calls.append("compiled")
+        return compile_programs(*args, **rest)
+
     monkeypatch.setattr(sources, "load_model", load)
+    monkeypatch.setattr(first_text, "compile_programs", note)
     texts = []
     for cores in (1, 4):
         monkeypatch.setattr(sample, "available_cpus", lambda cores=cores: cores)
         texts.append(say(capsys, folder))
 
     def fail(*args: object, **rest: object) -> Any:
+        calls.append("failed")
         raise NonFiniteError("not compiled")
 
     monkeypatch.setattr(first_text, "compile_programs", fail)
     texts.append(say(capsys, folder))
     assert texts[0] == texts[1] == texts[2] != ""
+    assert calls == ["compiled", "failed"]  # on four cores alone

@@ -73,6 +73,7 @@ def test_a_product_of_cut_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     jax.clear_caches()
     with pytest.raises(AssertionError):
         test_a_product_is_that_of_the_dequantized_weights("parts", 5)
+    jax.clear_caches()  # no test is to find the program with the mistake
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -155,4 +156,4 @@ def test_the_program_takes_them(out: Path, capsys: Any, restore_process: None) -
     common = ["--compile_cache=off", f"--out_dir={out}", "--max_new_tokens=20", "--temperature=0"]
     for flags in ([], ["--weights=int8", "--cache=int8", "--draft=ngram"]):
         assert cli.run(sample.main, [*common, *flags]) == 0
-    assert len(capsys.readouterr().out) > 20
+        assert len(capsys.readouterr().out) > 20

@@ -66,6 +66,9 @@ def plain(
     results: Any = globals()[name](*inputs, *more)
     N, columns = inputs[0].shape if name != "join" else outputs[0][0]
     assert (how["N"], how["V" if name == "cross_entropy" else "D"]) == (N, columns)
+    if name.startswith("norm"):
+        vectors = [x for x in inputs if x.shape == (2, columns)]
+        assert [x.dtype for x in vectors] == [jnp.float32]  # as the source reads them
     if name == "norm_forward":
         assert len(inputs) == 2 + how["ADD"]
         results = results if how["ADD"] else results[1:]
@@ -84,7 +87,9 @@ def plain(
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Let this machine have kernels; the names of those that ran."""
     if jax.default_backend() == "gpu" and cuda.capability() != training.HOPPER:
-        pytest.skip("the kernels run on an H100 or H200 only")
+        pytest.skip(
+            "needs an H100 or H200; or JAX_PLATFORMS=cpu pytest tests/test_training_kernels.py"
+        )
     names: list[str] = []
     compute = training.run if jax.default_backend() == "gpu" else plain
 
@@ -102,6 +107,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def whatever_the_size(name: str, kernels: str, dtype: Any, rows: int, columns: int) -> Any:
     """Stand for `training.choose`."""
     return training.TRAINING[name] if kernels == "auto" and dtype == "bfloat16" else None
+
+
+def test_a_samplers_parameters_are_read_as_float32(calls: list[str]) -> None:
+    """Those of `prepare_for_decoding` have the compute dtype, also where a prompt is long."""
+    x_ND = jax.random.normal(jax.random.key(0), (12, 16)).astype(jnp.bfloat16)
+    one_D = jnp.ones(16, jnp.bfloat16)
+    _, normal_ND = training.add_norm(x_ND, None, one_D, 0 * one_D)
+    expected_ND = functions.layer_norm(x_ND, jnp.ones(16))
+    assert calls == ["norm_forward"]
+    assert np.allclose(normal_ND.astype(jnp.float32), expected_ND, atol=0.02)
 
 
 # ---- Each function -------------------------------------------------------------------------------
@@ -225,7 +240,7 @@ def test_a_planted_mistake_turns_red(
     mistake: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if jax.default_backend() == "gpu":
-        pytest.skip("the mistakes are planted in what stands for the kernels without a GPU")
+        pytest.skip("mistakes are planted in what stands for kernels: JAX_PLATFORMS=cpu pytest")
     name, kernel, wrong = MISTAKES[mistake]
     monkeypatch.setitem(globals(), kernel, wrong_of(kernel, wrong))
     with pytest.raises(AssertionError, match=name):

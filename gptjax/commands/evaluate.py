@@ -51,7 +51,9 @@ class EvaluateConfig:
     )
     batch_size: int = once(8, "Number of texts in a forward pass.")
     dtype: DType = once("auto", f"Data type of the computation. {AUTO_DTYPE}")
-    weights: Literal["auto", "int8"] = once("auto", WEIGHTS)
+    weights: Literal["auto", "int8"] = once(
+        "auto", f"{WEIGHTS} Here int8 rounds them in the same way, and spares no memory."
+    )
     cache: Literal["auto", "int8"] = once("auto", CACHE)
     compile_cache: str = once("auto", COMPILE_CACHE, path=True)
     debug: bool = once(False, DEBUG)

@@ -134,8 +134,10 @@ def load_run_or_own(run_dir: Path, which: str = "best") -> Run:
         UsageError, DataError, CheckpointError: as of `load_run`.
     """
     name = str(run_dir)
-    own = name in hub.OWN and not run_dir.exists()
-    return load_model(name) if own else load_run(run_dir, which)
+    if name not in hub.OWN or run_dir.exists():
+        return load_run(run_dir, which)
+    require(which == "best", "checkpoint", which, f"{name} has one state and no steps")
+    return load_model(name)
 
 
 def read_model(

@@ -127,7 +127,7 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Reference) -> list[C
     """Make every comparison, in the order of computation.
 
     Args:
-        cfg: our model; compute dtype and attention are chosen here.
+        cfg: our model; compute dtype, attention and cache are chosen here.
         params: its parameters.
         reference: from `load_reference`; its weights are cast to bfloat16 in the end.
 
@@ -138,7 +138,7 @@ def verify(cfg: GPTConfig, params: model.Params, reference: Reference) -> list[C
         the gradient of each tensor; the tokens of a greedy continuation that differ; the error of
         the logits in bfloat16.
     """
-    cfg = dataclasses.replace(cfg, dtype="float32", attention="xla", dropout=0.0)
+    cfg = dataclasses.replace(cfg, dtype="float32", attention="xla", dropout=0.0, cache="auto")
     rows, length = PROBE[0], min(PROBE[1], cfg.block_size)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length))
     checks = [

@@ -5,6 +5,7 @@ internal one of XLA (`xla/service/gpu/kernel_call.cc`), so `available` runs a sm
 and whoever asks it takes the plain computation where anything of this fails.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -92,9 +93,10 @@ def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -
         lib.nvrtcGetPTX(program, text)
         ptx = text.value.decode()
         if kept is not None:
-            files_own = kept.with_suffix(f".{os.getpid()}")  # whole, whoever else writes it
-            files_own.write_text(ptx, encoding="utf-8")
-            files_own.replace(kept)
+            with contextlib.suppress(OSError):  # such as a full disk: it is compiled again
+                files_own = kept.with_suffix(f".{os.getpid()}")  # whole, whoever else writes it
+                files_own.write_text(ptx, encoding="utf-8")
+                files_own.replace(kept)
         return ptx
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))

@@ -22,7 +22,7 @@ from gptjax.kernels import cuda
 HOPPER = (9, 0)  # its compute capability
 ROWS = 65536  # or more
 # Of what a kernel reads. They would run with others that are a multiple of 8: a row of logits of up
-# to 227 KB, two of which a multiprocessor holds; a width of up to 1280, in a warp's registers.
+# to 113 KB, so that a multiprocessor holds two; a width of up to 1280, in a warp's registers.
 COLUMNS = {"mean_loss": 50304, "add_norm": 768, "linear_split": 2304}
 PROCESSORS = 132  # of an H100: grids are a multiple of it
 
@@ -158,7 +158,8 @@ def _add_norm_forward(
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     (N, D), rows = x_ND.shape, (x_ND.shape, x_ND.dtype)
     # One array, made by a kernel: XLA would copy a layer's scale by a call that no graph holds.
-    vectors_2D = jnp.stack([scale_D, jnp.zeros_like(scale_D) if bias_D is None else bias_D])
+    vectors = [scale_D, jnp.zeros_like(scale_D) if bias_D is None else bias_D]
+    vectors_2D = jnp.stack(vectors).astype(jnp.float32)  # a sampler's are of the compute dtype
     adds = y_ND is not None
     *sum_ND, normal_ND, moments_N2 = run(
         "norm_forward",

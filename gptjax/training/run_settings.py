@@ -37,11 +37,12 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
         problem = config_file_problem(preset)
         raise UsageError(problem or f"unknown preset {preset}: must be one of {', '.join(PRESETS)}")
     about = f"Train a GPT. A first word picks a preset: {', '.join(PRESETS)}."
-    config = PRESETS[preset]
+    fast = not named and cpu_computes_bfloat16()
+    config = PRESETS["quickstart_bf16" if fast else preset]
     prog = f"{programs.command('train.py')} [PRESET]"
     given = flags.read(TrainConfig, argv, config, about, prog)
-    if not named and trains_in_bfloat16(given):
-        config = PRESETS["quickstart_bf16"]
+    if fast and not in_bfloat16(given):
+        config = PRESETS["quickstart"]
     run_dir = files.expand(given.get("out_dir") or config.out_dir)
     settings = settings_to_go_on(run_dir, given.get("init_from"), given.get("replay"))
     if settings is not None:
@@ -57,10 +58,10 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
         return flags.apply(config, given), given
 
 
-def trains_in_bfloat16(given: dict[str, Any]) -> bool:
-    """Return whether this CPU would train in bfloat16 with these flags; it need not be used."""
+def in_bfloat16(given: dict[str, Any]) -> bool:
+    """Return whether a CPU that computes bfloat16 would train in it with these flags."""
     asked = given.get("dtype", "auto"), given.get("kernels", "auto")
-    return asked in (("auto", "auto"), ("bfloat16", "auto")) and cpu_computes_bfloat16()
+    return asked in (("auto", "auto"), ("bfloat16", "auto"))
 
 
 @contextlib.contextmanager
