@@ -14,8 +14,8 @@ from gptjax import collectives
 from gptjax.config import Attention
 from gptjax.dropout import drop, keep_mask
 from gptjax.errors import UsageError
+from gptjax.kernels.cuda import AMPERE, capability
 from gptjax.kernels.int8 import Int8
-from gptjax.precision import AMPERE, compute_capability
 
 Einsum = Callable[..., Array]
 CUDNN_HEAD = 128  # widest head of cuDNN's attention; its width is a multiple of 8
@@ -153,13 +153,13 @@ def choose_attention(name: Attention, dtype: str, dropout: float) -> Attention:
     Raises:
         UsageError: cudnn was asked for where it cannot run.
     """
-    capability = compute_capability()
+    found = capability()
     # cuDNN's flash attention has kernels from this generation on.
-    runs = capability is not None and capability >= AMPERE and dtype in ("bfloat16", "float16")
+    runs = found is not None and found >= AMPERE and dtype in ("bfloat16", "float16")
     if name == "auto":
         return "cudnn" if runs and dropout == 0 else "xla"
     if name == "cudnn" and not runs:
-        here = f" of {capability[0]}.{capability[1]}" if capability else ""
+        here = f" of {found[0]}.{found[1]}" if found else ""
         raise UsageError(
             "--attention=cudnn: needs an NVIDIA GPU of compute capability 8.0 or more and half "
             f"precision, but this is {jax.default_backend()}{here} in {dtype}; take "

@@ -90,7 +90,7 @@ def store(cache_BSHK: Stored, new_BTHK: Array, start_B: Array) -> Stored:
 
 
 def write(cache_BSHK: Array, new_BTHK: Array, start_B: Array) -> Array:
-    """Return the array with row b's new entries at start_B[b]."""
+    """Return an array (B, S, ...) with row b's new entries at start_B[b]."""
     if cache_BSHK.shape[0] == 1:  # a slice update stays in place where XLA's scatter may copy
         return jax.lax.dynamic_update_slice_in_dim(cache_BSHK, new_BTHK, start_B[0], axis=1)
 

@@ -12,21 +12,11 @@ from jax import Array
 
 from gptjax.config import DType, GPTConfig
 from gptjax.kernels import cpu_bf16
+from gptjax.kernels.cuda import AMPERE, capability
 
-AMPERE = (8, 0)  # compute capability from which an NVIDIA GPU multiplies in bfloat16
 CPUINFO = Path("/proc/cpuinfo")
 # Values of XLA's flag xla_cpu_max_isa that leave it these instructions.
 WITH_BFLOAT16 = ("AVX512_BF16", "AMX", "AMX_FP16")
-
-
-def compute_capability() -> tuple[int, int] | None:
-    """Return the least compute capability of the NVIDIA GPUs here; None if there are none."""
-    devices = jax.devices()
-    version = devices[0].client.platform_version.lower()
-    if jax.default_backend() != "gpu" or "cuda" not in version:
-        return None
-    major, minor = min(tuple(map(int, d.compute_capability.split("."))) for d in devices)
-    return major, minor
 
 
 @functools.cache
@@ -51,8 +41,8 @@ def choose_dtype(cfg: GPTConfig, *, training: bool) -> DType:
     if jax.default_backend() == "cpu":
         fast = training and cfg.kernels == "auto" and cpu_computes_bfloat16()
         return "bfloat16" if fast else "float32"
-    capability = compute_capability()
-    return "float16" if capability is not None and capability < AMPERE else "bfloat16"
+    found = capability()
+    return "float16" if found is not None and found < AMPERE else "bfloat16"
 
 
 # ---- bfloat16 on a CPU: the operands of matrix products have it, and nothing else ----------------

@@ -267,11 +267,6 @@ def row_keys(seed: Array, sample_B: Array, prompt_B: Array) -> Array:
     return fold(sample_B, prompt_B)
 
 
-def row_key(seed: int, sample: int, prompt: Sequence[int]) -> Array:
-    """Return the random key of a row."""
-    return row_keys(*key_parts(seed, [sample], [prompt]))[0]
-
-
 def cut(context: list[int], limit: int) -> list[int]:
     """Return the context, or its last limit // 2 tokens if it is longer than the limit."""
     return context if len(context) <= limit else context[-max(1, limit // 2) :]

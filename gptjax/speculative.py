@@ -30,9 +30,9 @@ from gptjax.decoding import Scores, sample_token, score_token
 from gptjax.drafts import Draft, draft_by_model, look_up
 from gptjax.errors import NonFiniteError
 from gptjax.filters import History, make_history, remember_each, remember_first
-from gptjax.kv_cache import KVCache, make_cache
+from gptjax.kv_cache import KVCache, make_cache, write
 from gptjax.model import Params, forward, hidden_states
-from gptjax.sampling import Piece, bucket, cut, row_key
+from gptjax.sampling import Piece, bucket, cut, key_parts, row_keys
 
 CHUNK = 32  # tokens of a row for each call into JAX, at least
 
@@ -67,12 +67,6 @@ class State(NamedTuple):
 
 
 # ---- One pass ------------------------------------------------------------------------------------
-
-
-def put(x_BS: Array, new_BJ: Array, start_B: Array) -> Array:
-    """Return an array (B, S, ...) with each row's new entries from its start on."""
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return jax.vmap(write)(x_BS, new_BJ, start_B)
 
 
 def count_right(draft_BK: Array, token_BJ: Array) -> Array:
@@ -129,7 +123,7 @@ def one_pass(
         n = state.text.scores.likeliest.shape[-1]
         scores = jax.vmap(lambda logits, token: score_token(logits, token, n))(logits_BJV, token_BJ)
     start_B = state.length_B
-    text = jax.tree.map(lambda x, new: put(x, new, start_B), state.text, Text(token_BJ, scores))
+    text = jax.tree.map(lambda x, new: write(x, new, start_B), state.text, Text(token_BJ, scores))
     is_new_BJ = jnp.arange(J)[None] < count_B[:, None]
     is_open_B = count_B > 0
     finite = jnp.all(jnp.isfinite(logits_BJV.max(axis=-1)) | ~is_new_BJ)
@@ -241,7 +235,7 @@ def generate_pieces(
     limit = cfg.block_size
     contexts = [cut(list(prompt), limit) for prompt in prompts]
     samples = samples if samples is not None else [0] * len(prompts)
-    keys_B = jnp.stack([row_key(seed, *row) for row in zip(samples, prompts, strict=True)])
+    keys_B = row_keys(*key_parts(seed, samples, prompts))
     size = bucket(max(map(len, contexts)) + max_new_tokens, limit)
     drawn: list[list[int]] = [[] for _ in prompts]
     waiting: list[list[Piece]] = [[] for _ in prompts]  # of them, what was not yielded yet

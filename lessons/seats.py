@@ -284,8 +284,8 @@ def sampler_seats(mine: ModuleType) -> Iterator[tuple[Any, Any]]:
             return
         params, rows = blocks_of(cfg, params), []
         numbers = rest.get("samples") or [0] * len(prompts)
-        for ids, number in zip(prompts, numbers, strict=True):
-            key = sampling.row_key(rest.get("seed", 0), number, ids)
+        keys = sampling.row_keys(*sampling.key_parts(rest.get("seed", 0), numbers, prompts))
+        for ids, key in zip(prompts, keys, strict=True):
             tokens_T = jnp.asarray(ids, jnp.int32)
             drawing = (n_new, key, how.temperature, how.top_k, cfg.n_head, cfg.vocab_size)
             rows.append(np.asarray(write(params, tokens_T, len(ids), *drawing), np.int32))

@@ -111,9 +111,13 @@ def kept_file(name: str) -> Path | None:
 
 
 def capability() -> tuple[int, int] | None:
-    """Return the least compute capability of the NVIDIA GPUs of this process; None without any."""
-    devices = jax.local_devices()
-    if devices[0].platform != "gpu" or "cuda" not in devices[0].client.platform_version.lower():
+    """Return the least compute capability of the NVIDIA GPUs of all processes; None without any.
+
+    So all processes choose the same program.
+    """
+    devices = jax.devices()
+    version = devices[0].client.platform_version.lower()
+    if jax.default_backend() != "gpu" or "cuda" not in version:
         return None
     major, minor = min(tuple(map(int, d.compute_capability.split("."))) for d in devices)
     return major, minor
