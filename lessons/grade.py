@@ -3,6 +3,7 @@
 python lessons/grade.py lessons/my_gpt.py
 python lessons/grade.py lessons/my_gpt.py train.py --max_iters=50 --out_dir=out/mine
 python lessons/grade.py lessons/my_gpt.py sample.py --out_dir=out/mine
+python lessons/grade.py lessons/my_gpt.py sample.py --init_from=novels
 python lessons/grade.py lessons/my_gpt.py convert_gpt2.py verify --self_test --size=tiny
 """
 

@@ -6,6 +6,7 @@ do (dropout, a second text shard, beam search) stays gptjax's, or is refused.
 B batch, T tokens, D width, N tokens in all, V vocabulary.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,7 +21,7 @@ from jax import Array
 
 from gptjax import attention, blocks, decoding, filters, functions, kv_cache, loss, model, sampling
 from gptjax.config import GPTConfig, TrainConfig
-from gptjax.conversion import tensors
+from gptjax.conversion import hf_config, tensors
 from gptjax.errors import UsageError
 from gptjax.training import optimizer
 
@@ -181,6 +182,9 @@ def other_seats(mine: ModuleType) -> Iterator[tuple[Any, Any]]:
         yield make_optimizer, lambda config: my_optimizer(mine, make_optimizer, config)
     if hasattr(mine, "generate"):
         yield tensors.read_params, lambda source, *place: my_read_params(mine, source, *place)
+        # A file of a model without biases holds zeros for them, which the student's loader reads.
+        parse_config = hf_config.parse_config
+        yield parse_config, lambda *of: dataclasses.replace(parse_config(*of), bias=True)
         yield from sampler_seats(mine)
 
 

@@ -331,13 +331,14 @@ def test_programs_with_the_students_functions_do_what_they_do_without(tmp_path: 
     env = {**os.environ, **switches, "GPTJAX_CACHE": str(tmp_path / "cache")}
     metrics = importlib.import_module("gptjax.training.metrics")
 
-    def run(whose: str) -> tuple[np.ndarray, dict[str, str]]:
+    def run(whose: str) -> tuple[np.ndarray, list[str]]:
         """The losses of train.py, and what each program printed."""
         out_dir = f"--out_dir={tmp_path / whose}"
         programs: list[tuple[str, list[str]]] = [
             ("train", [*seats.FLAGS, *FLAGS, f"--dataset={text}", out_dir]),
             ("sample", [out_dir, "--max_new_tokens=20", "--start=The ", "--top_k=40"]),
             ("convert_gpt2", ["verify", "--self_test", "--size=tiny"]),
+            ("sample", ["--init_from=novels", "--max_new_tokens=20", "--start=It was"]),
         ]
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, whose, json.dumps(programs)],
@@ -348,16 +349,18 @@ def test_programs_with_the_students_functions_do_what_they_do_without(tmp_path: 
             timeout=280,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        said = re.split(r"^== (\w+)\n", done.stdout, flags=re.MULTILINE)[1:]
+        said = re.split(r"^== \w+\n", done.stdout, flags=re.MULTILINE)[1:]
         records = metrics.read_metrics(tmp_path / whose / "metrics.jsonl")
         losses = np.array([record["loss"] for record in records if "loss" in record])
-        return losses, dict(zip(said[::2], said[1::2], strict=True))
+        return losses, said
 
     (ours, our_text), (theirs, their_text) = run("mine"), run("theirs")
     assert len(ours) == 12
     difference = float(np.abs(ours - theirs).max())
     assert difference <= 1e-5, difference
-    assert our_text["sample"] == their_text["sample"] != ""
-    assert "comparisons hold" in our_text["convert_gpt2"]
-    digests = [re.findall(r"state sha256=\w+", x["train"]) for x in (our_text, their_text)]
+    training, sampled, verified, spoken = zip(our_text, their_text, strict=True)
+    assert sampled[0] == sampled[1] != ""
+    assert spoken[0] == spoken[1] != ""
+    assert "comparisons hold" in verified[0]
+    digests = [re.findall(r"state sha256=\w+", text) for text in training]
     assert digests[0] != digests[1], "the student's functions round otherwise, so they did run"
