@@ -51,11 +51,9 @@ def load_model(config: SamplerConfig, opened: Opened) -> tuple[GPTConfig, model.
 
 def resolve(config: SamplerConfig, cfg: GPTConfig) -> GPTConfig:
     """Return the model as it is computed here."""
-    return model.resolve(
-        dataclasses.replace(
-            cfg, dtype=config.dtype, cache=config.cache, kernels=config.kernels, dropout=0.0
-        )
-    )
+    # Any attention will do: what the run was trained with may not go with this dtype or machine.
+    cfg = dataclasses.replace(cfg, dtype=config.dtype, dropout=0.0, attention="auto")
+    return model.resolve(dataclasses.replace(cfg, cache=config.cache, kernels=config.kernels))
 
 
 def compile_first(

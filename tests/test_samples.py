@@ -14,7 +14,8 @@ import pytest
 
 import sample
 from gptjax import beam_search, model
-from gptjax.config import SampleConfig
+from gptjax.config import GPTConfig, SampleConfig
+from gptjax.sampler_config import SamplerConfig
 from gptjax.scoring import Text, score_texts
 from gptjax.terminal import cli, flags
 from gptjax.terminal.prompts import read_prompts
@@ -282,3 +283,9 @@ def test_ctrl_c_ends_a_search(
     monkeypatch.setattr(beam_search, "search", interrupted)
     assert cli.run(sample.main, ["--compile_cache=off", "--beams=2", "--start=ab"]) == 130
     assert capsys.readouterr() == ("ab", "error: interrupted\n")
+
+
+def test_a_run_of_another_attention_can_be_sampled() -> None:
+    """Trained with cuDNN's, sampled on a CPU, or in float32."""
+    trained = GPTConfig(attention="cudnn", dropout=0.0)
+    assert sample.resolve(SamplerConfig(), trained).attention == "xla"
