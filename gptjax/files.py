@@ -1,6 +1,7 @@
 """Files and what may be wrong with them: downloads by hash, atomic replacement, JSON, the cache."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -21,6 +22,7 @@ from gptjax.errors import DataError, OutputError, UsageError, plural
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0 = unknown)
 ELSEWHERE = "set the variable GPTJAX_CACHE to a folder that can be written"
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 JSON_LIMIT = 2**24  # bytes; GPT-2's largest JSON, its vocabulary, has a million
 
 
@@ -179,6 +181,7 @@ def download(
     Raises:
         DataError: no connection, an HTTP error, silence for `timeout` seconds, or a body that was
             twice cut short or of the wrong hash.
+        OSError: the file cannot be written.
     """
     if path.is_file() and file_sha256(path) == sha256:
         return
@@ -209,6 +212,8 @@ def download(
             error.close()
             raise DataError(f"cannot download {url}: {error}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                raise
             raise DataError(f"cannot download {url}: {error}") from error
 
 

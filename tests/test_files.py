@@ -1,5 +1,6 @@
 """Downloads from a real HTTP server on loopback: whole and right, or refused in time."""
 
+import errno
 import hashlib
 import http.server
 import os
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax import files
 from gptjax.data.datasets import DATASETS, load_dataset
 from gptjax.data.text import write_tokens
 from gptjax.errors import DataError, OutputError
@@ -102,6 +104,19 @@ def test_bad_download_leaves_nothing(
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
     assert len(Handler.requests) == requests
+
+
+def test_a_full_disk_is_no_failed_download(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the dataset `auto` would go on with other data."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "replacing", full)
+    with pytest.raises(OutputError, match="cannot write to the cache"), files.writing_to_cache():
+        download(f"{url}/good", SHA256, tmp_path / "text.txt")
 
 
 def test_silence_ends_in_time(url: str, tmp_path: Path) -> None:
