@@ -32,11 +32,11 @@ def physical_memory() -> int:
 
 
 def require_memory(needed: int, what: str) -> None:
-    """Raise DataError, whose text begins with `what`, if this machine has less memory in bytes."""
-    present = physical_memory()
-    if needed > present:
+    """Raise DataError, whose text begins with `what`, if this process may use fewer bytes."""
+    allowed = allowed_memory()
+    if needed > allowed:
         raise DataError(
-            f"{what} takes {needed / 1e9:.1f} GB of memory; this machine has {present / 1e9:.1f} GB"
+            f"{what} takes {gigabytes(needed)} of memory; this process may use {gigabytes(allowed)}"
         )
 
 
@@ -68,13 +68,13 @@ def gigabytes(count: int) -> str:
 
 
 def check_fits(state: PyTree) -> None:
-    """Raise MemoryError if a training state cannot fit into the host's memory.
+    """Check that a training state fits into the host's memory.
 
     Only where JAX computes on the CPU, whose client may wait for ever for arrays that its threads
     could not allocate; other devices say so themselves.
 
     Raises:
-        MemoryError: it cannot.
+        MemoryError: it does not.
     """
     if jax.default_backend() != "cpu":
         return

@@ -49,6 +49,13 @@ def test_a_process_may_have_the_least_of_its_limits(
     assert memory.allowed_memory() == 2000 and memory.physical_memory() == 4000
 
 
+def test_more_than_a_container_has_is_refused(machine: Path) -> None:
+    memory.require_memory(3500, "this model")
+    machine.write_text("3000\n")
+    with pytest.raises(DataError, match="this process may use"):
+        memory.require_memory(3500, "this model")
+
+
 def test_a_state_that_cannot_fit_is_refused(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits = {"a": jax.ShapeDtypeStruct((30, 30), np.float32), "b": np.zeros(200, np.int16)}
     assert memory.tree_bytes(fits) == 4000
