@@ -68,7 +68,8 @@ def train(run: TrainingRun) -> int:
                 log.flush()
 
             with log.paused():
-                fresh = step != progress.step or val_loss is None  # else both were done before
+                missed = val_loss is None and plan.is_evaluation_due(config, step)  # by a signal
+                fresh = step != progress.step or missed  # else both were done before
                 if fresh and plan.is_evaluation_due(config, step):
                     val_loss = validate(state.params, stop.at_once)
                     log.validation(step, val_loss)

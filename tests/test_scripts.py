@@ -101,3 +101,13 @@ def test_parameters_of_another_run_and_a_shorter_context(
     scratch = re.search(r"step 0: val loss (\S+),", whole)
     assert first and scratch and float(first[1]) < float(scratch[1]) - 0.5
     assert json.loads((folder / "tuned" / "config.json").read_text())["model"]["block_size"] == 8
+
+
+def test_a_sample_is_drawn_once(folder: Path, environment: dict[str, str], whole: str) -> None:
+    """Also where the run was stopped and resumed just after it, and nothing was evaluated."""
+    out = f"--out_dir={folder}/sampled"
+    argv = [*TINY, f"--dataset={folder}/corpus.txt", out, "--eval_interval=0"]
+    run(environment, "train.py", *argv, "--stop_step=20")
+    run(environment, "train.py", out, "--init_from=resume", "--stop_step=21")
+    said = (folder / "sampled" / "samples.txt").read_text()
+    assert said.count("---- sample after 20 steps") == 1
