@@ -93,7 +93,7 @@ def tokenize() -> None:
 def losses(name: str) -> tuple[np.ndarray, list[int], list[float], float]:
     """Training losses of a run, steps and losses of its validations, and its seconds."""
     records = metrics.read_metrics(FOLDER / name / "metrics.jsonl")
-    val = {r["step"]: r["val_loss"] for r in records if r.get("val_loss") is not None}
+    val = {r["step"]: loss for r in records if (loss := r.get("val_loss")) is not None}
     seconds = max(r["seconds"] for r in records if "seconds" in r)
     return np.array([r["loss"] for r in records if "loss" in r]), [*val], [*val.values()], seconds
 

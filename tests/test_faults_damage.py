@@ -194,10 +194,12 @@ def test_resume_check_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
     metas = iter(
         [{"leaves": {"params/x": leaf}}, {"leaves": {"params/x": {**leaf, "sha256": "b"}}}]
     )
-    monkeypatch.setattr(resume_check, "train", lambda script, argv: None)
+    runs: list[list[str]] = []
+    monkeypatch.setattr(resume_check, "train", lambda script, argv: runs.append(argv))
     monkeypatch.setattr(resume_check, "read_meta", lambda path, step: next(metas))
     with pytest.raises(CheckpointError, match="params/x has sha256"):
-        resume_check.resume_check(ROOT / "train.py", [], 40)
+        resume_check.resume_check(ROOT / "train.py", ["--stop_step=5"], 40)
+    assert [argv[-1] for argv in runs] == ["--stop_step=0", "--stop_step=20", "--stop_step=0"]
     with pytest.raises(UsageError, match="at least 2"):
         resume_check.resume_check(ROOT / "train.py", [], 1)
 

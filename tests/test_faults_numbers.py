@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.checkpoints.steps import read_meta, saved_steps, step_folder
+from gptjax.training import replay
 
 from .helpers import (
     PLAIN,
@@ -118,3 +119,9 @@ def test_a_tuned_run_is_resumed_and_replayed(
     assert "step 3: the same tokens" in replayed
     loss = float(re.search(r"loss (\S+), recorded nan", replayed)[1])  # type: ignore[index]
     assert loss < 2.0  # a fresh model's is ln 14 = 2.6
+
+
+def test_small_norms_keep_their_exponent() -> None:
+    assert [replay.show(norm) for norm in (3.2e-7, 0.25, 12.0, "nan")] == [
+        *("3.2e-07", "0.25", "12", "nan")
+    ]

@@ -378,7 +378,7 @@ def make_run(tmp_path: Path, **settings: Any) -> TrainingRun:
     """A run over token arrays, for its log."""
     config = change(**settings)
     dataset = Dataset("tokens", ByteTokenizer(), [TOKENS], [TOKENS[:200]])
-    record = make_record(config, config.model, [TOKENS], ByteTokenizer(), 1)
+    record = make_record(config, [TOKENS], ByteTokenizer(), 1)
     mesh = sharding.make_mesh(jax.devices()[:1])
     fault = faults.planned_fault()
     console = TrainConsole(config.max_iters)
@@ -406,9 +406,11 @@ def test_the_log_is_one_call_behind(tmp_path: Path) -> None:
         log.flush()  # of nothing
         log.validation(4, 2.0)
         log.validation(4, None)
+        log.validation(4, math.nan)
         log.sample(4, "a text")
         log.sample(4, None)
-    assert records(run) == seen and [record["step"] for record in seen] == [1, 3, 4]
+    assert records(run) == seen and [record["step"] for record in seen] == [1, 3, 4, 4]
+    assert seen[3] == {"step": 4, "val_loss": None}  # JSON knows no NaN
     losses = [float(v["loss"][0]) for v in values]
     assert seen[1]["loss"] == pytest.approx(np.mean(losses[2:]))
     assert seen[1]["learning_rate"] == pytest.approx(float(values[3]["learning_rate"][0]))

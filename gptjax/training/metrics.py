@@ -112,7 +112,7 @@ class Record(TypedDict, total=False):
     tokens_per_second: int | None
     seconds: float  # since the run began
     mfu: float | None
-    val_loss: float
+    val_loss: float | None
 
 
 class Recorder:

@@ -53,7 +53,7 @@ def replay(run: TrainingRun) -> int:
     if set(now) != set(record["gradient_norms"]):
         raise DataError(f"--replay={config.replay}: is a record of another model")
     rows = [
-        [f"{name}[{i}]", f"{sizes[name][i]:.4g}", str(norm)[:10], str(then)[:10]]
+        [f"{name}[{i}]", f"{sizes[name][i]:.4g}", show(norm), show(then)]
         for name, norms in now.items()
         for i, (norm, then) in enumerate(zip(norms, record["gradient_norms"][name], strict=True))
     ]
@@ -74,3 +74,8 @@ def replay(run: TrainingRun) -> int:
     except FloatingPointError as error:
         print(f"not finite: {' '.join(str(error).split())[:300]}")
     return 0
+
+
+def show(norm: float | str) -> str:
+    """Return a norm as text: JSON keeps those that are not finite as words."""
+    return norm if isinstance(norm, str) else f"{norm:.4g}"

@@ -30,7 +30,7 @@ def resume_check(script: Path, argv: list[str], max_iters: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder) / "one", Path(folder) / "two"
         half = max_iters // 2
-        train(script, [*argv, f"--out_dir={one}"])
+        train(script, [*argv, f"--out_dir={one}", "--stop_step=0"])
         train(script, [*argv, f"--out_dir={two}", f"--stop_step={half}"])
         train(script, [*argv, f"--out_dir={two}", "--init_from=resume", "--stop_step=0"])
         leaves = [read_meta(path, max_iters)["leaves"] for path in (two, one)]

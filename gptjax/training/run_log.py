@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ class RunLog:
         self.note(f"step {step}: val loss {val_loss:.4f}, best {self.best:.4f}")
         self._compare(step, val_loss)
         self.run.console.update(step, self.fields, log=False)  # the bar stays as it was last
-        self._emit({"step": step, "val_loss": val_loss})
+        self._emit({"step": step, "val_loss": val_loss if math.isfinite(val_loss) else None})
         if self.run.primary and (
             self.drawn is None or self.drawn.running() or self.drawn.done()
         ):  # one that still waits will show this point too
