@@ -69,7 +69,11 @@ class FakeGPT2:
 
 
 @pytest.mark.parametrize(
-    "same", ["--seed=2", "--dtype=bfloat16", "--eval_interval=50", "--init_from=auto", "--unroll=1"]
+    "same",
+    [
+        *("--seed=2", "--dtype=bfloat16", "--eval_interval=50", "--init_from=auto", "--unroll=1"),
+        *("--kernels=off", "--cache=int8"),
+    ],
 )
 def test_a_setting_that_decides_nothing_keeps_the_band(same: str, tmp_path: Path) -> None:
     assert find_band(settings(tmp_path, same), SHAKESPEARE) is not None

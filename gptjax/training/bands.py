@@ -96,6 +96,7 @@ BANDS = (
 # What may differ from the preset's: the losses stay within the band whatever it is.
 FREE = {
     *("vocab_size", "vocab_multiple", "dtype", "reduce_dtype", "attention", "unroll", "remat"),
+    *("kernels", "cache"),
     *("seed", "batch_size", "gradient_accumulation_steps", "decode_errors", "allow_special"),
     *("loss_scale", "loss_scale_growth_interval", "skip_spikes", "max_skips"),
     *("eval_interval", "eval_batch_size", "log_interval", "loss_axis"),
