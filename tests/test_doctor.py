@@ -295,6 +295,7 @@ def test_cudnn(
         ("SLURM_STEP_NUM_TASKS", "2", 0, "ok"),  # as srun sets it
         *[(name, "1", 0, "ok") for name in LAUNCHERS[:3]],
         ("JOB_COMPLETION_INDEX", "0", 0, "warn"),
+        ("JAX_NUM_PROCESSES", "", 0, "ok"),
         ("CUDA_VISIBLE_DEVICES", "", 0, "ok"),
         ("CUDA_VISIBLE_DEVICES", "-1", 0, "ok"),
         ("CUDA_VISIBLE_DEVICES", "0,3", 2, "ok"),

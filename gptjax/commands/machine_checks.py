@@ -16,13 +16,14 @@ import numpy as np
 
 from gptjax import programs
 from gptjax.attention import ATTENTION, choose_attention
+from gptjax.checkpoints.record import available_cpus
 from gptjax.commands.run_checks import Finding, why_not_writable
 from gptjax.config import TrainConfig
 from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError, first_line, plural
 from gptjax.files import cache_dir, folder_bytes
 from gptjax.gpt2_files import installed_folder, read_gpt2_files
-from gptjax.memory import physical_memory
+from gptjax.memory import gigabytes, megabytes, physical_memory
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 TIKTOKEN_FILES = (  # vocab.bpe and encoder.json in tiktoken's cache: the sha1 of their URLs
@@ -48,8 +49,7 @@ def check_versions() -> Finding:
 
 def check_threads() -> Finding:
     """Report how many threads XLA uses on the CPU."""
-    own = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+    cores = available_cpus()
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdecimal() and int(asked) > 0):
         return Finding("warn", f"NPROC={asked} is not a number of threads", f"export NPROC={cores}")
@@ -85,7 +85,7 @@ def check_cache() -> Finding:
     if nearest != folder:
         return Finding("ok", f"{folder} will be created for the first program")
     programs = len(list(folder.glob("*-cache")))
-    text = f"{programs} {plural(programs, 'program')}, {folder_bytes(folder) / 1e6:.1f} MB"
+    text = f"{programs} {plural(programs, 'program')}, {megabytes(folder_bytes(folder))}"
     return Finding("ok", f"{text} in {folder}")
 
 
@@ -135,8 +135,8 @@ def check_devices() -> Finding:
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
-        return Finding("ok", f"{text}, JAX may take {limit / 1e9:.1f} GB of each")
-    return Finding("ok", f"{text}, {physical_memory() / 1e9:.1f} GB of host memory")
+        return Finding("ok", f"{text}, JAX may take {gigabytes(limit)} of each")
+    return Finding("ok", f"{text}, {gigabytes(physical_memory())} of host memory")
 
 
 def check_matmul() -> Finding:
@@ -172,14 +172,19 @@ def check_launcher() -> Finding:
     cluster = None
     with contextlib.suppress(UsageError):  # variables that are only a part of what it takes
         cluster = find_cluster(TrainConfig(), os.environ)
-    several = {"SLURM_NTASKS": 2, "OMPI_COMM_WORLD_SIZE": 2, "JAX_NUM_PROCESSES": 2}
-    several["JOB_COMPLETION_INDEX"] = 0  # a pod of Kubernetes' is told its number only
-    for name, least in several.items():
-        if int(os.environ.get(name, -1)) >= least and cluster is None:
-            launcher = "srun" if "SLURM" in name else "mpirun"
-            remedy = f"{launcher} {programs.command('train.py')}"
-            if name == "JOB_COMPLETION_INDEX":
-                remedy = "set JAX_COORDINATOR_ADDRESS, as examples/kubernetes.yaml does"
+    train = programs.command("train.py")
+    several = {  # variable -> the least value that announces others, what to do
+        "SLURM_NTASKS": (2, f"srun {train}"),
+        "OMPI_COMM_WORLD_SIZE": (2, f"mpirun {train}"),
+        "JAX_NUM_PROCESSES": (2, "set JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID too"),
+        # A pod of Kubernetes' is told its number only.
+        "JOB_COMPLETION_INDEX": (
+            0,
+            "set JAX_COORDINATOR_ADDRESS, as examples/kubernetes.yaml does",
+        ),
+    }
+    for name, (least, remedy) in several.items():
+        if int(os.environ.get(name) or -1) >= least and cluster is None:
             text = f"{name}={os.environ[name]}, but train.py would not find the other processes"
             return Finding("warn", text, remedy)
     gpus = jax.local_device_count() if jax.default_backend() == "gpu" else 0
