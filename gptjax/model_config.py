@@ -26,9 +26,15 @@ CACHE = (
     "with a scale for each token and head. auto is the type of the computation."
 )
 KERNELS = (
-    "Whether to use the kernels of gptjax/kernels where they were measured to be faster, or plain "
-    "JAX everywhere."
+    "Whether to use the hand-written kernels of gptjax/kernels where they were measured to be "
+    "faster (on an H100 for GPT-2 124M from 65,536 tokens a pass; on a CPU with AVX512_BF16 or "
+    "AMX), or plain JAX everywhere."
 )
+
+
+def nearest_divisor(number: int, near: int) -> int:
+    """Return the divisor of a number that is nearest to another one."""
+    return min((n for n in range(1, 2 * near) if number % n == 0), key=lambda n: abs(n - near))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +83,8 @@ class GPTConfig:
     )
     remat: bool = run(
         False,
-        "Recompute each block in the backward pass: less memory, about a third more computation. "
-        "On a CPU it saves memory only with unroll=1.",
+        "Gradient checkpointing: recompute each block in the backward pass, which takes less "
+        "memory and about a third more computation. On a CPU it saves memory only with unroll=1.",
     )
 
     def __post_init__(self) -> None:
@@ -86,14 +92,10 @@ class GPTConfig:
         require_range(self, "dropout", 0, 1, below=True)
         ok, rule = 0 <= self.unroll <= self.n_layer, f"must be 0 to n_layer={self.n_layer}"
         require(ok, "unroll", self.unroll, rule)
-        divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-        nearest = min(divisors, key=lambda h: abs(h - self.n_head))
-        require(
-            self.n_embd % self.n_head == 0,
-            "n_head",
-            self.n_head,
-            f"must divide n_embd={self.n_embd}; take --n_head={nearest}, or another --n_embd",
-        )
+        if self.n_embd % self.n_head:
+            nearest = nearest_divisor(self.n_embd, self.n_head)
+            rule = f"must divide n_embd={self.n_embd}; take --n_head={nearest}, or another --n_embd"
+            require(False, "n_head", self.n_head, rule)
         require(
             self.attention != "cudnn" or self.weights_dropout == 0,
             "attention",

@@ -60,7 +60,7 @@ TRAIN_MISTAKES = [
     (["--beta2=-0.1"], 2, "--beta2=-0.1"),
     (["--eps=0"], 2, "--eps=0.0: must be above 0"),
     (["--grad_clip=-1"], 2, "--grad_clip=-1.0: must be at least 0"),
-    (["--weight_decay=inf"], 2, "--weight_decay=inf"),
+    (["--weight_decay=inf"], 2, "--weight_decay=inf: must be finite"),
     (["--dropout=1"], 2, "--dropout=1.0"),
     (["--batch_size=12"], 2, "--batch_size=12: must be divisible by 8 devices"),
     (["--optimizer=sgd"], 2, "sgd"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.errors import UsageError
+from gptjax.model_config import nearest_divisor
 
 
 def adapt_preset(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
@@ -23,8 +24,7 @@ def adapt_preset(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainCo
     model = config.model
     width = given.get("n_embd", 0)
     if width > 0 and width % model.n_head and "n_head" not in given:
-        divisors = [n for n in range(1, 2 * model.n_head) if width % n == 0]
-        heads = min(divisors, key=lambda n: abs(n - model.n_head))
+        heads = nearest_divisor(width, model.n_head)
         notes.append(f"n_head is {heads}: {model.n_head} does not divide --n_embd={width}")
         model = dataclasses.replace(model, n_embd=width, n_head=heads)
 
