@@ -444,7 +444,7 @@ def test_mistakes_are_one_line_and_an_exit_code(
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.dispatch(["--help"]) == 0
-    assert "the commands are train" in capsys.readouterr().out
+    assert "  train     train a GPT\n" in capsys.readouterr().out
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], folder: Path, *argv: str) -> dict[str, Any]:

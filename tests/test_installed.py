@@ -54,7 +54,7 @@ def test_every_command_has_help() -> None:
 
 @pytest.mark.parametrize("script", programs.NAMES)
 def test_a_command_is_the_script(script: str) -> None:
-    module = importlib.import_module(COMMANDS[programs.NAMES[script]])
+    module = importlib.import_module(COMMANDS[programs.NAMES[script]][0])
     assert module.__file__ is not None and Path(module.__file__).samefile(ROOT / script)
 
 

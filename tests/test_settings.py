@@ -28,7 +28,7 @@ from gptjax.training.run_settings import read_settings
 
 from .test_resume import record
 
-MODULES = [importlib.import_module(module) for module in COMMANDS.values()]
+MODULES = [importlib.import_module(module) for module, _ in COMMANDS.values()]
 PROGRAMS: list[Any] = [TrainConfig, SamplerConfig]  # and what each command has of its own
 PROGRAMS += [
     config
