@@ -9,15 +9,25 @@ import pytest
 
 from .helpers import ROOT, Environment
 
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
-PAGES += (ROOT / "lessons").glob("*.md")
+FOLDERS = (".", "docs", "docs/howto", "docs/live", "benchmarks", "lessons")
+PAGES = [page for folder in FOLDERS for page in (ROOT / folder).glob("*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_leads_to_a_file(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    ours = [link for link in links if not link.startswith(("http:", "https:"))]
-    assert [link for link in ours if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if not link.startswith(("http:", "https:")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what the headings of a page are called in links, on GitHub and on the site."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_row_of_the_checkpoints_page_names_its_test() -> None:
