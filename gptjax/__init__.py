@@ -17,13 +17,16 @@ if TYPE_CHECKING:  # the same names again, for editors and type checkers
     from gptjax.config import SampleConfig as SampleConfig
     from gptjax.config import TrainConfig as TrainConfig
     from gptjax.conversion.sources import load_model as load_model
+    from gptjax.kv_cache import make_cache as make_cache
     from gptjax.loss import loss_fn as loss_fn
     from gptjax.model import forward as forward
     from gptjax.model import init_params as init_params
+    from gptjax.model import next_logits as next_logits
     from gptjax.model import prepare_for_decoding as prepare_for_decoding
     from gptjax.model import resolve as resolve
     from gptjax.presets import PRESETS as PRESETS
     from gptjax.sampling import generate as generate
+    from gptjax.sharding import make_mesh as make_mesh
     from gptjax.training.step import abstract_state as abstract_state
     from gptjax.training.step import init_state as init_state
     from gptjax.training.step import make_train_step as make_train_step
@@ -44,7 +47,10 @@ HOMES = {  # public name -> the module that it is imported from
     "load_model": "gptjax.conversion.sources",
     "load_run": "gptjax.checkpoints.run_folder",
     "loss_fn": "gptjax.loss",
+    "make_cache": "gptjax.kv_cache",
+    "make_mesh": "gptjax.sharding",
     "make_train_step": "gptjax.training.step",
+    "next_logits": "gptjax.model",
     "prepare_for_decoding": "gptjax.model",
     "resolve": "gptjax.model",
 }
