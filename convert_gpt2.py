@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from gptjax import allocator, model, programs
-from gptjax.config import DEBUG
+from gptjax.config import CHECKPOINT, DEBUG
 from gptjax.conversion import report
 from gptjax.conversion.compared import compare_random, compare_run
 from gptjax.conversion.convert import export_run, import_run
@@ -24,7 +24,6 @@ from gptjax.terminal import cli, flags
 from gptjax.terminal.console import print_table, printable
 
 PROG = "convert_gpt2.py"
-CHECKPOINT = "Step to load: best (by validation loss), latest, or its number."
 T = TypeVar("T")
 USAGE = """usage: {me} import SOURCE --out_dir=RUN
        {me} export RUN --to=hf|llmc|gguf|nanogpt --out_dir=DIR

@@ -17,7 +17,7 @@ from jax import Array
 
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import Scores, score_token
-from gptjax.errors import NonFiniteError
+from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
 from gptjax.filters import History, make_history, penalize, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, next_logits
@@ -235,7 +235,7 @@ def search(
             return []
         state = go_on(cfg, rules, params, state, np.int32(limit))
     if not state.finite:
-        raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged")
+        raise NonFiniteError(DAMAGED_WEIGHTS)
     ended = jax.device_get(state.ended)
     found = []
     for k in np.flatnonzero(np.isfinite(ended.total_K)):

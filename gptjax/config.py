@@ -30,6 +30,7 @@ COMPILE_CACHE = (
     "~/.cache/gptjax or what the variable GPTJAX_CACHE names; off compiles every time."
 )
 DEBUG = "Show the traceback of an error instead of one line."
+CHECKPOINT = "Step to load: best (by validation loss), latest, or its number."
 
 
 MESH_AXES = ("data", "zero1", "fsdp", "tensor")
@@ -107,7 +108,7 @@ class TrainConfig:
         zero="auto",
     )
     gradient_accumulation_steps: int = experiment(
-        1, "Forward passes in an optimizer step, where batch_tokens does not decide."
+        1, "Passes (micro-batches) in an optimizer step, where batch_tokens does not decide."
     )
     seed: int = experiment(1337, "Random seed of parameters, dropout and the order of the data.")
 

@@ -32,7 +32,7 @@ class Draft:
     params: Params | None = None  # of the small model, from `prepare_for_decoding`
 
 
-def look_up(text_BS: Array, length_B: Array, n_tokens: int) -> Array:
+def draft_by_ngram(text_BS: Array, length_B: Array, n_tokens: int) -> Array:
     """Return what followed the last place where a row's text ended as it does now, (B, n_tokens).
 
     The place is the one with the most equal tokens before it, up to NGRAM, of these the last; where

@@ -64,6 +64,9 @@ class CheckpointError(Refusal, RuntimeError):
     exit_code = 75
 
 
+DAMAGED_WEIGHTS = "the model's logits are NaN or infinite: its weights are damaged"
+
+
 class NonFiniteError(Refusal, FloatingPointError):
     """Numbers became NaN or infinite."""
 

@@ -4,7 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from gptjax.config import AUTO_DTYPE, CACHE, COMPILE_CACHE, DEBUG, KERNELS, WEIGHTS, DType
+from gptjax.config import (
+    AUTO_DTYPE,
+    CACHE,
+    CHECKPOINT,
+    COMPILE_CACHE,
+    DEBUG,
+    KERNELS,
+    WEIGHTS,
+    DType,
+)
 from gptjax.sample_config import SampleConfig
 from gptjax.settings import flatten, once, require, require_range
 
@@ -23,9 +32,7 @@ class SamplerConfig:
         path=True,
     )
     preset: str = once("quickstart", "Preset whose model --init_from=scratch makes.")
-    checkpoint: str = once(
-        "best", "Step to load: best (by validation loss), latest, or its number."
-    )
+    checkpoint: str = once("best", CHECKPOINT)
     dtype: DType = once("auto", f"Type to compute in. {AUTO_DTYPE}")
     kernels: Literal["auto", "off"] = once("auto", KERNELS)
     weights: Literal["auto", "int8"] = once("auto", WEIGHTS)

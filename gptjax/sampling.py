@@ -19,7 +19,7 @@ from jax import Array
 from gptjax import fused
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import NOT_FINITE, Scores, decode, grow, prefill
-from gptjax.errors import NonFiniteError
+from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
 from gptjax.filters import History, make_history
 from gptjax.kernels.cuda import KernelError
 from gptjax.model import Params
@@ -96,7 +96,7 @@ def generate(
 
     Args:
         cfg: the model, without "auto".
-        params: with unstacked layers (see `model.unstack_layers`).
+        params: from `model.prepare_for_decoding`.
         prompts: token ids of each row, none empty; they may differ in length.
         how: temperature and filters.
         max_new_tokens: per row.
@@ -163,9 +163,7 @@ def generate_pieces(
                 fused.give_up("blocks waited in vain")
                 break  # and read all that came before again
             if (piece.ids == NOT_FINITE).any():
-                raise NonFiniteError(
-                    "the model's logits are NaN or infinite: its weights are damaged"
-                )
+                raise NonFiniteError(DAMAGED_WEIGHTS)
             for context, text, new in zip(contexts, drawn, piece.ids.tolist(), strict=True):
                 context.extend(new)
                 text.extend(new)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import GPTConfig
-from gptjax.errors import NonFiniteError
+from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
 from gptjax.kv_cache import make_cache
 from gptjax.loss import token_losses
 from gptjax.model import Params, head, hidden_states, unstack_layers
@@ -110,9 +110,7 @@ def score_texts(
                 windows[row, : len(ids)], lengths[row] = ids, len(ids)
             logprobs, hits = jax.device_get(score_batch(cfg, params, windows, lengths))
             if not np.isfinite(logprobs).all():
-                raise NonFiniteError(
-                    "the model's logits are NaN or infinite: its weights are damaged"
-                )
+                raise NonFiniteError(DAMAGED_WEIGHTS)
             for row, i in enumerate(chosen):
                 end = lengths[row] - 1
                 scored = slice(end - texts[i].scored, end)

@@ -27,8 +27,8 @@ from jax import Array
 
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import Scores, sample_token, score_token
-from gptjax.drafts import Draft, draft_by_model, look_up
-from gptjax.errors import NonFiniteError
+from gptjax.drafts import Draft, draft_by_model, draft_by_ngram
+from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
 from gptjax.filters import History, make_history, remember_each, remember_first
 from gptjax.kv_cache import KVCache, make_cache, write
 from gptjax.model import Params, forward, hidden_states
@@ -92,7 +92,7 @@ def one_pass(
     keys_JB = jax.vmap(lambda j: fold(keys_B, state.n_drawn_B + j))(jnp.arange(J))
     draft_cache = state.draft_cache
     if draft.cfg is None:
-        draft_BK = look_up(state.text.ids_BS, state.length_B, draft.n_tokens)
+        draft_BK = draft_by_ngram(state.text.ids_BS, state.length_B, draft.n_tokens)
     else:
         assert draft.params is not None and draft_cache is not None
         draft_BK, draft_cache = draft_by_model(
@@ -261,7 +261,7 @@ def generate_pieces(
             (state.text, state.length_B, state.finite, state.drafted_B, state.right_B)
         )
         if not finite:
-            raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged")
+            raise NonFiniteError(DAMAGED_WEIGHTS)
         if tally is not None:
             tally.drafted += drafted_B
             tally.right += right_B

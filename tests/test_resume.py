@@ -31,7 +31,7 @@ def record(
 ) -> Record:
     model = {name: changes.pop(name) for name in list(changes) if hasattr(tiny(), name)}
     config = TrainConfig(model=tiny(**model), **changes)
-    return make_record(config, config.model, [tokens], tokenizer or ByteTokenizer())
+    return make_record(config, [tokens], tokenizer or ByteTokenizer())
 
 
 def check(new: Record, allow: tuple[str, ...] = ()) -> list[str]:

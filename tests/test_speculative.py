@@ -196,14 +196,14 @@ def looked_up(text: list[int], n: int) -> list[int]:
     return [period[i % len(period)] for i in range(n)]
 
 
-def test_a_look_up_finds_what_followed() -> None:
+def test_an_ngram_finds_what_followed() -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 3, n).tolist() for n in range(1, 30)]
     texts.append([7, 8, 9, 1, 2, 7, 8, 9])
     padded = np.full((len(texts), 40), 8, np.int32)  # garbage that would match
     for row, text in zip(padded, texts, strict=True):
         row[: len(text)] = text
-    found = drafts.look_up(jnp.asarray(padded), jnp.array([len(text) for text in texts]), 6)
+    found = drafts.draft_by_ngram(jnp.asarray(padded), jnp.array([len(text) for text in texts]), 6)
     assert found.tolist() == [looked_up(text, 6) for text in texts]
     assert found[-1].tolist() == [1, 2, 7, 8, 9, 1]
 

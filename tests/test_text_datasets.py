@@ -173,7 +173,7 @@ def test_older_settings_and_records_go_on(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.json") == config
     tokens, said = np.arange(9, dtype=np.uint16), list[str]()
     shards = [tokens, tokens + 1, tokens + 2]
-    make = lambda given, n: make_record(given, config.model, shards, ByteTokenizer(), n)  # noqa: E731
+    make = lambda given, n: make_record(given, shards, ByteTokenizer(), n)  # noqa: E731
     old, new = make(config, 2), make(dataclasses.replace(config, val_dataset="b.txt"), 2)
     check_record(old, new, [], said.append)
     with pytest.raises(UsageError, match="other data"):  # the same files, but trained on others

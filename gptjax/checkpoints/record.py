@@ -1,6 +1,5 @@
 """The record of a run in each checkpoint, and the settings under which it may be resumed."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import math
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.config import GPTConfig, TrainConfig
+from gptjax.config import TrainConfig
 from gptjax.config_file import complete
 from gptjax.errors import UsageError
 from gptjax.settings import architecture, experiment, flatten, names, run, state
@@ -52,7 +51,6 @@ def available_cpus() -> int:
 
 def make_record(
     config: TrainConfig,
-    cfg: GPTConfig,
     shards: Sequence[np.ndarray],
     tokenizer: Tokenizer,
     n_train: int | None = None,
@@ -60,13 +58,12 @@ def make_record(
     """Return the record of a run, as JSON, that is saved with each of its checkpoints.
 
     Args:
-        config: the settings as given.
-        cfg: the model as it is computed, without any "auto".
+        config: the settings; the model's are those that it is computed by, without any "auto".
         shards: the token arrays of both splits.
         tokenizer: the one they were made with.
         n_train: how many of the shards, the first ones, are trained on.
     """
-    settings = flatten(dataclasses.replace(config, model=cfg))
+    settings = flatten(config)
     return {
         "settings": {name: settings[name] for name in COMPARED},
         "data": [token_fingerprint(tokens) for tokens in shards],

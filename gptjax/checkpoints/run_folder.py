@@ -1,6 +1,5 @@
 """A run folder: its settings, its tokenizer and the parameters of one of its steps."""
 
-import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.config_file import load_config
 from gptjax.errors import UsageError
-from gptjax.model import Params, init_params
+from gptjax.model import Params, param_shapes
 from gptjax.sharding import abstract_tree
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -59,7 +58,7 @@ def load_run(run_dir: Path, which: str = "best", opened: Opened = lambda *known:
         raise UsageError(f"--checkpoint={which}: must be best, latest or one of {saved}")
     tokenizer = load_tokenizer(run_dir)
     opened(config.model, tokenizer)
-    shapes = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    shapes = param_shapes(config.model)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract_tree(shapes, jax.tree.map(lambda _: here, shapes))
     params = restore_params(run_dir, step, target)

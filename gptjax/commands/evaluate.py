@@ -13,7 +13,7 @@ import jax
 
 from gptjax import model
 from gptjax.commands.protocols import Result, Scorer, Settings, hellaswag, lambada, wikitext2
-from gptjax.config import AUTO_DTYPE, CACHE, COMPILE_CACHE, DEBUG, WEIGHTS, DType
+from gptjax.config import AUTO_DTYPE, CACHE, CHECKPOINT, COMPILE_CACHE, DEBUG, WEIGHTS, DType
 from gptjax.conversion.sources import load_run_or_own
 from gptjax.errors import DataError, UsageError, did_you_mean
 from gptjax.files import expand
@@ -44,15 +44,11 @@ class EvaluateConfig:
         0, "Tokens between windows of wikitext2; 0 = context, so that they do not overlap."
     )
     limit: int = once(0, "Number of first rows to use (tokens for wikitext2); 0 = all.")
-    checkpoint: str = once(
-        "best",
-        "Step to load: best (by validation loss), latest, or its number.",
-        section="Model and machine",
-    )
+    checkpoint: str = once("best", CHECKPOINT, section="Model and machine")
     batch_size: int = once(8, "Number of texts in a forward pass.")
     dtype: DType = once("auto", f"Data type of the computation. {AUTO_DTYPE}")
     weights: Literal["auto", "int8"] = once(
-        "auto", f"{WEIGHTS} Here int8 rounds them in the same way, and spares no memory."
+        "auto", f"{WEIGHTS} Here int8 rounds them in the same way, and saves no memory."
     )
     cache: Literal["auto", "int8"] = once("auto", CACHE)
     compile_cache: str = once("auto", COMPILE_CACHE, path=True)

@@ -16,7 +16,7 @@ from gptjax.checkpoints.steps import loss_of, read_meta
 from gptjax.config import GPTConfig, TrainConfig
 from gptjax.conversion.hf_config import format_config
 from gptjax.conversion.nanogpt import OWN
-from gptjax.conversion.tensors import HEAD, is_linear, named_tensors, slots
+from gptjax.conversion.tensors import HEAD, is_linear, named_tensors, nested, slots
 from gptjax.errors import DiskError, UsageError, first_line
 from gptjax.model import Params
 from gptjax.settings import require
@@ -129,18 +129,6 @@ def find_moments(cfg: GPTConfig, extra: dict[str, np.ndarray]) -> Moments | None
             first, second = (torch_tensors(cfg, nested(tree)) for tree in trees)
             return Moments(int(extra[f"{root}/count"]), first, second)
     return None
-
-
-def nested(flat: dict[str, Any]) -> Params:
-    """Return a tree of parameters from arrays by path."""
-    tree: Params = {}
-    for path, array in flat.items():
-        node = tree
-        *parents, leaf = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = array
-    return tree
 
 
 def optimizer_state(config: TrainConfig, model: dict[str, Any], moments: Moments | None) -> Any:

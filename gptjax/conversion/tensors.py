@@ -8,7 +8,7 @@ own file.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,18 @@ def find(params: Params, path: str) -> jax.Array:
     return node
 
 
+def nested(flat: Mapping[str, Any]) -> Params:
+    """Return the tree of parameters whose paths and arrays these are: `find` finds each in it."""
+    tree: Params = {}
+    for path, array in flat.items():
+        node = tree
+        *parents, leaf = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = array
+    return tree
+
+
 def check_tensors(source: Source) -> None:
     """Check that the source has exactly the model's tensors, with their shapes, as floats.
 
@@ -208,7 +220,7 @@ def read_params(
     """
     cfg, unreadable = source.cfg, tensor_problems(source)
     problems = list(unreadable.items())
-    params: Params = {}
+    parameters: dict[str, Any] = {}
     for path, found in itertools.groupby(slots(cfg), lambda slot: slot.path):
         group = list(found)
         shape = group[0].shape
@@ -233,13 +245,9 @@ def read_params(
                 problems.append(
                     (HEAD, "differs from wte.weight; tie_word_embeddings=false would take both")
                 )
-        node = params
-        *parents, leaf = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = place(parameter)
+        parameters[path] = place(parameter)
     refuse(source, problems)
-    return params
+    return nested(parameters)
 
 
 def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:

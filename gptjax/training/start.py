@@ -136,7 +136,7 @@ def open_run(config: TrainConfig, run_dir: Path, given: Container[str]) -> Train
         dataset,
         mesh,
         console,
-        record.make_record(config, config.model, shards, dataset.tokenizer, len(dataset.train)),
+        record.make_record(config, shards, dataset.tokenizer, len(dataset.train)),
         steps,
         source,
         bad,

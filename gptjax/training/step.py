@@ -263,7 +263,7 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
     )
     return jax.jit(
         losses,
-        in_shardings=(shardings_of(abstract), batch_sharding(mesh, axis=0)),
+        in_shardings=(shardings, batch_sharding(mesh, axis=0)),
         out_shardings=replicated(mesh),
     )
 
