@@ -134,7 +134,7 @@ def constrain(x: Array, *spec: str | None) -> Array:
 
 
 def each_with_its_heads(function: Callable[..., Array], *arrays_BTHK: Array) -> Array:
-    """Return a function of arrays (B, T, H, K), each device along `tensor` computing its heads.
+    """Return `function(*arrays_BTHK)`, each device along `tensor` computing its heads.
 
     For kernels that XLA cannot split.
     """

@@ -18,7 +18,7 @@ GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def on_rows(function: Callable[..., Array], *arrays: Array) -> Array:
-    """Return a function of arrays (..., D), computed on them as (N, D).
+    """Return `function(*arrays)` for arrays (..., D), computed on them as (N, D).
 
     XLA fuses it with the products around it only where it has their shape. In bfloat16 on a CPU
     each value is rounded more often otherwise, and the logits' error is 3 to 9 % larger.

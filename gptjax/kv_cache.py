@@ -2,9 +2,10 @@
 
 B batch, T new tokens, S cache size, H heads, K head dim.
 
-The model calls `positions`, `update` and `advance`, the sampler `grow`, and they look at nothing
-else: a cache of another kind is another class with these four, and a function in `attention` that
-reads what it returns.
+The model calls `positions`, `update` and `advance`, the sampler `grow`. Speculative decoding sets
+`length_B`, and beam search takes rows of every array. So a cache of another kind is another
+NamedTuple with these four functions, a `length_B`, and the rows first in each array, and a function
+in `attention` that reads what it returns.
 """
 
 from typing import Any, NamedTuple

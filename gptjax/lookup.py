@@ -18,7 +18,7 @@ BLOCK = 8  # sorted rows that are added at once; 4 is about as fast, 16 slower
 
 
 def look_up(table_VD: Array, ids: Array, dtype: DTypeLike) -> Array:
-    """Return the rows of a table, (..., D), the reference of the other one.
+    """Return the rows of a table, (..., D), the reference of `look_up_in_order`.
 
     Args:
         table_VD: the table, float32.

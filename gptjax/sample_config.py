@@ -15,7 +15,9 @@ class SampleConfig:
         section="Sampling",
     )
     top_k: int = once(0, "Keep only this many of the likeliest tokens; 0 = all.")
-    top_p: float = once(1.0, "Keep the fewest tokens that together hold this probability; 1 = all.")
+    top_p: float = once(
+        1.0, "Nucleus sampling: keep the fewest tokens that hold this probability; 1 = all."
+    )
     min_p: float = once(
         0.0, "Keep tokens at least this likely, relative to the likeliest; 0 = all."
     )

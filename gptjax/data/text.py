@@ -200,8 +200,8 @@ def encode_stream(
 
     About `chunk` characters are encoded at a time. Such a chunk ends after the last character that
     is not white space and has a space or newline after it. There GPT-2's pattern always ends a
-    word, and neither side depends on the other. Each piece
-    is searched once and copied twice, however long the text goes on without such a place.
+    word, and neither side depends on the other. Each piece is searched once and copied twice,
+    however long the text goes on without such a place.
     """
     ready: list[str] = []  # up to the last place where the text may be cut
     rest: list[str] = []  # behind it

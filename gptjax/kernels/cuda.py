@@ -65,7 +65,7 @@ def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -
     Args:
         source: the program; a kernel in it is `extern "C" __global__`.
         architecture: of the GPU, such as compute_90; see `architecture`.
-        options: of NVRTC beside these, such as -DROWS=8.
+        options: further options of NVRTC, such as -DROWS=8.
 
     Raises:
         KernelError: NVRTC is missing, or refuses the source.

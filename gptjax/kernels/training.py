@@ -147,7 +147,7 @@ def add_norm(
     Args:
         x_ND: the residual stream.
         y_ND: what is added to it; None for nothing.
-        scale_D: float32, as the bias.
+        scale_D: of any float type, as the bias; both are read as float32.
         bias_D: None for none.
     """
     return _add_norm_forward(x_ND, y_ND, scale_D, bias_D)[0]

@@ -27,9 +27,9 @@ def scale_by_muon(config: TrainConfig) -> optax.GradientTransformation:
     """Return the transformation of gradients (L, R, C) into orthogonalised Nesterov momentum.
 
     An update is scaled by sqrt(max(1, C / R)), so that an entry of every matrix has a root mean
-    square of about 1 / sqrt(R). c_attn (L, D, 3D) is three matrices
-    (L, D, D), unless config.muon_qkv is "whole"; entries of its update are as large either way. The
-    state is that of optax.contrib.muon, which older runs saved.
+    square of about 1 / sqrt(R). c_attn (L, D, 3D) is three matrices (L, D, D), unless
+    config.muon_qkv is "whole"; entries of its update are as large either way. The state is that of
+    optax.contrib.muon, which older runs saved.
     """
     half = config.model.dtype == "bfloat16" and config.muon_qkv != "whole"
     dtype = precision.stored_dtype(config.model) if half else "float32"
