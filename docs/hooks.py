@@ -51,7 +51,12 @@ def live_model() -> bytes:
 
 def settings_page(title: str, config: Any) -> str:
     """Return a page with each setting of a config, its default and its help."""
-    lines = [f"# {title}", "", "The defaults are those without a preset; a preset has its own."]
+    lines = [f"# {title}", ""]
+    if isinstance(config, TrainConfig):
+        lines.append(
+            "The defaults of `TrainConfig()`, which each preset changes. Without a preset "
+            "`train.py` takes `quickstart`; `python train.py PRESET --help` shows what counts."
+        )
     for name, field in fields_of(config).items():
         if field.metadata["section"]:
             lines += [
