@@ -95,7 +95,7 @@ class VerifyConfig(SourceConfig):
 
 def parse(config_class: type[T], argv: list[str], about: str, *words: str) -> T:
     """Return the settings of a command, which is typed with these words, from its flags."""
-    return flags.parse(config_class, argv, config_class(), about, programs.command(PROG, *words))
+    return flags.parse(argv, config_class(), about, programs.command(PROG, *words))
 
 
 def import_command(name: str, argv: list[str]) -> int:

@@ -183,7 +183,7 @@ def converse(config: SamplerConfig, sample: Callable[[list[str]], None]) -> int:
 def main(argv: list[str]) -> int:
     """Sample text as the flags say; return the exit code."""
     about, prog = "Sample text from a trained GPT.", programs.command("sample.py")
-    given = flags.read(SamplerConfig, argv, SamplerConfig(), about, prog)
+    given = flags.read(argv, SamplerConfig(), about, prog)
     config = flags.apply(SamplerConfig(), given)
     refuse_contradictions(config, given)
     starts = [] if config.interactive else read_prompts(config.start, config.prompts)

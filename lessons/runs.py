@@ -56,7 +56,7 @@ SPEAKING = ROOT / "gptjax" / "models" / "novels"  # Hugging Face's folder of a s
 
 def settings() -> TrainConfig:
     """What `train.py` makes of the flags of the run under AdamW, over its default preset."""
-    return flags.parse(TrainConfig, list(ADAMW), PRESETS["quickstart"], "")
+    return flags.parse(list(ADAMW), PRESETS["quickstart"], "")
 
 
 def program(*argv: str, shows: str = "") -> None:

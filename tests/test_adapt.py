@@ -343,7 +343,7 @@ def test_what_people_type_who_know_nanogpt(argv: list[str], instead: str, tmp_pa
 def test_sample_knows_the_words_too() -> None:
     for word in ("--device=cpu", "config/eval_gpt2.py"):
         with pytest.raises(UsageError, match=r"take|JAX"):
-            flags.parse(sample.SamplerConfig, ["--seed=3", word], sample.SamplerConfig(), "")
+            flags.parse(["--seed=3", word], sample.SamplerConfig(), "")
 
 
 def test_a_text_may_be_a_python_file(tmp_path: Path) -> None:

@@ -269,9 +269,9 @@ def test_top_k_above_the_vocabulary_keeps_all(
 def test_both_spellings_and_bare_booleans() -> None:
     base = TrainConfig()
     for argv in (["--batch_size=16", "--debug"], ["--batch-size", "16", "--debug=True"]):
-        parsed = flags.parse(TrainConfig, argv, base, "")
+        parsed = flags.parse(argv, base, "")
         assert parsed == dataclasses.replace(base, batch_size=16, debug=True)
-    assert flags.parse(TrainConfig, ["--bias=False"], base, "").model.bias is False
+    assert flags.parse(["--bias=False"], base, "").model.bias is False
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -331,7 +331,7 @@ def test_json_has_no_nan(run_dir: Path) -> None:
 
 def test_given_flags_are_the_last_of_each_however_they_are_written() -> None:
     def given(*argv: str) -> dict[str, object]:
-        return flags.read(TrainConfig, list(argv), TrainConfig(), "")
+        return flags.read(list(argv), TrainConfig(), "")
 
     assert given("--seed=1") == {"seed": 1}
     assert given("--out-dir", "a", "--seed=1") == {"out_dir": "a", "seed": 1}

@@ -116,7 +116,7 @@ def test_a_flag_that_would_not_help_is_not_proposed() -> None:
 
 def test_the_flag_is_a_list_of_names() -> None:
     argv = ["--accept_fields=a, b,c,"]
-    config = flags.parse(SourceConfig, argv, SourceConfig(), "test")
+    config = flags.parse(argv, SourceConfig(), "test")
     assert config.accepted() == ["a", "b", "c"]
 
 

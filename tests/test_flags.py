@@ -60,7 +60,7 @@ def test_a_bad_value_is_one_clean_line(
     argv: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read(argv: list[str]) -> None:
-        flags.parse(TrainConfig, argv, TrainConfig(), "")
+        flags.parse(argv, TrainConfig(), "")
 
     assert cli.run(read, [word for word in argv.split(" ") if word]) == 2
     assert capsys.readouterr() == ("", f"error: {said}\n")
@@ -68,10 +68,10 @@ def test_a_bad_value_is_one_clean_line(
 
 def test_a_word_may_stand_for_0(capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig()
-    assert flags.read(TrainConfig, ["--batch_size=auto"], config, "") == {"batch_size": 0}
+    assert flags.read(["--batch_size=auto"], config, "") == {"batch_size": 0}
     for argv in (["--batch_size=most"], ["--seed=auto"], ["--n_layer="]):
         with pytest.raises(UsageError, match="must be a whole number"):
-            flags.read(TrainConfig, argv, config, "")
+            flags.read(argv, config, "")
     for size, shown in ((0, "auto"), (7, "7")):
         flags.print_help(dataclasses.replace(config, batch_size=size), "")
         said = " ".join(capsys.readouterr().out.split())
@@ -91,7 +91,7 @@ def test_a_word_may_stand_for_0(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_bad_value_beside_tuples(argv: list[str], said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        flags.parse(sample.SamplerConfig, argv, sample.SamplerConfig(), "")
+        flags.parse(argv, sample.SamplerConfig(), "")
     assert str(refused.value) == said
 
 
@@ -107,13 +107,13 @@ def test_a_bad_value_beside_tuples(argv: list[str], said: str) -> None:
     ],
 )
 def test_values_arrive_as_they_were_written(argv: list[str], fields: dict[str, Any]) -> None:
-    parsed = flags.parse(sample.SamplerConfig, argv, sample.SamplerConfig(), "")
+    parsed = flags.parse(argv, sample.SamplerConfig(), "")
     assert parsed == dataclasses.replace(sample.SamplerConfig(), **fields)
 
 
 def test_nested_settings_arrive_and_the_others_stay() -> None:
     base = sample.SamplerConfig(num_samples=3)
-    parsed = flags.parse(sample.SamplerConfig, ["--top_k=4", "--temperature=0"], base, "")
+    parsed = flags.parse(["--top_k=4", "--temperature=0"], base, "")
     assert (parsed.sample.top_k, parsed.sample.temperature, parsed.num_samples) == (4, 0.0, 3)
 
 
@@ -159,7 +159,7 @@ def test_help_shows_control_characters_as_text(capsys: pytest.CaptureFixture[str
         several: tuple[str, ...] = once(("\n", "\t"), "Texts, 100 % of them.")
 
     with pytest.raises(SystemExit) as ended:
-        flags.parse(Config, ["--help"], Config(), "")
+        flags.parse(["--help"], Config(), "")
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert r"a\nb\x1b[2J" in out and r"'\n' '\t'" in out and "\x1b[2J" not in out

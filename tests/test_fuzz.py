@@ -368,7 +368,7 @@ def test_flags() -> None:
 
     def attempt(case: tuple[Any, list[str]]) -> None:
         config, argv = case
-        flags.parse(type(config), argv, config, "")
+        flags.parse(argv, config, "")
 
     good = (configs[0], ["--seed=3", "--n-head", "4"])
     fuzz(FLAGS, good, st.one_of([argvs(config) for config in configs]), attempt)

@@ -231,7 +231,7 @@ def test_flags_that_contradict_each_other_are_named(
 
 def test_flags_that_do_not_are_read() -> None:
     for argv in (["--beams=1", "--temperature=1"], ["--json=False", "--interactive"]):
-        given = flags.read(sample.SamplerConfig, argv, sample.SamplerConfig(), "")
+        given = flags.read(argv, sample.SamplerConfig(), "")
         sample.refuse_contradictions(flags.apply(sample.SamplerConfig(), given), given)
 
 

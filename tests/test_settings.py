@@ -171,7 +171,7 @@ def test_a_setting_that_is_gone_is_passed_over(
     monkeypatch.setitem(RENAMED, "fast", "")
     assert load_config(path) == presets.PRESETS["quickstart"]
     with pytest.raises(UsageError, match="--fast=1: no longer exists"):
-        flags.parse(TrainConfig, ["--fast=1"], TrainConfig(), "")
+        flags.parse(["--fast=1"], TrainConfig(), "")
 
 
 def test_the_old_flag_names_the_new_one() -> None:
@@ -214,7 +214,7 @@ def test_help_fits_the_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as ended:
-        flags.parse(config, ["--seed=x", "--help"], config(), "About.", "convert_gpt2.py SOURCE")
+        flags.parse(["--seed=x", "--help"], config(), "About.", "convert_gpt2.py SOURCE")
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= columns

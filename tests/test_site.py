@@ -124,10 +124,10 @@ def parse(line: str) -> None:
         if preset not in PRESETS and preset != "PRESET":
             raise UsageError(f"no preset {preset}")
         config = PRESETS.get(preset, TrainConfig())
-        given = flags.read(TrainConfig, argv, config, "")
+        given = flags.read(argv, config, "")
         flags.apply(adapt_preset(config, given)[0], given)
     elif program == "sample.py":
-        flags.parse(SamplerConfig, argv, SamplerConfig(), "")
+        flags.parse(argv, SamplerConfig(), "")
     elif program == "convert_gpt2.py":
         command = {
             "import": convert_gpt2.ImportConfig,
@@ -135,10 +135,10 @@ def parse(line: str) -> None:
             "verify": convert_gpt2.VerifyConfig,
         }[argv.pop(0)]
         argv = argv[1:] if argv and not argv[0].startswith("-") else argv
-        flags.parse(command, argv, command(), "")
+        flags.parse(argv, command(), "")
     elif program == "doctor":
         argv = argv[1:] if argv and not argv[0].startswith("-") else argv
-        flags.parse(doctor.DoctorConfig, argv, doctor.DoctorConfig(), "")
+        flags.parse(argv, doctor.DoctorConfig(), "")
     else:
         {"evaluate": evaluate.parse, "tokenize": tokenize.parse}[program](argv)
 

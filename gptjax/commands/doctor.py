@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         require(bool(argv[0]), "RUN", "", "is empty; name the run folder, or leave it out")
         run_dir, argv = expand(argv[0]), argv[1:]
-    config = flags.parse(DoctorConfig, argv, DoctorConfig(), ABOUT, prog="gptjax doctor [RUN]")
+    config = flags.parse(argv, DoctorConfig(), ABOUT, prog="gptjax doctor [RUN]")
     # A run that goes on meanwhile may have left little memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if config.mend:

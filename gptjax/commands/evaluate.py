@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> tuple[Path, EvaluateConfig]:
     run_dir = ""
     if argv and not argv[0].startswith("-"):
         run_dir, *argv = argv
-    config = flags.parse(EvaluateConfig, argv, EvaluateConfig(), ABOUT, prog="gptjax evaluate RUN")
+    config = flags.parse(argv, EvaluateConfig(), ABOUT, prog="gptjax evaluate RUN")
     if not run_dir:
         raise UsageError("no run folder: gptjax evaluate RUN --task=... --data=...")
     hint = did_you_mean(config.task, TASKS, f"must be one of {', '.join(TASKS)}")

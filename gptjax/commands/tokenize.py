@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> TokenizeConfig:
     """Return the settings; the first word, if it is no flag, is the dataset."""
     if argv and not argv[0].startswith("-"):
         argv = [f"--dataset={argv[0]}", *argv[1:]]
-    config = flags.parse(TokenizeConfig, argv, TokenizeConfig(), ABOUT, "gptjax tokenize TEXT")
+    config = flags.parse(argv, TokenizeConfig(), ABOUT, "gptjax tokenize TEXT")
     require(bool(config.dataset), "dataset", config.dataset, "name a text before the flags")
     rule = f"must be at least 257: the 256 bytes and {END_OF_TEXT}"
     require(config.vocab_size >= 257, "vocab_size", config.vocab_size, rule)

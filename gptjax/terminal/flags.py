@@ -13,24 +13,21 @@ from gptjax.terminal import nanogpt_flags
 T = TypeVar("T")
 
 
-def parse(
-    config_class: type[T], argv: list[str], default: T, description: str, prog: str | None = None
-) -> T:
+def parse(argv: list[str], default: T, description: str, prog: str | None = None) -> T:
     """Return the default config, changed by flags; see `read` for the arguments and errors."""
-    return apply(default, read(config_class, argv, default, description, prog))
+    return apply(default, read(argv, default, description, prog))
 
 
 def read(
-    config_class: type[T], argv: list[str], default: T, description: str, prog: str | None = None
+    argv: list[str], default: object, description: str, prog: str | None = None
 ) -> dict[str, Any]:
     """Read flags --name=value or --name value, with - and _ alike.
 
     The last of a flag counts; of one that takes several values all do.
 
     Args:
-        config_class: the config whose fields the flags are.
         argv: the words of the command line.
-        default: the values that --help shows.
+        default: the config whose fields the flags are, with the values that --help shows.
         description: what the program does, for --help.
         prog: how it is called, for --help.
 
@@ -44,7 +41,7 @@ def read(
     if {"-h", "--help"} & set(argv):
         print_help(default, description, prog)
         raise SystemExit(0)
-    fields, given, words = fields_of(config_class), dict[str, Any](), list(argv)
+    fields, given, words = fields_of(default), dict[str, Any](), list(argv)
     while words:
         token = words.pop(0)
         flag, equals, value = token.partition("=")

@@ -40,7 +40,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict[str, Any]]:
     fast = not named and cpu_computes_bfloat16()
     config = PRESETS["quickstart_bf16" if fast else preset]
     prog = f"{programs.command('train.py')} [PRESET]"
-    given = flags.read(TrainConfig, argv, config, about, prog)
+    given = flags.read(argv, config, about, prog)
     if fast and not in_bfloat16(given):
         config = PRESETS["quickstart"]
     run_dir = files.expand(given.get("out_dir") or config.out_dir)
