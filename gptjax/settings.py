@@ -107,7 +107,7 @@ def require_range(
     """Raise UsageError unless low <= value <= high (< high if `below`) and finite, for each."""
     for setting in settings.split():
         value = getattr(config, setting)
-        require(abs(value) < math.inf, setting, value, "must be finite")
         ok = low <= value and (value < high if below else value <= high)
         top = "" if high == math.inf else f" and {'below' if below else 'at most'} {high}"
         require(ok, setting, value, f"must be at least {low}{top}")
+        require(abs(value) < math.inf, setting, value, "must be finite")
