@@ -75,6 +75,26 @@ def test_freed_memory_is_kept_and_returned() -> None:
     assert pages["return_freed_memory"] > 40 * 2048
 
 
+LARGE_PAGES = """
+import re
+from pathlib import Path
+from gptjax import allocator
+allocator.keep_freed_memory()
+block = b"x" * (200 * 2**20)
+print(re.search(r"AnonHugePages: +([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not KERNEL.exists() or "[never]" in KERNEL.read_text(), reason="the kernel has no large pages"
+)
+def test_memory_comes_in_large_pages() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", LARGE_PAGES]
+    assert int(subprocess.check_output(command, env=environment)) >= 190 * 1024
+
+
 def test_windows_is_told_what_to_use(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
