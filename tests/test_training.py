@@ -1,6 +1,7 @@
 """The step: accumulation, dispatch and devices change how it is computed, not what comes out."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -60,6 +61,16 @@ def assert_same(
     assert np.max(np.abs(np.subtract(a[1], b[1]))) <= loss_tol
     for x, y in zip(jax.tree.leaves(a[0].params), jax.tree.leaves(b[0].params), strict=True):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() <= params_tol
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_writes_over_the_state_without_copying_it(dtype: str) -> None:
+    config, mesh = TrainConfig(model=tiny(dtype=dtype)), sharding.make_mesh(jax.devices()[:1])
+    abstract, windows = abstract_state(config, mesh), jax.ShapeDtypeStruct((1, 1, 8, 17), jnp.int32)
+    step: Any = make_train_step(config, abstract)
+    program = step.lower(abstract, windows).compile().as_text()
+    assert "%state_opt_state" in program
+    assert not re.findall(r"= f32\S+ copy\(%state_", program)
 
 
 PLAIN = WINDOWS[:, None, None]

@@ -235,11 +235,14 @@ def make_train_step(
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(one_step, state, windows_KABT)
 
+    # Else XLA copies the optimizer's state before it writes over it: 3 % of a small step.
+    in_place = {"xla_cpu_copy_insertion_use_region_analysis": True}
     return jax.jit(
         train_step,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh, axis=2)),
         out_shardings=(shardings, replicated(mesh)),
+        compiler_options=in_place if jax.default_backend() == "cpu" else None,
     )
 
 
