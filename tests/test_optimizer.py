@@ -192,3 +192,15 @@ def test_adamw_gate_turns_red(mistake: str) -> None:
         "beta2": optax.chain(clip, adamw(b2=0.999)),
     }[mistake]
     assert not difference_to_torch(wrong, TORCH_CONFIG) <= 1e-4
+
+
+@pytest.mark.parametrize("limit", [0.3, 1e3])  # shorter and longer than the gradient
+def test_with_products_of_bfloat16_gradients_are_clipped_as_by_optax(limit: float) -> None:
+    half, optax_clip = tiny(dtype="bfloat16"), optax.clip_by_global_norm(limit)
+    clip = optimizer.clip_by_global_norm(limit, half)
+    norm = jax.jit(optimizer.global_norm, static_argnums=0)(half, PARAMS)
+    assert float(norm) == pytest.approx(float(optax.tree.norm(PARAMS)), rel=1e-6)
+    assert clip.init(PARAMS) == optax_clip.init(PARAMS)  # as older runs saved it
+    found, exact = (jax.jit(tx.update)(PARAMS, tx.init(PARAMS))[0] for tx in (clip, optax_clip))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)

@@ -35,7 +35,13 @@ from gptjax.sharding import (
 from gptjax.training.faults import Fault, make_corrupt
 from gptjax.training.guard import Guard, init_guard, judge
 from gptjax.training.loss_scale import LossScale, adjust, init_loss_scale
-from gptjax.training.optimizer import make_optimizer, make_schedule, match_paths
+from gptjax.training.optimizer import (
+    global_norm,
+    make_optimizer,
+    make_schedule,
+    match_paths,
+    squares_by_layer,
+)
 
 PROJECTIONS = r"^h/.*c_proj/kernel$"
 Metrics = dict[str, Any]  # arrays by name; `gradient_norms` is a tree of them
@@ -205,7 +211,7 @@ def make_train_step(
         loss, grads = mean_loss_and_grad(state.params, windows_ABT, keys_AB, scale)
         if corrupt is not None:
             loss, grads = corrupt(state.step, loss, grads)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(config.model, grads)
         if now is not None:
             overflow, after = adjust(config, now, loss, grad_norm)
         ok, guard = judge(state.guard, loss, grad_norm, config.skip_spikes, overflow)
@@ -273,13 +279,8 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
 
 def norms_by_layer(tree: Params) -> Params:
     """Return the norm of every leaf, (L,) of the blocks' stacked ones and () of the others."""
-
-    def norm(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
-        is_stacked = path[0] == jax.tree_util.DictKey("h")
-        axes = tuple(range(int(is_stacked), leaf.ndim))
-        return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes))
-
-    return jax.tree.map_with_path(norm, tree)
+    norms: Params = jax.tree.map(jnp.sqrt, squares_by_layer(tree))
+    return norms
 
 
 def digest(state: TrainState) -> str:
