@@ -71,7 +71,7 @@ def make_gptjax_step(config: TrainConfig, gpus: int) -> Callable[[np.ndarray], f
         nonlocal state
         state, metrics = train_step(state, sharding.place(windows[None, None], mesh, axis=2))
         jax.block_until_ready((state, metrics))
-        return float(metrics["loss"][0])
+        return float(jax.device_get(metrics["loss"])[0])  # as `RunLog` fetches it
 
     return step
 
