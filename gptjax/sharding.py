@@ -129,8 +129,19 @@ def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * axis, batch_axes(mesh)))
 
 
-def place(batch: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
-    """Begin to move this process's rows of a batch to its devices, split along `axis`."""
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Return whether there is one device, a CPU."""
+    return mesh.size == 1 and jax.default_backend() == "cpu"
+
+
+def place(batch: np.ndarray, mesh: Mesh, axis: int) -> Any:
+    """Begin to move this process's rows of a batch to its devices, split along `axis`.
+
+    A single CPU's programs take them as they are, where Python needs 0.4 ms to move them: 2 % of a
+    small step.
+    """
+    if is_one_cpu(mesh):
+        return batch
     return jax.make_array_from_process_local_data(batch_sharding(mesh, axis), batch)
 
 

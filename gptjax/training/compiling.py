@@ -99,7 +99,8 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
 
 def windows(run: TrainingRun, *shape: int) -> jax.ShapeDtypeStruct:
     """Return the shape and layout of so many batches, as `feed` and `validate` place them."""
-    rows = sharding.batch_sharding(run.mesh, axis=len(shape))
+    one_cpu = sharding.is_one_cpu(run.mesh)
+    rows = None if one_cpu else sharding.batch_sharding(run.mesh, axis=len(shape))
     shape = (*shape, run.config.batch_size, run.config.model.block_size + 1)
     return jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
 
