@@ -64,8 +64,8 @@ def _take_large_pages() -> None:
         function.restype, function.argtypes = size, [size]
     c.madvise.argtypes = [size, size, ctypes.c_int]
     # The kernel is advised by address, and what the heap takes later is none of it. So it takes
-    # half of the memory's size at once; memory itself it takes as it writes to it.
+    # addresses for all but large models at once; memory it takes as it writes to it.
     begin = -(-c.sbrk(0) // LARGE_PAGE) * LARGE_PAGE
-    c.free(c.malloc(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2))
+    c.free(c.malloc(4 * 2**30))
     if c.sbrk(0) > begin:
         c.madvise(begin, c.sbrk(0) - begin, MADV_HUGEPAGE)
