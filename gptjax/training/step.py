@@ -241,15 +241,27 @@ def make_train_step(
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(one_step, state, windows_KABT)
 
-    # Else XLA copies the optimizer's state before it writes over it: 3 % of a small step.
-    in_place = {"xla_cpu_copy_insertion_use_region_analysis": True}
     return jax.jit(
         train_step,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh, axis=2)),
         out_shardings=(shardings, replicated(mesh)),
-        compiler_options=in_place if jax.default_backend() == "cpu" else None,
+        compiler_options=in_place() if jax.default_backend() == "cpu" else None,
     )
+
+
+@functools.cache
+def in_place() -> Any:
+    """Return the option without which XLA copies a state before it writes over it on a CPU.
+
+    The copy takes 3 % of a small step. None where this version of XLA has no such option.
+    """
+    options: Any = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
 
 
 def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array], Array]:
