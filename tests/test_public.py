@@ -95,6 +95,27 @@ def test_memory_comes_in_large_pages() -> None:
     assert int(subprocess.check_output(command, env=environment)) >= 190 * 1024
 
 
+LIMITED = """
+import resource
+from pathlib import Path
+from gptjax import allocator
+def size():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+before = size()
+resource.setrlimit(resource.RLIMIT_AS, (before + 6 * 2**30, resource.RLIM_INFINITY))
+allocator.keep_freed_memory()
+print(size() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told what to do")
+def test_a_limit_of_addresses_is_left_to_the_rest() -> None:
+    """Else threads have none for their stacks, and the process hangs where it starts one."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", LIMITED]
+    assert int(subprocess.check_output(command, env=environment)) < 2**30
+
+
 def test_windows_is_told_what_to_use(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
