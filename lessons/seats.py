@@ -182,9 +182,8 @@ def other_seats(mine: ModuleType) -> Iterator[tuple[Any, Any]]:
         yield make_optimizer, lambda config: my_optimizer(mine, make_optimizer, config)
     if hasattr(mine, "generate"):
         yield tensors.read_params, lambda source, *place: my_read_params(mine, source, *place)
-        # A file of a model without biases holds zeros for them, which the student's loader reads.
-        parse_config = hf_config.parse_config
-        yield parse_config, lambda *of: dataclasses.replace(parse_config(*of), bias=True)
+        parse = hf_config.parse_config  # a file without biases has zeros for them: they are read
+        yield parse, lambda *fields: dataclasses.replace(parse(*fields), bias=True)
         yield from sampler_seats(mine)
 
 

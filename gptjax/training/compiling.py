@@ -71,7 +71,7 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
     eval_step: Any = make_eval_step(config.model, params)
 
     def validate(params: Params, stopped: Stopped) -> float | None:
-        losses = functools.partial(eval_step, params)  # `Ahead` by then, where it is compiled so
+        losses = functools.partial(eval_step, params)  # looked up here: it may be `Ahead` by then
         return validation.validate(config, dataset.val, run.mesh, losses, stopped)
 
     def write_sample(params: Params, stopped: Stopped) -> str | None:
