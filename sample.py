@@ -16,7 +16,6 @@ from gptjax.config import GPTConfig
 from gptjax.conversion import sources
 from gptjax.drafts import Draft
 from gptjax.errors import DataError, UsageError, plural
-from gptjax.filters import make_history
 from gptjax.presets import PRESETS
 from gptjax.sampler_config import SamplerConfig, refuse_contradictions
 from gptjax.settings import require
@@ -98,13 +97,11 @@ def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> D
     return Draft(config.draft_tokens, cfg_d, params)
 
 
-def draws_long(config: SamplerConfig, starts: list[str]) -> bool:
+def draws_long(config: SamplerConfig, cfg: GPTConfig, starts: list[str]) -> bool:
     """Return whether so much is to be drawn that a kernel may be compiled for it."""
     rows = max(1, len(starts)) * config.num_samples
     calls = -(-rows // config.batch_size)
-    history = make_history(config.sample, 1, [[0]], [[]], 1)
-    whole = history is None and not config.json
-    taken = fused.takes(min(rows, config.batch_size), config.sample, whole)
+    taken = fused.takes(cfg, min(rows, config.batch_size))
     taken = taken and not config.draft and config.beams == 1
     return taken and (config.interactive or calls * config.max_new_tokens >= fused.MANY_STEPS)
 
@@ -202,7 +199,7 @@ def main(argv: list[str]) -> int:
         first_text.wait(begun, first_text.FIRST)
         params = jax.device_put(params, jax.devices()[0])
         params = model.prepare_for_decoding(cfg, params, config.weights)
-        if draws_long(config, starts):
+        if draws_long(config, cfg, starts):
             params = fused.with_kernel(cfg, params)
         draft = load_draft(config, cfg, tokenizer)
         for i in config.stop_id:

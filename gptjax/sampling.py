@@ -211,8 +211,7 @@ def fill_context(
     )
     yield jax.tree.map(lambda x: np.asarray(x)[None], Piece(state.token_B, state.scores))
     done, draw_chunk, weights = 1, decode, plain
-    whole = history is None and n_likeliest is None
-    if done < left and "kernel" in params and fused.takes(len(contexts), how, whole):
+    if done < left and "kernel" in params and fused.takes(cfg, len(contexts)):
         state, size = fused.stack_cache(cfg, state), limit
         draw_chunk, weights = fused.decode, params["kernel"]
     while done < left:

@@ -29,6 +29,7 @@ static u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 static float __int_as_float(int v) { return __uint_as_float(v); }
 static int __float_as_int(float f) { return __float_as_uint(f); }
 #define __expf expf
+static float __fdividef(float a, float b) { return a / b; }
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 
 struct Index { int x; };
@@ -88,6 +89,12 @@ static float lane_of(float v, int lane) {
   return got;
 }
 static float lane_xor(float v, int mask) { return lane_of(v, (now->thread % 32) ^ mask); }
+static u32 rounded(float f) {
+  const u32 v = __float_as_uint(f);
+  return f == f ? (v + 0x7fff + (v >> 16 & 1)) >> 16 : 0x7fff;
+}
+static uint4 load_shared4(const char* p) { return *(const uint4*)p; }
+static u32 pair(float a, float b) { return rounded(a) | rounded(b) << 16; }
 static float half_of(u32 v, int high) { return __uint_as_float(high ? v & 0xffff0000u : v << 16); }
 static void multiply(float* acc, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   Warp& w = warp_of();

@@ -75,6 +75,18 @@ __device__ __forceinline__ void sync_threads(u32 count) {
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float lane_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 __device__ __forceinline__ float lane_of(float v, int lane) { return __shfl_sync(~0u, v, lane); }
+// Two numbers rounded to bfloat16, the first in the lower half
+__device__ __forceinline__ u32 pair(float a, float b) {
+  u32 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+  return v;
+}
+// 16 bytes of shared memory, read where this is written: the compiler does not move it past a wait
+__device__ __forceinline__ uint4 load_shared4(const char* p) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(p)) : "memory");
+  return v;
+}
 // acc (16 x 8) += a (16 x 16) b (16 x 8) in bfloat16 with float32 sums
 __device__ __forceinline__ void multiply(float* acc, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
