@@ -123,24 +123,25 @@ class Recorder:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak
         self.losses: list[float] = []
-        self.began = time.monotonic()
-        self.since: float | None = None  # None until the first call, which compiles, is done
+        self.began = self.since = time.monotonic()  # since: when the last call was done
+        self.calls = 0  # that are done
         self.step_seconds: float | None = None  # of the call whose steps are being added
         self.timed, self.elapsed = 0, 0.0  # steps of known duration since the last record
 
     def pause(self, seconds: float) -> None:
         """Leave these seconds out of the time of training."""
-        if self.since is not None:
-            self.since += seconds
+        self.since += seconds
 
     def arrive(self, steps: int) -> None:
         """Record that a call of so many steps is done; `add` then takes the steps one by one.
 
-        They arrive together: each took its share of the time since the last call was done.
+        They arrive together: each took its share of the time since the last call was done. Of the
+        first two calls it is not known: a GPU may have finished both before the program that
+        compiled the first one looked, and then the second would seem to take no time.
         """
         now = time.monotonic()
-        self.step_seconds = None if self.since is None else (now - self.since) / steps
-        self.since = now
+        self.step_seconds = (now - self.since) / steps if self.calls > 1 else None
+        self.since, self.calls = now, self.calls + 1
 
     def add(self, loss: float) -> None:
         """Add the loss of one more step."""
