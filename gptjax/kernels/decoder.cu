@@ -6,8 +6,9 @@
 // of its place the word was written: a reader waits for the data itself, so there are neither barriers nor
 // flags. No sum depends on the order in which blocks arrive: the same input gives the same bits.
 //
-// A token is short of time for instructions, not for arithmetic: each warp runs the layer's code once, and
-// waits for the instruction cache where it is long. So what is unrolled has fixed addresses, and the rest is not.
+// Most of a token's time goes to waiting for words of other blocks, not to arithmetic. So what does not depend on
+// them is done before: the first segment of a matrix lies in registers when they come. And each warp runs the
+// layer's code once, so it waits for the instruction cache where that is long: what is unrolled has fixed addresses.
 //
 // Macros: L layers, D width, H heads, K head dim, ROWS, STEPS, S cache size, VPAD vocabulary (padded), VOCAB;
 // NB blocks, NW warps that compute, NS splits of a context; RQ RD RF RG rows a block has of the matrices 3D, D,
