@@ -2,9 +2,9 @@
 
 Every side runs in a process of its own, in turn, for several rounds; the table shows the median of
 the rounds' medians, and the fastest step of all, in ms. All sides compute the same: AdamW,
-clipping, no dropout, no biases; on a CPU float32, unless the side's name says otherwise, and
-"gptjax" chooses its type; bfloat16 on GPU. gptjax with and without kernels begins with the same
-parameters, so that its losses must agree.
+clipping, no dropout, biases only with `--bias`; on a CPU float32, unless the side's name says
+otherwise, and "gptjax" chooses its type; bfloat16 on GPU. gptjax with and without kernels begins
+with the same parameters, so that its losses must agree.
 
 With `--gpus=4` each GPU takes the batch of the shape: gptjax's share it as `--mesh` says, the
 twin's by DistributedDataParallel, a process for each. Both may take nearly all of their memory.
@@ -44,11 +44,11 @@ SIDES = {
 }
 
 
-def make_config(device: str, shape: str) -> tuple[TrainConfig, int, int]:
+def make_config(device: str, shape: str, bias: bool) -> tuple[TrainConfig, int, int]:
     """Settings, batch size and steps of a shape."""
     (n_layer, n_head, n_embd, block_size, vocab_size), batch_size, steps = SHAPES[device][shape]
     multiple = 1 if vocab_size < 128 else 128
-    model = GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, multiple, bias=False)
+    model = GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, multiple, bias=bias)
     return TrainConfig(model=model, batch_size=batch_size), batch_size, steps
 
 
@@ -108,10 +108,10 @@ def make_torch_step(
 
 
 def time_side(
-    device: str, side: str, shape: str, gpus: int, mesh: str
+    device: str, side: str, shape: str, bias: bool, gpus: int, mesh: str
 ) -> tuple[list[float], float]:
     """Milliseconds of each step after the first five, and the last one's loss."""
-    config, batch_size, steps = make_config(device, shape)
+    config, batch_size, steps = make_config(device, shape, bias)
     ours = side.startswith("gptjax")
     if "float32" in side:
         config = dataclasses.replace(
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--device", choices=SHAPES, default="cpu", help="gpu: NVIDIA GPUs")
     parser.add_argument("--gpus", type=int, default=1, help="as many share a step")
     parser.add_argument("--mesh", default="data", help="how gptjax's share it; see train.py --help")
+    parser.add_argument("--bias", action="store_true", help="biases everywhere, as GPT-2 has them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--shape", action="append", help="time these alone, by a part of their name"
@@ -149,7 +150,9 @@ def main() -> None:
     asked = args.shape or [""]
     shapes = [name for name in SHAPES[args.device] if any(part in name for part in asked)]
     if args.side:
-        times_and_loss = time_side(args.device, args.side, shapes[0], args.gpus, args.mesh)
+        times_and_loss = time_side(
+            args.device, args.side, shapes[0], args.bias, args.gpus, args.mesh
+        )
         if RANK == 0:
             print(json.dumps(times_and_loss))
         return
@@ -169,12 +172,13 @@ def main() -> None:
                     command += ["torch.distributed.run", f"--nproc-per-node={args.gpus}", "-m"]
                 command += ["benchmarks.training_step", f"--device={args.device}", f"--side={side}"]
                 command += [f"--shape={shape}", f"--gpus={args.gpus}", f"--mesh={args.mesh}"]
+                command += ["--bias"] if args.bias else []
                 done = subprocess.run(
                     command, stdout=subprocess.PIPE, text=True, check=True, env=environment
                 )
                 steps, losses[side] = json.loads(done.stdout.splitlines()[-1])
                 times[side].append(steps)
-        config, batch_size, _ = make_config(args.device, shape)
+        config, batch_size, _ = make_config(args.device, shape, args.bias)
         tokens = args.gpus * batch_size * config.model.block_size
         medians = {s: statistics.median(map(statistics.median, t)) for s, t in times.items()}
         where = f"{shape} on each of {args.gpus} GPUs, {args.mesh}" if args.gpus > 1 else shape
