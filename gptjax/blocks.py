@@ -20,7 +20,7 @@ from gptjax import collectives
 from gptjax.attention import ATTENTION, CACHED_ATTENTION, attend_int8
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows
-from gptjax.functions import ACTIVATIONS, layer_norm, on_rows
+from gptjax.functions import ACTIVATIONS, layer_norm, on_rows, with_more_rows
 from gptjax.kernels import training
 from gptjax.kernels.int8 import PRODUCTS, Int8, choose_product
 from gptjax.kv_cache import KVCache
@@ -65,7 +65,8 @@ def dense_product(
         return PRODUCTS[choose_product(cfg.kernels)](x_ND, w_DF).astype(x_ND.dtype)
     if is_mixed(cfg):
         return einsum_of(cfg)("ND,DF->NF", x_ND, w_DF)
-    return jax.lax.dot_general(x_ND, w_DF, dims, precision=precision)
+    dot = functools.partial(jax.lax.dot_general, precision=precision)
+    return with_more_rows(lambda x_ND: dot(x_ND, w_DF, dims), x_ND)
 
 
 class LayerNorm(nn.Module):

@@ -33,6 +33,7 @@ from gptjax.attention import choose_attention
 from gptjax.blocks import INIT_STD, Block, LayerNorm
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows, keys_of_places
+from gptjax.functions import with_more_rows
 from gptjax.kernels.int8 import PRODUCTS, Int8, choose_product, dequantize, quantize
 from gptjax.kv_cache import KVCache
 from gptjax.lookup import LOOK_UP, look_up
@@ -233,7 +234,8 @@ def head(cfg: GPTConfig, params: Params, x: Array, dtype: DTypeLike = jnp.float3
         logits_NV = PRODUCTS[choose_product(cfg.kernels)](x_ND, head_VD, 1).astype(dtype)
     else:
         head_VD = head_VD.astype(stored_dtype(cfg))
-        logits_NV = einsum_of(cfg)("ND,VD->NV", x_ND, head_VD, preferred_element_type=dtype)
+        product = functools.partial(einsum_of(cfg), "ND,VD->NV", preferred_element_type=dtype)
+        logits_NV = with_more_rows(lambda x_ND: product(x_ND, head_VD), x_ND)
     if cfg.padded_vocab_size > cfg.vocab_size:
         is_token_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
         logits_NV = jnp.where(is_token_V[None], logits_NV, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Both forms of GELU: values and gradients against float64, JAX's and PyTorch's."""
+"""GELU against float64, JAX's and PyTorch's, both forms; and how one row is multiplied on a GPU."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import functions
+from gptjax import functions, model
 from gptjax.config import GPTConfig
 from gptjax.functions import ACTIVATIONS
+from gptjax.kv_cache import make_cache
+
+from .helpers import scaled_params, tiny
 
 X = np.concatenate([np.linspace(-13, 8, 2101), [-1e20, 1e20, -1e-30, 0]]).astype(np.float32)
 
@@ -113,3 +116,33 @@ def test_on_rows_the_function_sees_two_dimensions() -> None:
     x = jnp.arange(24.0).reshape(2, 3, 4)
     assert np.array_equal(functions.on_rows(add, x, 2 * x), 3 * x)
     assert shapes == [((6, 4), (6, 4))]
+
+
+# ---- One row on a GPU ----------------------------------------------------------------------------
+
+
+def products(rows: int, dtype: str) -> list[int]:
+    """Return the rows of the products with weights in a pass of the model over one token a row."""
+    cfg = tiny(n_layer=1, dtype=dtype, attention="xla")
+    params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(0)))
+    tokens, cache = jnp.zeros((rows, 1), jnp.int32), make_cache(cfg, rows, 4)
+    jaxpr = jax.make_jaxpr(lambda p: model.next_logits(cfg, p, tokens, cache)[0])(params)
+    assert jaxpr.out_avals[0].shape == (rows, cfg.padded_vocab_size)
+    dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    found = [eqn.invars[0].aval.shape[0] for eqn in dots if len(eqn.outvars[0].aval.shape) == 2]
+    assert len(found) == 5  # c_attn, c_proj, c_fc, c_proj and the head
+    return found
+
+
+def test_a_gpu_gets_more_rows_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = (
+        jax.random.normal(jax.random.key(i), (n, 32), jnp.bfloat16) for i, n in ((0, 1), (1, 9))
+    )
+    plain = x @ w.T
+    assert products(1, "bfloat16") == [1] * 5
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert products(1, "bfloat16") == [8] * 5
+    assert products(2, "bfloat16") == [2] * 5
+    assert products(1, "float32") == [1] * 5
+    found = functions.with_more_rows(lambda x: x @ w.T, x)
+    assert found.shape == (1, 9) and (found == plain).all()
