@@ -80,7 +80,9 @@ def compile_first(
     )
 
 
-def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> Draft | None:
+def load_draft(
+    config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer, starts: list[str]
+) -> Draft | None:
     """Return who drafts for the model; UsageError if what it drafts is no text of the model."""
     if not config.draft or config.draft == "ngram":
         return Draft(config.draft_tokens) if config.draft else None
@@ -94,6 +96,8 @@ def load_draft(config: SamplerConfig, cfg: GPTConfig, tokenizer: Tokenizer) -> D
     rule = f"its context of {cfg_d.block_size} tokens is shorter than the model's {cfg.block_size}"
     require(cfg_d.block_size >= cfg.block_size, "draft", config.draft, rule)
     params = model.prepare_for_decoding(cfg_d, run.params, config.weights)
+    if draws_long(config, cfg_d, starts):
+        params = fused.with_kernel(cfg_d, params)
     return Draft(config.draft_tokens, cfg_d, params)
 
 
@@ -102,7 +106,7 @@ def draws_long(config: SamplerConfig, cfg: GPTConfig, starts: list[str]) -> bool
     rows = max(1, len(starts)) * config.num_samples
     calls = -(-rows // config.batch_size)
     taken = fused.takes(cfg, min(rows, config.batch_size))
-    taken = taken and not config.draft and config.beams == 1
+    taken = taken and config.beams == 1
     return taken and (config.interactive or calls * config.max_new_tokens >= fused.MANY_STEPS)
 
 
@@ -199,9 +203,9 @@ def main(argv: list[str]) -> int:
         first_text.wait(begun, first_text.FIRST)
         params = jax.device_put(params, jax.devices()[0])
         params = model.prepare_for_decoding(cfg, params, config.weights)
-        if draws_long(config, cfg, starts):
+        if not config.draft and draws_long(config, cfg, starts):
             params = fused.with_kernel(cfg, params)
-        draft = load_draft(config, cfg, tokenizer)
+        draft = load_draft(config, cfg, tokenizer, starts)
         for i in config.stop_id:
             require(0 <= i < cfg.vocab_size, "stop_id", i, f"must be 0 to {cfg.vocab_size - 1}")
         sample = functools.partial(write_samples, config, cfg, params, tokenizer, begun, draft)

@@ -109,10 +109,9 @@ class CausalSelfAttention(nn.Module):
         self,
         x_BTD: Array,
         cache: KVCache | None = None,
-        layer: int = 0,
         keys_PB: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """Return (B, T, D), and the cache with the tokens in its layer number `layer`."""
+        """Return (B, T, D), and the cache of this layer with the tokens in it."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         parts: Sequence[Array]
         linear_split = kernel_of(cfg, "linear_split", B * T, 3 * D)
@@ -137,7 +136,7 @@ class CausalSelfAttention(nn.Module):
             )
         else:
             positions_BT = cache.positions(T)
-            k, v, cache = cache.update(layer, k.astype(cfg.dtype), v.astype(cfg.dtype))
+            k, v, cache = cache.update(k.astype(cfg.dtype), v.astype(cfg.dtype))
             attend = attend_int8 if cfg.cache == "int8" else CACHED_ATTENTION[cfg.attention]
             y_BTHK = attend(q, k, v, positions_BT)
         y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
@@ -168,13 +167,12 @@ class Block(nn.Module):
         self,
         x_BTD: Array,
         cache: KVCache | None = None,
-        layer: int = 0,
         keys_PB: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """Return the output (B, T, D) of block number `layer`, and the cache with these tokens."""
+        """Return the output (B, T, D), and the cache of this layer with these tokens."""
         attn = CausalSelfAttention(self.cfg, name="attn")
         x_BTD, normal_BTD = self.add_norm("ln_1", x_BTD)
-        y_BTD, cache = attn(normal_BTD, cache, layer, keys_PB)
+        y_BTD, cache = attn(normal_BTD, cache, keys_PB)
         x_BTD, normal_BTD = self.add_norm("ln_2", x_BTD, y_BTD)
         mlp, keys_B = MLP(self.cfg, name="mlp"), None if keys_PB is None else keys_PB[2]
         return on_rows(jnp.add, x_BTD, mlp(normal_BTD, keys_B)), cache

@@ -15,6 +15,7 @@ from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import NOT_FINITE, SMALLEST, DecoderState, Scores, draw
 from gptjax.kernels import cuda, decoder
 from gptjax.kernels.int8 import Int8
+from gptjax.kv_cache import KVCache
 from gptjax.model import Params
 
 GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder.decode`
@@ -24,6 +25,7 @@ GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder
 # 1.47, one of GPT-2 XL 1.9 instead of 3.8.
 FASTER = {(12, 12, 768): 4, (24, 16, 1024): 1, (48, 25, 1600): 1}
 MANY_STEPS = 4096  # tokens of a row that save 1.7 s: NVRTC takes 1 to 2.5 s (on 2 CPU cores) once
+Cache = Any  # a decoder.Stacked, where the plain decoder has a KVCache
 given_up: list[bool] = []  # not empty once that happened
 
 
@@ -91,19 +93,41 @@ def give_up(reason: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def stack_cache(cfg: GPTConfig, state: DecoderState) -> DecoderState:
-    """Return a state of `prefill` with the cache that the kernel takes, with room for a context."""
-    plan, cache = plan_of(cfg), state.cache
+def stack_cache(cfg: GPTConfig, cache: KVCache) -> Cache:
+    """Return the cache as the kernel takes it, with room for a context and no more."""
+    plan = plan_of(cfg)
     assert plan is not None
     B, S = cache.k[0].shape[:2]
-    room = ((0, 0), (0, 0), (0, cfg.block_size - S), (0, 0))
+    room = ((0, 0), (0, 0), (0, max(0, cfg.block_size - S)), (0, 0))
     k, v = (
-        jnp.pad(jnp.stack(x).reshape(cfg.n_layer, B, S, cfg.n_embd), room)
+        jnp.pad(jnp.stack(x).reshape(cfg.n_layer, B, S, cfg.n_embd)[:, :, : cfg.block_size], room)
         for x in (cache.k, cache.v)
     )
     words = jnp.zeros(decoder.n_words(sizes_of(cfg), plan, B), jnp.uint32)
-    stacked: Any = decoder.Stacked(k, v, cache.length_B, words)
-    return state._replace(cache=stacked)
+    return decoder.Stacked(k, v, cache.length_B, words)
+
+
+def token_logits(
+    cfg: GPTConfig, packed: decoder.Packed, token_B: Array, cache: Cache
+) -> tuple[Array, Cache, Array]:
+    """Return float32 logits (B, V) of the token after `token_B`, as `decoding.token_logits` does.
+
+    Args:
+        cfg: the model, without "auto".
+        packed: params["kernel"] of `with_kernel`.
+        token_B: the newest token of each row.
+        cache: from `stack_cache`; rows that are full write their last position again.
+
+    Returns:
+        The logits, the cache one token longer, and whether the kernel waited for nothing in vain.
+    """
+    plan = plan_of(cfg)
+    assert plan is not None
+    token_B = jnp.maximum(token_B, 0)  # NOT_FINITE is the index of no row
+    _, logits_BV, cache, ok = decoder.decode(
+        sizes_of(cfg), plan, packed, token_B, cache, 1, logits=True
+    )
+    return logits_BV, cache, ok
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "how", "n_steps"), donate_argnames=("state",))
@@ -132,19 +156,20 @@ def decode(
         The state, the tokens (n_steps, B), and their scores (n_steps, B, ...) if the state has any.
         All tokens are GAVE_UP if the kernel waited in vain: then all that is returned is garbage.
     """
-    plan = plan_of(cfg)
-    assert plan is not None
-    launch: Any = functools.partial(decoder.decode, sizes_of(cfg), plan, packed)
     if how.temperature < SMALLEST and state.history is None and state.scores is None:
-        new_nB, best_nB, cache, ok = launch(state.token_B, state.cache, n_steps, logits=False)
+        cache: Cache = state.cache
+        plan = plan_of(cfg)
+        assert plan is not None
+        new_nB, best_nB, cache, ok = decoder.decode(
+            sizes_of(cfg), plan, packed, state.token_B, cache, n_steps, logits=False
+        )
         new_nB = jnp.where(jnp.isfinite(best_nB), new_nB, NOT_FINITE)
         state = state._replace(cache=cache, token_B=new_nB[-1], n_drawn=state.n_drawn + n_steps)
         return state, jnp.where(ok, new_nB, GAVE_UP), None
     n_likeliest = None if state.scores is None else state.scores.likeliest.shape[1]
 
     def step(state: DecoderState, _: None) -> tuple[DecoderState, tuple[Array, Array, Any]]:
-        token_B = jnp.maximum(state.token_B, 0)  # NOT_FINITE is the index of no row
-        _, logits_BV, cache, ok = launch(token_B, state.cache, 1, logits=True)
+        logits_BV, cache, ok = token_logits(cfg, packed, state.token_B, state.cache)
         state = draw(state._replace(cache=cache), logits_BV, keys_B, how, n_likeliest)
         return state, (state.token_B, ok, state.scores)
 

@@ -2,10 +2,10 @@
 
 B batch, T new tokens, S cache size, H heads, K head dim.
 
-The model calls `positions`, `update` and `advance`, the sampler `grow`. Speculative decoding sets
-`length_B`, and beam search takes rows of every array. So a cache of another kind is another
-NamedTuple with these four functions, a `length_B`, and the rows first in each array, and a function
-in `attention` that reads what it returns.
+The model calls `of_layer`, `with_layer` and `advance`, attention `positions` and `update`, the
+sampler `grow`. Speculative decoding sets `length_B`, and beam search takes rows of every array. So
+a cache of another kind is another NamedTuple with these functions, a `length_B`, and the rows first
+in each array, and a function in `attention` that reads what `update` returns.
 """
 
 from typing import Any, NamedTuple
@@ -34,11 +34,21 @@ class KVCache(NamedTuple):
         """Return the positions (B, T) of the next T tokens."""
         return self.length_B[:, None] + jnp.arange(T)[None]
 
-    def update(self, layer: int, k_BTHK: Array, v_BTHK: Array) -> tuple[Stored, Stored, "KVCache"]:
-        """Write the keys and values of the next T tokens of one layer.
+    def of_layer(self, layer: int) -> "KVCache":
+        """Return the cache of one layer alone."""
+        return KVCache((self.k[layer],), (self.v[layer],), self.length_B)
+
+    def with_layer(self, layer: int, one: "KVCache") -> "KVCache":
+        """Return the cache with that of one layer in its place."""
+        k, v = (
+            (*x[:layer], *new, *x[layer + 1 :]) for x, new in ((self.k, one.k), (self.v, one.v))
+        )
+        return self._replace(k=k, v=v)
+
+    def update(self, k_BTHK: Array, v_BTHK: Array) -> tuple[Stored, Stored, "KVCache"]:
+        """Write the keys and values of the next T tokens into the cache of one layer.
 
         Args:
-            layer: its number, from 0.
             k_BTHK: their keys. T must fit behind the tokens held: XLA moves what would fall past
                 the end back into the array, and so overwrites silently.
             v_BTHK: their values.
@@ -47,10 +57,8 @@ class KVCache(NamedTuple):
             All keys and all values of the layer as the cache holds them, for `attention`; and the
             cache. Its length is the old one until all layers are written: see `advance`.
         """
-        k, v = list(self.k), list(self.v)
-        k[layer] = store(k[layer], k_BTHK, self.length_B)
-        v[layer] = store(v[layer], v_BTHK, self.length_B)
-        return k[layer], v[layer], KVCache(tuple(k), tuple(v), self.length_B)
+        k, v = store(self.k[0], k_BTHK, self.length_B), store(self.v[0], v_BTHK, self.length_B)
+        return k, v, KVCache((k,), (v,), self.length_B)
 
     def advance(self, count: int | Array) -> "KVCache":
         """Return the cache with `count` more tokens, (B,) or the same for all rows, counted in."""

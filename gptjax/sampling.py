@@ -212,7 +212,7 @@ def fill_context(
     yield jax.tree.map(lambda x: np.asarray(x)[None], Piece(state.token_B, state.scores))
     done, draw_chunk, weights = 1, decode, plain
     if done < left and "kernel" in params and fused.takes(cfg, len(contexts)):
-        state, size = fused.stack_cache(cfg, state), limit
+        state, size = state._replace(cache=fused.stack_cache(cfg, state.cache)), limit
         draw_chunk, weights = fused.decode, params["kernel"]
     while done < left:
         count = min(chunk, left - done)

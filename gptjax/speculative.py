@@ -18,20 +18,22 @@ without Communication") kept 73 %, at temperature 0.8, of characters of TinyShak
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax import fused
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import Scores, sample_token, score_token
-from gptjax.drafts import Draft, draft_by_model, draft_by_ngram
+from gptjax.drafts import Draft, draft_by_model, draft_by_ngram, make_draft_cache, read_prompts
 from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
 from gptjax.filters import History, make_history, remember_each, remember_first
-from gptjax.kv_cache import KVCache, make_cache, write
-from gptjax.model import Params, forward, hidden_states
+from gptjax.kernels.cuda import KernelError
+from gptjax.kv_cache import KVCache, write
+from gptjax.model import Params, forward
 from gptjax.sampling import Piece, bucket, cut, key_parts, row_keys
 
 CHUNK = 32  # tokens of a row for each call into JAX, at least
@@ -56,12 +58,13 @@ class State(NamedTuple):
     """The state that the loop carries from pass to pass."""
 
     cache: KVCache  # of the model; its length counts all tokens but the newest
-    draft_cache: KVCache | None  # of the small model
+    draft_cache: Any  # of the small model: see `drafts.make_draft_cache`
     text: Text
     length_B: Array  # tokens of the text
     n_drawn_B: Array  # tokens drawn since the prompt, which number the random keys
     history: History | None  # what the filters remember of prompt and text
     finite: Array  # whether the logits of all tokens so far were
+    draft_ok: Array  # whether the small model's kernel never waited in vain
     drafted_B: Array  # tokens in this call into JAX
     right_B: Array  # how many of them were right
 
@@ -90,12 +93,12 @@ def one_pass(
     J = draft.n_tokens + 1
     fold = jax.vmap(jax.random.fold_in)
     keys_JB = jax.vmap(lambda j: fold(keys_B, state.n_drawn_B + j))(jnp.arange(J))
-    draft_cache = state.draft_cache
+    draft_cache, draft_ok = state.draft_cache, state.draft_ok
     if draft.cfg is None:
         draft_BK = draft_by_ngram(state.text.ids_BS, state.length_B, draft.n_tokens)
     else:
-        assert draft.params is not None and draft_cache is not None
-        draft_BK, draft_cache = draft_by_model(
+        assert draft.params is not None
+        draft_BK, draft_cache, now = draft_by_model(
             draft.cfg,
             how,
             draft.params,
@@ -106,6 +109,7 @@ def one_pass(
             state.history,
             cfg.padded_vocab_size,
         )
+        draft_ok &= now
     newest_B1 = jnp.take_along_axis(state.text.ids_BS, state.length_B[:, None] - 1, axis=1)
     cache = state.cache._replace(length_B=state.length_B - 1)
     read_BJ = jnp.concatenate([newest_B1, draft_BK], axis=1)
@@ -135,6 +139,7 @@ def one_pass(
         n_drawn_B=state.n_drawn_B + count_B,
         history=remember_first(state.history, token_BJ, count_B),
         finite=state.finite & finite,
+        draft_ok=draft_ok,
         drafted_B=state.drafted_B + draft.n_tokens * is_open_B,
         right_B=state.right_B + right_B * is_open_B,
     )
@@ -170,22 +175,15 @@ def begin(
     """
     B, room = len(tokens_BT), size + 1 + draft.n_tokens  # the last draft may reach over the end
 
-    def read(cfg: GPTConfig, params: Params) -> KVCache:
-        _, cache = hidden_states(cfg, params, tokens_BT, cache=make_cache(cfg, B, room))
-        assert cache is not None
-        return cache
-
     scores = None
     if n_likeliest is not None:
         none_BSN = jnp.zeros((B, room + 1, n_likeliest))
         scores = Scores(jnp.zeros((B, room + 1)), none_BSN.astype(jnp.int32), none_BSN)
     ids_BS = jnp.zeros((B, room + 1), jnp.int32).at[:, : tokens_BT.shape[1]].set(tokens_BT)
-    small = None
-    if draft.cfg is not None and draft.params is not None:
-        small = read(draft.cfg, draft.params)
-    text, none = Text(ids_BS, scores), jnp.zeros(B, jnp.int32)
-    cache = read(cfg, params)
-    return State(cache, small, text, length_B, n_drawn_B, history, jnp.array(True), none, none)
+    text, none, yes = Text(ids_BS, scores), jnp.zeros(B, jnp.int32), jnp.array(True)
+    small = make_draft_cache(draft, tokens_BT, room)
+    cache = read_prompts(cfg, params, tokens_BT, room)
+    return State(cache, small, text, length_B, n_drawn_B, history, yes, yes, none, none)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "how"), donate_argnames=("state",))
@@ -202,7 +200,7 @@ def go_on(
     """Return the state once each row has goal_B[b] tokens; none has more than end_B[b]."""
 
     def goes_on(state: State) -> Array:
-        return jnp.any(state.length_B < goal_B) & state.finite
+        return jnp.any(state.length_B < goal_B) & state.finite & state.draft_ok
 
     def step(state: State) -> State:
         return one_pass(cfg, how, draft, params, state, keys_B, end_B)
@@ -237,6 +235,7 @@ def generate_pieces(
     samples = samples if samples is not None else [0] * len(prompts)
     keys_B = row_keys(*key_parts(seed, samples, prompts))
     size = bucket(max(map(len, contexts)) + max_new_tokens, limit)
+    draft = draft.for_rows(len(prompts))
     drawn: list[list[int]] = [[] for _ in prompts]
     waiting: list[list[Piece]] = [[] for _ in prompts]  # of them, what was not yielded yet
     state: State | None = None
@@ -256,10 +255,21 @@ def generate_pieces(
             state = begin(cfg, draft, size, params, *rows)
         goal = yielded + CHUNK if yielded else 1  # the first token at once
         goal_B = np.minimum(end_B, begun_B + goal)
-        state = go_on(cfg, how, draft, params, state, keys_B, goal_B, end_B)
-        text, now_B, finite, drafted_B, right_B = jax.device_get(
-            (state.text, state.length_B, state.finite, state.drafted_B, state.right_B)
-        )
+        failed = ""
+        try:
+            state = go_on(cfg, how, draft, params, state, keys_B, goal_B, end_B)
+            text, now_B, finite, draft_ok, drafted_B, right_B = jax.device_get(
+                (state.text, state.length_B, *state[-4:])
+            )
+            failed = "" if draft_ok else "blocks waited in vain"
+        except (KernelError, jax.errors.JaxRuntimeError) as error:
+            if not draft.by_kernel:
+                raise
+            failed = str(error).strip().partition("\n")[0]
+        if failed:
+            fused.give_up(failed)
+            draft, state = draft.for_rows(len(prompts)), None
+            continue  # with what was drawn before
         if not finite:
             raise NonFiniteError(DAMAGED_WEIGHTS)
         if tally is not None:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import fused, model, sampling
+from gptjax import fused, model, sampling, speculative
 from gptjax.config import GPTConfig, SampleConfig
+from gptjax.drafts import Draft
 from gptjax.kernels import cuda, decoder
 from gptjax.kv_cache import KVCache, make_cache
 
@@ -354,3 +355,34 @@ def test_models_and_rows_that_it_takes() -> None:
     assert fused.takes(xl, 1)
     assert not fused.takes(xl, 2)
     assert not fused.takes(dataclasses.replace(small, n_layer=11), 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "give_up_at"), [(HOWS[0], -1), (HOWS[1], -1), (HOWS[0], 1), (HOWS[1], 0)]
+)
+def test_it_drafts_as_the_plain_decoder_does(
+    how: SampleConfig,
+    give_up_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From texts of one token on, past the context's end; and where the kernel gives up."""
+    cfg, small = tiny(dtype="bfloat16", block_size=24), CFG
+    large = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(1)))
+    params = model.prepare_for_decoding(small, scaled_params(small, jax.random.key(0)))
+
+    def drafted(params: model.Params) -> tuple[np.ndarray, list[int]]:
+        tally, draft = speculative.Tally(len(PROMPTS)), Draft(3, small, params)
+        pieces = speculative.generate_pieces(
+            cfg, large, PROMPTS, how, draft=draft, max_new_tokens=40, seed=3, tally=tally
+        )
+        return np.concatenate([piece.ids for piece in pieces], axis=1), tally.right.tolist()
+
+    expected, right = drafted(params)
+    asked = pretend(monkeypatch, small, give_up_at)
+    found, right_too = drafted(fused.with_kernel(small, params))
+    assert asked and set(asked) == {1}
+    assert np.array_equal(found, expected)
+    assert right_too == right or give_up_at >= 0
+    assert capsys.readouterr().err.count("waited in vain") == (give_up_at >= 0)
+    jax.clear_caches()

@@ -128,7 +128,8 @@ def products(rows: int, dtype: str) -> list[int]:
     tokens, cache = jnp.zeros((rows, 1), jnp.int32), make_cache(cfg, rows, 4)
     jaxpr = jax.make_jaxpr(lambda p: model.next_logits(cfg, p, tokens, cache)[0])(params)
     assert jaxpr.out_avals[0].shape == (rows, cfg.padded_vocab_size)
-    dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    block = next(eqn.params["jaxpr"].eqns for eqn in jaxpr.eqns if "jaxpr" in eqn.params)
+    dots = [eqn for eqn in (*block, *jaxpr.eqns) if eqn.primitive.name == "dot_general"]
     found = [eqn.invars[0].aval.shape[0] for eqn in dots if len(eqn.outvars[0].aval.shape) == 2]
     assert len(found) == 5  # c_attn, c_proj, c_fc, c_proj and the head
     return found

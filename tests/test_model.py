@@ -226,7 +226,7 @@ def test_next_logits_are_the_full_forwards_behind_prompts_of_different_length() 
     check_prompts_of_different_length()
 
 
-WRITE, UPDATE, ADVANCE = kv_cache.write, KVCache.update, KVCache.advance
+WRITE, OF_LAYER, ADVANCE = kv_cache.write, KVCache.of_layer, KVCache.advance
 CACHE_MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "written at the start again": (kv_cache, "write", lambda x, new, at: WRITE(x, new, at * 0)),
     "written one too late": (kv_cache, "write", lambda x, new, at: WRITE(x, new, at + 1)),
@@ -240,7 +240,7 @@ CACHE_MISTAKES: dict[str, tuple[Any, str, Any]] = {
         "positions",
         lambda cache, T: cache.length_B[:, None] * 0 + jnp.arange(T)[None],
     ),
-    "one layer for all": (KVCache, "update", lambda cache, layer, k, v: UPDATE(cache, 0, k, v)),
+    "one layer for all": (KVCache, "of_layer", lambda cache, layer: OF_LAYER(cache, 0)),
     "not advanced": (KVCache, "advance", lambda cache, count: cache),
     "padding counted": (
         KVCache,

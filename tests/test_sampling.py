@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import decoding, filters, kv_cache, model, sampling, scoring
+from gptjax import decoding, filters, model, sampling, scoring
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError
 from gptjax.kv_cache import KVCache
@@ -248,15 +248,19 @@ def test_in_place_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:
         shape = (cfg.n_layer, batch, size, cfg.n_head, cfg.head_dim)
         return KVCache((jnp.zeros(shape),), (jnp.zeros(shape),), jnp.zeros(batch, jnp.int32))
 
-    def update(cache: KVCache, layer: int, k: jax.Array, v: jax.Array) -> object:
-        k_LBSHK, v_LBSHK = (
-            old.at[layer].set(kv_cache.write(old[layer], new, cache.length_B))
-            for old, new in ((cache.k[0], k), (cache.v[0], v))
+    def of_layer(cache: KVCache, layer: int) -> KVCache:
+        return KVCache((cache.k[0][layer],), (cache.v[0][layer],), cache.length_B)
+
+    def with_layer(cache: KVCache, layer: int, one: KVCache) -> KVCache:
+        k, v = (
+            (old.at[layer].set(new),)
+            for old, new in ((cache.k[0], one.k[0]), (cache.v[0], one.v[0]))
         )
-        return k_LBSHK[layer], v_LBSHK[layer], KVCache((k_LBSHK,), (v_LBSHK,), cache.length_B)
+        return KVCache(k, v, cache.length_B)
 
     monkeypatch.setattr(decoding, "make_cache", stacked_cache)
-    monkeypatch.setattr(KVCache, "update", update)
+    monkeypatch.setattr(KVCache, "of_layer", of_layer)
+    monkeypatch.setattr(KVCache, "with_layer", with_layer)
     jax.clear_caches()
     with pytest.raises(AssertionError):
         check_cache_stays_in_place()

@@ -14,7 +14,13 @@ from gptjax.checkpoints.record import available_cpus
 from gptjax.model import Params
 from gptjax.training import plan, validation
 from gptjax.training.start import TrainingRun
-from gptjax.training.step import Metrics, TrainState, make_eval_step, make_train_step
+from gptjax.training.step import (
+    Metrics,
+    TrainState,
+    make_eval_step,
+    make_train_step,
+    options_of,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,7 +74,7 @@ def begin(run: TrainingRun, abstract: TrainState) -> Loop:
     """
     config, dataset, params = run.config, run.dataset, abstract.params
     train_step: Any = make_train_step(config, abstract, run.fault)
-    eval_step: Any = make_eval_step(config.model, params)
+    eval_step: Any = make_eval_step(config.model, params, options_of(config))
 
     def validate(params: Params, stopped: Stopped) -> float | None:
         losses = functools.partial(eval_step, params)  # looked up here: it may be `Ahead` by then

@@ -8,11 +8,22 @@ from gptjax.config import TrainConfig
 from gptjax.model import count_params
 
 SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
+SHORT_RUN = 20_000  # steps of a small model, in which a GPU wins 5 s if each takes 0.25 ms less
 
 
 def last_step(config: TrainConfig) -> int:
     """Return the number of steps after which this start of the run ends."""
     return min(config.max_iters, config.stop_step or config.max_iters)
+
+
+def is_small(config: TrainConfig) -> bool:
+    """Return whether the model is so small that a GPU waits for Python between steps."""
+    return count_params(config.model) < SMALL_MODEL
+
+
+def is_short(config: TrainConfig) -> bool:
+    """Return whether a run wins more if XLA compiles for fewer seconds than by faster steps."""
+    return is_small(config) and config.max_iters <= SHORT_RUN
 
 
 def is_due(config: TrainConfig, step: int, interval: int) -> bool:
@@ -50,7 +61,7 @@ def steps_per_call(config: TrainConfig, first: int = 0) -> int:
     Calls end where something is due, and all take equally many steps: two lengths would be two
     programs, of which the second would be compiled in the middle of training.
     """
-    small = jax.default_backend() != "cpu" and count_params(config.model) < SMALL_MODEL
+    small = jax.default_backend() != "cpu" and is_small(config)
     most = config.steps_per_dispatch or (10 if small else 1)
     sample_interval = config.sample_interval if config.sample_tokens else 0
     intervals = (config.eval_interval, sample_interval, config.checkpoint_interval)

@@ -32,6 +32,7 @@ from gptjax.sharding import (
     shardings_of,
     tree_shardings,
 )
+from gptjax.training import plan
 from gptjax.training.faults import Fault, make_corrupt
 from gptjax.training.guard import Guard, init_guard, judge
 from gptjax.training.loss_scale import LossScale, adjust, init_loss_scale
@@ -42,6 +43,7 @@ from gptjax.training.optimizer import (
     match_paths,
     squares_by_layer,
 )
+from gptjax.xla_options import Options, products_by_cublas, updates_in_place
 
 PROJECTIONS = r"^h/.*c_proj/kernel$"
 Metrics = dict[str, Any]  # arrays by name; `gradient_norms` is a tree of them
@@ -246,25 +248,18 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh, axis=2)),
         out_shardings=(shardings, replicated(mesh)),
-        compiler_options=in_place() if jax.default_backend() == "cpu" else None,
+        compiler_options=updates_in_place() or options_of(config),
     )
 
 
-@functools.cache
-def in_place() -> Any:
-    """Return the option without which XLA copies a state before it writes over it on a CPU.
-
-    The copy takes 3 % of a small step. None where this version of XLA has no such option.
-    """
-    options: Any = {"xla_cpu_copy_insertion_use_region_analysis": True}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
+def options_of(config: TrainConfig) -> Options | None:
+    """Return options of XLA for the programs of a run: a short one is over sooner with them."""
+    return products_by_cublas() if plan.is_short(config) else None
 
 
-def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array], Array]:
+def make_eval_step(
+    cfg: GPTConfig, abstract: Params, options: Options | None = None
+) -> Callable[[Params, Array], Array]:
     """Return a jitted function (params, windows_BT) -> mean loss of each window (B,).
 
     Its layers are a loop, unless cfg.unroll says otherwise: without a gradient that costs no time,
@@ -273,6 +268,7 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
     Args:
         cfg: the model, whose dropout is off here.
         abstract: the parameters' shapes and shardings.
+        options: as of `options_of`.
     """
     mesh, shardings = mesh_of(abstract), shardings_of(abstract)
     cfg, rows = dataclasses.replace(cfg, unroll=cfg.unroll or 1), P(batch_axes(mesh))
@@ -286,6 +282,7 @@ def make_eval_step(cfg: GPTConfig, abstract: Params) -> Callable[[Params, Array]
         losses,
         in_shardings=(shardings, batch_sharding(mesh, axis=0)),
         out_shardings=replicated(mesh),
+        compiler_options=options,
     )
 
 
