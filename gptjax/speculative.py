@@ -255,19 +255,17 @@ def generate_pieces(
             state = begin(cfg, draft, size, params, *rows)
         goal = yielded + CHUNK if yielded else 1  # the first token at once
         goal_B = np.minimum(end_B, begun_B + goal)
-        failed = ""
         try:
             state = go_on(cfg, how, draft, params, state, keys_B, goal_B, end_B)
             text, now_B, finite, draft_ok, drafted_B, right_B = jax.device_get(
                 (state.text, state.length_B, *state[-4:])
             )
-            failed = "" if draft_ok else "blocks waited in vain"
+            if not draft_ok:
+                raise KernelError("blocks waited in vain")
         except (KernelError, jax.errors.JaxRuntimeError) as error:
             if not draft.by_kernel:
                 raise
-            failed = str(error).strip().partition("\n")[0]
-        if failed:
-            fused.give_up(failed)
+            fused.give_up(str(error).strip().partition("\n")[0])
             draft, state = draft.for_rows(len(prompts)), None
             continue  # with what was drawn before
         if not finite:

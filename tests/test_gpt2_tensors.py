@@ -1,7 +1,9 @@
 """Every published tensor has one place in the tree, and a wrong one never gets there."""
 
 import dataclasses
+import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax import model
-from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params, slots
+from gptjax.conversion.tensors import HEAD, Source, copier, named_tensors, read_params, slots
 from gptjax.errors import DataError
 
 from .helpers import same_structure, scaled_params, tiny
@@ -153,3 +155,35 @@ def test_an_equal_head_is_dropped(arrays: dict[str, np.ndarray]) -> None:
 def test_an_equal_head_in_float64_is_dropped(arrays: dict[str, np.ndarray]) -> None:
     wide = {name: array.astype(np.float64) + 1e-12 for name, array in arrays.items()}
     read_params(make_source({**wide, HEAD: wide["wte.weight"].copy()}))
+
+
+def test_one_array_is_copied_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, most, put = [0], [0], jax.device_put
+
+    def slow(array: np.ndarray) -> jax.Array:
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        time.sleep(0.005)
+        under_way[0] -= 1
+        return put(array)
+
+    params = scaled_params(CFG, jax.random.key(0))
+    source = make_source(dict(named_tensors(CFG, params)))
+    monkeypatch.setattr(jax, "device_put", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = jax.tree.map(Future.result, read_params(source, copier(pool)))
+    assert most == [1]
+    assert same_structure(found, params)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, params)))
+
+
+def test_a_copy_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(array: np.ndarray) -> jax.Array:
+        raise MemoryError("the device is full")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with ThreadPoolExecutor(1) as pool:
+        place = copier(pool)
+        place(np.zeros(1))
+        with pytest.raises(MemoryError, match="full"):
+            place(np.zeros(1))

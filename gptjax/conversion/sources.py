@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from gptjax.conversion.model_words import about_model, fields_beside, is_hugging
 from gptjax.conversion.other_heads import leave_out_other_heads
 from gptjax.conversion.source_checks import check_memory, check_sha256, with_activation
 from gptjax.conversion.source_tokenizer import KINDS, find_tokenizer
-from gptjax.conversion.tensors import Source, read_params
+from gptjax.conversion.tensors import Source, copier, read_params
 from gptjax.conversion.weight_check import weight_format, why_no_weights
 from gptjax.errors import DataError, InputError, UsageError
 from gptjax.file_kinds import read_head
@@ -152,8 +153,9 @@ def read_model(
     tokenizer = find_tokenizer(source, config.tokenizer, config.tokenizer_dir)
     check_memory(source)
     opened(source.cfg, tokenizer)
-    # Waiting for each copy, or several would be held twice.
-    params = read_params(source, lambda array: jax.block_until_ready(jax.device_put(array)))
+    with ThreadPoolExecutor(1) as pool:
+        copies = read_params(source, copier(pool))
+        params = jax.tree.map(Future.result, copies)
     kind = tokenizer.kind if tokenizer.kind in ("char", "byte", "gpt2") else "auto"
     settings = TrainConfig(model=source.cfg, tokenizer=kind, init_from=name)
     return Run(settings, tokenizer, params, 0)

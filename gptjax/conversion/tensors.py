@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,15 +205,14 @@ def some_of_each(problems: list[tuple[str, str]]) -> str:
     return "; ".join([*hints, *parts])
 
 
-def read_params(
-    source: Source, place: Callable[[np.ndarray], np.ndarray | jax.Array] = lambda x: x
-) -> Params:
+def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x) -> Params:
     """Read the tree of parameters, in float32, with each tensor of the source used exactly once.
 
     Args:
         source: checked here as by `check_tensors`; what can be read of a bad one is read too, so
             that the values' problems are listed with the others.
-        place: takes each finished parameter, so that only one of them is held twice.
+        place: takes each finished parameter, so that not all of them are held twice; what it
+            returns is in the tree.
 
     Raises:
         DataError: a tensor is missing, unknown, misshapen or not of floats, holds NaN or infinity,
@@ -248,6 +248,29 @@ def read_params(
         parameters[path] = place(parameter)
     refuse(source, problems)
     return nested(parameters)
+
+
+def copier(pool: ThreadPoolExecutor) -> Callable[[np.ndarray], Any]:
+    """Return a function that begins to copy an array to the device, and returns the Future.
+
+    Copying takes as long as reading, so the next array is read meanwhile. No more than one copy is
+    under way: each array is held twice until it is there.
+
+    Args:
+        pool: of one thread, which copies.
+    """
+    begun: list[Future[jax.Array]] = []
+
+    def copy(array: np.ndarray) -> jax.Array:
+        return jax.block_until_ready(jax.device_put(array))
+
+    def place(array: np.ndarray) -> Future[jax.Array]:
+        if begun:
+            begun.pop().result()
+        begun.append(pool.submit(copy, array))
+        return begun[0]
+
+    return place
 
 
 def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
