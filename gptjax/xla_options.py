@@ -34,8 +34,8 @@ def products_by_cublas() -> Options | None:
     """Return what keeps XLA from trying Triton's kernels for matrix products on a GPU.
 
     A program is compiled sooner, and may run slower. On one H100 the prefill of GPT-2 small takes
-    1.8 s to compile instead of 3.7; the step of shakespeare_char 7.2 instead of 12.5, and 7.9 ms
-    to run instead of 7.65.
+    1.8 s to compile instead of 3.7; the step of shakespeare_char 7.2 instead of 13, and 7.9 ms to
+    run instead of 7.65.
     """
     on_gpu = jax.default_backend() == "gpu"
     return known("xla_gpu_enable_triton_gemm", False) if on_gpu else None
