@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from gptjax import model
-from gptjax.conversion.tensors import HEAD, Source, copier, named_tensors, read_params, slots
+from gptjax.conversion import copies
+from gptjax.conversion.copies import copier
+from gptjax.conversion.tensors import HEAD, Source, named_tensors, read_params, slots
 from gptjax.errors import DataError
 
 from .helpers import same_structure, scaled_params, tiny
@@ -157,22 +159,27 @@ def test_an_equal_head_in_float64_is_dropped(arrays: dict[str, np.ndarray]) -> N
     read_params(make_source({**wide, HEAD: wide["wte.weight"].copy()}))
 
 
-def test_one_array_is_copied_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    under_way, most, put = [0], [0], jax.device_put
+@pytest.mark.parametrize(("limit", "several"), [(0, False), (2**20, True)])
+def test_arrays_are_copied_while_others_are_read(
+    limit: int, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time where they are large, and many small ones."""
+    under_way, seen, put = [0], [0], jax.device_put
 
     def slow(array: np.ndarray) -> jax.Array:
         under_way[0] += 1
-        most[0] = max(most[0], under_way[0])
-        time.sleep(0.005)
+        seen[0] = max(seen[0], under_way[0])
+        time.sleep(0.01)
         under_way[0] -= 1
         return put(array)
 
     params = scaled_params(CFG, jax.random.key(0))
     source = make_source(dict(named_tensors(CFG, params)))
     monkeypatch.setattr(jax, "device_put", slow)
-    with ThreadPoolExecutor(2) as pool:
+    monkeypatch.setattr(copies, "UNDER_WAY", limit)
+    with ThreadPoolExecutor(8) as pool:
         found = jax.tree.map(Future.result, read_params(source, copier(pool)))
-    assert most == [1]
+    assert (seen[0] > 1) == several
     assert same_structure(found, params)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, params)))
 
@@ -182,6 +189,7 @@ def test_a_copy_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         raise MemoryError("the device is full")
 
     monkeypatch.setattr(jax, "device_put", full)
+    monkeypatch.setattr(copies, "UNDER_WAY", 0)
     with ThreadPoolExecutor(1) as pool:
         place = copier(pool)
         place(np.zeros(1))

@@ -22,11 +22,12 @@ from gptjax.conversion import (
     openai,
     state_dict,
 )
+from gptjax.conversion.copies import copier
 from gptjax.conversion.model_words import about_model, fields_beside, is_hugging_faces, said_fields
 from gptjax.conversion.other_heads import leave_out_other_heads
 from gptjax.conversion.source_checks import check_memory, check_sha256, with_activation
 from gptjax.conversion.source_tokenizer import KINDS, find_tokenizer
-from gptjax.conversion.tensors import Source, copier, read_params
+from gptjax.conversion.tensors import Source, read_params
 from gptjax.conversion.weight_check import weight_format, why_no_weights
 from gptjax.errors import DataError, InputError, UsageError
 from gptjax.file_kinds import read_head

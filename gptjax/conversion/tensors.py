@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,29 +247,6 @@ def read_params(source: Source, place: Callable[[np.ndarray], Any] = lambda x: x
         parameters[path] = place(parameter)
     refuse(source, problems)
     return nested(parameters)
-
-
-def copier(pool: ThreadPoolExecutor) -> Callable[[np.ndarray], Any]:
-    """Return a function that begins to copy an array to the device, and returns the Future.
-
-    Copying takes as long as reading, so the next array is read meanwhile. No more than one copy is
-    under way: each array is held twice until it is there.
-
-    Args:
-        pool: of one thread, which copies.
-    """
-    begun: list[Future[jax.Array]] = []
-
-    def copy(array: np.ndarray) -> jax.Array:
-        return jax.block_until_ready(jax.device_put(array))
-
-    def place(array: np.ndarray) -> Future[jax.Array]:
-        if begun:
-            begun.pop().result()
-        begun.append(pool.submit(copy, array))
-        return begun[0]
-
-    return place
 
 
 def named_tensors(cfg: GPTConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
