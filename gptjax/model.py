@@ -191,8 +191,9 @@ def hidden_states(
         keys_LPB = keys[1:].reshape(cfg.n_layer, 3, -1)
 
     if isinstance(params["h"], list):
-        # Traced once for all layers: that takes a third of the time.
-        of_layer = jax.jit(functools.partial(apply, block))
+        of_layer: Callable[..., Any] = functools.partial(apply, block)
+        if isinstance(x_BTD, jax.core.Tracer):  # traced once for all layers: a third of the time
+            of_layer = jax.jit(of_layer)
         for i, layer in enumerate(params["h"]):
             keys_PB = None if keys_LPB is None else keys_LPB[i]
             one = None if cache is None else cache.of_layer(i)
