@@ -2,10 +2,10 @@
 
 B batch, T new tokens, S cache size, H heads, K head dim.
 
-The model calls `of_layer`, `with_layer` and `advance`, attention `positions` and `update`, the
-sampler `grow`. Speculative decoding sets `length_B`, and beam search takes rows of every array. So
-a cache of another kind is another NamedTuple with these functions, a `length_B`, and the rows first
-in each array, and a function in `attention` that reads what `update` returns.
+The model calls `of_layer`, `with_layer`, `positions` and `advance`, attention `positions` and
+`update`, the sampler `grow`. Speculative decoding sets `length_B`, and beam search takes rows of
+every array. So a cache of another kind is another NamedTuple with these functions, a `length_B`,
+and the rows first in each array, and a function in `attention` that reads what `update` returns.
 """
 
 from typing import Any, NamedTuple

@@ -257,8 +257,9 @@ def generate_pieces(
         goal_B = np.minimum(end_B, begun_B + goal)
         try:
             state = go_on(cfg, how, draft, params, state, keys_B, goal_B, end_B)
-            text, now_B, finite, draft_ok, drafted_B, right_B = jax.device_get(
-                (state.text, state.length_B, *state[-4:])
+            counts = (state.drafted_B, state.right_B)
+            text, now_B, finite, draft_ok, (drafted_B, right_B) = jax.device_get(
+                (state.text, state.length_B, state.finite, state.draft_ok, counts)
             )
             if not draft_ok:
                 raise KernelError("blocks waited in vain")

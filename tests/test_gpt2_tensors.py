@@ -195,3 +195,10 @@ def test_a_copy_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         place(np.zeros(1))
         with pytest.raises(MemoryError, match="full"):
             place(np.zeros(1))
+
+
+def test_copies_go_where_the_caller_wants_them() -> None:
+    device = jax.devices()[1]
+    with jax.default_device(device), ThreadPoolExecutor(1) as pool:
+        copy = copier(pool)(np.ones(3)).result()
+    assert copy.devices() == {device}

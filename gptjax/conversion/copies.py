@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +21,11 @@ def copier(pool: ThreadPoolExecutor) -> Callable[[np.ndarray], Future[jax.Array]
         pool: of one thread, which copies.
     """
     begun: list[tuple[int, Future[jax.Array]]] = []
+    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
 
     def copy(array: np.ndarray) -> jax.Array:
-        return jax.block_until_ready(jax.device_put(array))
+        with jax.default_device(device):
+            return jax.block_until_ready(jax.device_put(array))
 
     def place(array: np.ndarray) -> Future[jax.Array]:
         while begun and array.nbytes + sum(size for size, _ in begun) > UNDER_WAY:
