@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax import allocator, first_text, fused, model, programs, sampling
+from gptjax import first_text, fused, memory, model, programs, sampling
 from gptjax.checkpoints.record import available_cpus
 from gptjax.checkpoints.run_folder import Opened, load_run
 from gptjax.config import GPTConfig
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> int:
     refuse_contradictions(config, given)
     starts = [] if config.interactive else read_prompts(config.start, config.prompts)
     cli.use_compile_cache(config.compile_cache)
-    allocator.take_gpu_memory_as_needed()
+    memory.take_gpu_memory_as_needed()
     with ThreadPoolExecutor() as pool:
         pool.submit(jax.devices)  # CUDA takes seconds to start
         begun: list[Future[first_text.Programs]] = []

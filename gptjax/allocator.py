@@ -1,4 +1,4 @@
-"""How a process takes memory: glibc's malloc on a CPU, and JAX's on a GPU."""
+"""How glibc's malloc treats the memory that a process frees, and how large its pages are."""
 
 import ctypes
 import importlib.metadata
@@ -29,15 +29,6 @@ def return_freed_memory() -> None:
     """Return large freed blocks to the kernel after all: for a process that only moves arrays."""
     if sys.platform == "linux":
         _set({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})
-
-
-def take_gpu_memory_as_needed() -> None:
-    """Let JAX take a GPU's memory bit by bit, unless the user said otherwise.
-
-    By default JAX takes three quarters at once, for which an H100 needs 0.9 s. Call it before JAX
-    starts.
-    """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def _computes_on_cpu() -> bool:

@@ -1,5 +1,6 @@
 """What a process may have of memory, what does not fit, and what is said of too little."""
 
+import os
 import resource
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+import sample
 from gptjax import memory
 from gptjax.config import TrainConfig
 from gptjax.errors import DataError, OutOfMemoryError
+from gptjax.terminal import cli
 
 from .helpers import tiny
 
@@ -35,6 +38,19 @@ def test_training_takes_most_of_a_gpu_unless_its_variable_says_how_much(
     environment.clear()
     memory.take_gpu_memory()
     assert environment == {name: "0.92"}
+
+
+def test_sampling_takes_a_gpus_memory_as_needed_unless_its_variable_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, restore_process: None
+) -> None:
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.setenv(name, "true")
+    memory.take_gpu_memory_as_needed()
+    assert os.environ[name] == "true"
+    os.environ.pop(name)  # what the program sets is undone with the value above
+    # The program does it before it looks for the model, which is not there.
+    assert cli.run(sample.main, ["--init_from=/none", "--compile_cache=off"]) == 2
+    assert os.environ[name] == "false"
 
 
 def test_a_process_may_have_the_least_of_its_limits(

@@ -10,7 +10,6 @@ import pytest
 
 import gptjax
 import sample
-from gptjax import allocator
 from gptjax.terminal import cli
 
 IMPORT = """
@@ -115,15 +114,6 @@ def test_a_limit_of_addresses_is_left_to_the_rest() -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", LIMITED]
     assert int(subprocess.check_output(command, env=environment)) < 2**30
-
-
-def test_a_gpus_memory_is_taken_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
-    allocator.take_gpu_memory_as_needed()
-    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-    allocator.take_gpu_memory_as_needed()
-    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
 
 
 def test_windows_is_told_what_to_use(

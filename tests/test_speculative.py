@@ -254,6 +254,37 @@ def test_the_program_says_the_same_with_a_draft(
     assert text == say(capsys, "--max_new_tokens=9")[0]
 
 
+@pytest.mark.parametrize(
+    ("argv", "widths"),
+    [
+        (["--max_new_tokens=9"], [32]),
+        (["--max_new_tokens=9", "--draft=small"], [16]),
+        (["--max_new_tokens=9", "--draft=ngram"], []),
+        (["--max_new_tokens=7", "--draft=small"], []),
+        (["--max_new_tokens=7"], []),
+    ],
+)
+def test_a_long_text_is_what_the_kernel_is_for(
+    argv: list[str],
+    widths: list[int],
+    runs: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a draft it computes the small model, which is 16 wide, and not the large one."""
+    asked: list[int] = []
+
+    def with_kernel(cfg: GPTConfig, params: model.Params) -> model.Params:
+        asked.append(cfg.n_embd)
+        return params
+
+    monkeypatch.setattr(sample.fused, "with_kernel", with_kernel)
+    monkeypatch.setattr(sample.fused, "takes", lambda cfg, rows: True)
+    monkeypatch.setattr(sample.fused, "MANY_STEPS", 8)
+    say(capsys, *argv)
+    assert asked == widths
+
+
 def test_who_cannot_draft_is_refused(runs: None, capsys: pytest.CaptureFixture[str]) -> None:
     for name, reason in (("chars", "tokenizer"), ("short", "16 tokens is shorter")):
         _, err = say(capsys, f"--draft={name}", code=2)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax import decoding, xla_options
+from gptjax import decoding, sharding, xla_options
 from gptjax.config import TrainConfig
-from gptjax.training import plan
+from gptjax.training import plan, step
 from gptjax.training.step import options_of
 
 from .helpers import tiny
@@ -41,6 +41,22 @@ def test_short_runs_of_small_models_compile_sooner(monkeypatch: pytest.MonkeyPat
     assert options_of(TrainConfig(model=small)) == {CUBLAS: False}
     assert options_of(TrainConfig(model=large)) is None
     assert options_of(TrainConfig(model=small, max_iters=plan.SHORT_RUN + 1)) is None
+
+
+def test_the_programs_of_a_run_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown by one that XLA does not have, so that it refuses to compile."""
+    config, mesh = TrainConfig(model=tiny()), sharding.make_mesh(jax.devices()[:1])
+    abstract = step.abstract_state(config, mesh)
+    windows = jax.ShapeDtypeStruct((1, 1, 8, 17), jnp.int32)
+    rows = jax.ShapeDtypeStruct((8, 17), jnp.int32)
+    wrong = {"xla_no_such_option": True}
+    monkeypatch.setattr(step, "updates_in_place", lambda: None)
+    monkeypatch.setattr(step, "products_by_cublas", lambda: wrong)
+    train_step: Any = step.make_train_step(config, abstract)
+    eval_step: Any = step.make_eval_step(config.model, abstract.params, step.options_of(config))
+    for lowered in (train_step.lower(abstract, windows), eval_step.lower(abstract.params, rows)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+            lowered.compile()
 
 
 def test_a_function_gets_its_options_at_its_first_call() -> None:
