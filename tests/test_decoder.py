@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import fused, model, sampling, speculative
+from gptjax import drafts, fused, model, sampling, speculative
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.drafts import Draft
 from gptjax.kernels import cuda, decoder
@@ -385,4 +385,24 @@ def test_it_drafts_as_the_plain_decoder_does(
     assert np.array_equal(found, expected)
     assert right_too == right or give_up_at >= 0
     assert capsys.readouterr().err.count("waited in vain") == (give_up_at >= 0)
+    jax.clear_caches()
+
+
+def test_a_draft_behind_one_token_or_more_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = model.prepare_for_decoding(CFG, scaled_params(CFG, jax.random.key(0)))
+    text_BS, length_B = jnp.array([[6, 9, 9, 9, 9, 9], [1, 2, 3, 4, 9, 9]]), jnp.array([1, 4])
+    keys_KB = jax.random.split(jax.random.key(1), (3, 2))
+
+    def draft(params: model.Params) -> tuple[np.ndarray, np.ndarray, bool]:
+        cache = drafts.make_draft_cache(Draft(3, CFG, params), text_BS, 12)
+        ids_BK, cache, ok = drafts.draft_by_model(
+            CFG, HOWS[0], params, text_BS, length_B, cache, keys_KB, None, CFG.padded_vocab_size
+        )
+        return np.asarray(ids_BK), np.asarray(cache.length_B), bool(ok)
+
+    ids, length, _ = draft(params)
+    pretend(monkeypatch, CFG)
+    ids_too, length_too, ok = draft(fused.with_kernel(CFG, params))
+    assert ok and np.array_equal(ids_too, ids)
+    assert length.tolist() == length_too.tolist() == [3, 6]
     jax.clear_caches()
