@@ -63,8 +63,7 @@ static uint4 load_words4(const u32* p) {
 }
 static void store_word(u32* p, u32 v) { *p = v; }
 static void store_words4(void* p, uint4 v) { memcpy(p, &v, 16); }
-static float load_early(const float* p) { return *p; }
-static float4 load_early4(const float* p) { return *(const float4*)p; }
+static void prefetch(const void*) {}
 static void barrier_init(void* b, u32 count) { *(Bar*)b = {(short)count, (short)count, 0}; }
 static void barriers_are_ready() {}
 static void barrier_arrive(void* p) { Bar* b = (Bar*)p; if (--b->left == 0) b->left = b->count, b->phase++; }

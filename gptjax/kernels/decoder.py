@@ -73,50 +73,53 @@ class Packed(NamedTuple):
     stream: Array  # (N, bytes / 2) bfloat16: of each block, in the order of use
     wte: Array  # (V, D) bfloat16
     wpe: Array  # (context, D) bfloat16
-    vectors: Array  # float32: LayerNorms and biases of each layer, then ln_f
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "plan"))
 def pack(sizes: Sizes, plan: Plan, params: Params) -> Packed:
-    """Return the weights of unstacked params (see `model.unstack_layers`) for the kernel."""
-    D, (qkv, d, f), (group, groups) = sizes.n_embd, plan.rows, plan.head
+    """Return the weights of unstacked params (see `model.unstack_layers`) for the kernel.
 
-    def cut(rows: Array, per_group: int, groups: int = 1) -> Array:
-        """Cut a matrix (out, in) into (N, -1): groups, pieces of 32 columns, rows, columns."""
-        count = plan.blocks * per_group * groups
-        padded = jnp.zeros((count, rows.shape[1]), jnp.bfloat16).at[: len(rows)].set(rows)
-        cut = padded.reshape(plan.blocks, groups, per_group, -1, 32).swapaxes(2, 3)
-        return cut.reshape(plan.blocks, -1)
+    The kernel has no scale and shift of a LayerNorm: the scale multiplies the matrix that follows,
+    and the shift becomes a part of that matrix's bias, since
+    W (scale * x + shift) + b = (W * scale) x + (W shift + b).
+    """
+    (qkv, d, f), (group, groups) = plan.rows, plan.head
 
-    def vector(module: Params, name: str, size: int) -> Array:
-        return module.get(name, jnp.zeros(size)).astype(jnp.float32)
+    def part(matrix: Params, norm: Params, per_group: int, groups: int = 1) -> Array:
+        """Cut a matrix and its bias, a float32 for each row, into (N, -1).
 
-    parts, vectors = [], []
+        Each group has biases, filled up to 16 bytes, then pieces of 32 columns: rows, columns.
+        """
+        rows = matrix["kernel"].T if "kernel" in matrix else matrix["embedding"]  # (out, in)
+        bias = matrix.get("bias", jnp.zeros(len(rows))).astype(jnp.float32)
+        if "bias" in norm:
+            shift = norm["bias"].astype(jnp.float32)
+            bias += jnp.matmul(rows.astype(jnp.float32), shift, precision="highest")
+        if norm:
+            rows = rows.astype(jnp.float32) * norm["scale"].astype(jnp.float32)[None]
+        count = plan.blocks * groups * per_group
+        rows = jnp.pad(rows.astype(jnp.bfloat16), ((0, count - len(rows)), (0, 0)))
+        rows = rows.reshape(plan.blocks, groups, per_group, -1, 32).swapaxes(2, 3)
+        bias = jnp.pad(bias, (0, count - len(bias))).reshape(plan.blocks, groups, per_group)
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -per_group % 4)))
+        bias = jax.lax.bitcast_convert_type(bias, jnp.bfloat16)  # (.., 2)
+        shape = (plan.blocks, groups, -1)
+        both = jnp.concatenate([bias.reshape(shape), rows.reshape(shape)], axis=2)
+        return both.reshape(plan.blocks, -1)
+
+    parts = []
     for layer in params["h"]:
         attn, mlp = layer["attn"], layer["mlp"]
-        matrices = (
-            (attn["c_attn"], qkv),
-            (attn["c_proj"], d),
-            (mlp["c_fc"], f),
-            (mlp["c_proj"], d),
-        )
-        parts += [cut(m["kernel"].T.astype(jnp.bfloat16), rows) for m, rows in matrices]
-        for module, size in (
-            (layer["ln_1"], D),
-            (attn["c_attn"], 3 * D),
-            (attn["c_proj"], D),
-            (layer["ln_2"], D),
-            (mlp["c_fc"], 4 * D),
-            (mlp["c_proj"], D),
-        ):
-            if "scale" in module:
-                vectors.append(vector(module, "scale", size))
-            vectors.append(vector(module, "bias", size))
-    vectors += [vector(params["ln_f"], name, D) for name in ("scale", "bias")]
+        parts += [
+            part(attn["c_attn"], layer["ln_1"], qkv),
+            part(attn["c_proj"], {}, d),
+            part(mlp["c_fc"], layer["ln_2"], f),
+            part(mlp["c_proj"], {}, d),
+        ]
+    head = params["lm_head"] if "lm_head" in params else params["wte"]
+    parts.append(part(head, params["ln_f"], group, groups))
     wte, wpe = (params[name]["embedding"].astype(jnp.bfloat16) for name in ("wte", "wpe"))
-    head = params["lm_head"]["embedding"].astype(jnp.bfloat16) if "lm_head" in params else wte
-    parts.append(cut(head, group, groups))
-    return Packed(jnp.concatenate(parts, axis=1), wte, wpe, jnp.concatenate(vectors))
+    return Packed(jnp.concatenate(parts, axis=1), wte, wpe)
 
 
 # ---- The kernel ----------------------------------------------------------------------------------
@@ -130,12 +133,14 @@ def splits(sizes: Sizes, plan: Plan, rows: int) -> int:
 def shared_memory(sizes: Sizes, plan: Plan, rows: int) -> tuple[int, int]:
     """Return the slots for weights and the bytes of shared memory, as decoder.cu lays it out."""
     F, K = 4 * sizes.n_embd, sizes.n_embd // sizes.n_head
-    sums = -(-plan.warps * rows * max(*plan.rows, plan.head[0]) // 4) * 4
+    most = max(*plan.rows, plan.head[0])
+    sums = -(-plan.warps * rows * most // 4) * 4
     row = 2 * F + (0 if F // 32 % 2 else 64)
     fixed = rows * row + 8 * max(sums, plan.warps * (K + 4)) + 8 * plan.warps
-    fixed += 8 * rows + 8 + 4 * rows * plan.rows[1]
-    slots = (SHARED - fixed) // (plan.slot + 16)
-    return slots, fixed + slots * (plan.slot + 16)
+    fixed += 8 * rows + 8 + 4 * rows * plan.rows[1] + 8 * most
+    slot = plan.slot + -(-most // 4) * 16 + 16  # with biases, and two barriers
+    slots = (SHARED - fixed) // slot
+    return slots, fixed + slots * slot
 
 
 def n_words(sizes: Sizes, plan: Plan, rows: int) -> int:
@@ -223,7 +228,7 @@ def decode(
     options = tuple(f"-D{name}={value}" for name, value in values.items())
     ptx = cuda.compile_ptx(source(), cuda.architecture(), options)
     shape = jax.ShapeDtypeStruct
-    inputs = [token_B, cache.length_B, *packed[:1], packed.wte, packed.wpe, packed.vectors]
+    inputs = [token_B, cache.length_B, *packed]
     outputs = [
         *(shape(x.shape, x.dtype) for x in (cache.words, cache.k, cache.v)),
         shape((steps, B), jnp.int32),
@@ -238,7 +243,7 @@ def decode(
         grid=grid or plan.blocks,
         block=32 * plan.warps + 32,
         shared=shared_memory(sizes, plan, B)[1],
-        aliases={6: 0, 7: 1, 8: 2},
+        aliases={5: 0, 6: 1, 7: 2},
     )
     length_B = jnp.minimum(cache.length_B + steps, S)
     return tokens_nB, values_BV, Stacked(k, v, length_B, words), jnp.all(given_up_N == 0)

@@ -29,17 +29,8 @@ __device__ __forceinline__ void store_word(u32* p, u32 v) {
 __device__ __forceinline__ void store_words4(void* p, uint4 v) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-// A load that stays where it is written, so that its latency passes while other things happen.
-__device__ __forceinline__ float load_early(const float* p) {
-  float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
-  return v;
-}
-__device__ __forceinline__ float4 load_early4(const float* p) {
-  float4 v;
-  asm volatile("ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
-  return v;
-}
+// Ask for the 128 bytes around p, from memory into the cache that all blocks share.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- Copies into shared memory that run by themselves, and the barriers that count them ----
 __device__ __forceinline__ void barrier_init(void* b, u32 count) {
