@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gptjax
 from gptjax import drafts, fused, model, sampling, speculative
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.drafts import Draft
@@ -59,6 +60,7 @@ def on_cpu(
     *,
     logits: bool,
     source: str = SOURCE,
+    blocks: int = BLOCKS,
     missing: int = 0,
     **changes: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -67,7 +69,7 @@ def on_cpu(
     `changes` are of the plan.
     """
     sizes, B, S = fused.sizes_of(cfg), len(token_B), cache.k[0].shape[1]
-    plan = decoder.plan(sizes, BLOCKS)
+    plan = decoder.plan(sizes, blocks)
     assert plan is not None
     plan = plan._replace(**changes)
     packed = decoder.pack(sizes, plan, params)
@@ -78,7 +80,7 @@ def on_cpu(
     k, v = (np.array(jnp.stack(x).astype(jnp.bfloat16)).reshape(shape) for x in (cache.k, cache.v))
     tokens = np.full((steps, B), -1, np.int32)
     values = np.full((B, sizes.padded) if logits else (steps, B), np.nan, np.float32)
-    given_up = np.full(BLOCKS, -1, np.int32)
+    given_up = np.full(blocks, -1, np.int32)
     arrays = [
         token_B.astype(np.int32),
         np.array(cache.length_B, np.int32),
@@ -93,7 +95,7 @@ def on_cpu(
     pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
     shared, threads = decoder.shared_memory(sizes, plan, B)[1], 32 * plan.warps + 32
     library = compiled(folder, source, tuple(macros.items()))
-    left = library.run(pointers, BLOCKS - missing, threads, shared, ctypes.c_long(10**6), 1)
+    left = library.run(pointers, blocks - missing, threads, shared, ctypes.c_long(10**6), 1)
     assert left == 0, "some threads never ended"
     return tokens, values, given_up, k
 
@@ -181,6 +183,36 @@ def test_splits_of_a_context(width: int, folder: Path) -> None:
     )
     assert not given_up.any()
     assert difference(found, np.asarray(expected)) <= TOLERANCE
+
+
+@needs_gxx
+def test_a_trained_model_is_as_near_to_float32_as_in_plain_jax(folder: Path) -> None:
+    """Scales of its LayerNorms are from 0.16 to 2.4, and the kernel has them in its matrices."""
+    run = gptjax.load_model("novels")
+    cfg = dataclasses.replace(model.resolve(run.config.model), dtype="float32", dropout=0.0)
+    ids = run.tokenizer.encode("It was a dark night, and nobody in the house was awake. " * 3)
+    tokens_BT = np.array([ids[:16], ids[5:21], ids[9:25]], np.int32)
+    params = model.unstack_layers(run.params, cfg.n_layer)
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if p.ndim > 1 else p, params)
+    _, cache = next_logits(cfg, params, tokens_BT[:, :-1], make_cache(cfg, 3, 24), jnp.full(3, 15))
+    expected, _ = next_logits(cfg, params, tokens_BT[:, -1:], cache)
+
+    def error(logits: Any) -> float:
+        difference = (np.asarray(logits, np.float32) - expected)[:, : cfg.vocab_size]
+        return float(np.sqrt(np.mean(difference**2)))
+
+    k, v = (tuple(x.astype(jnp.bfloat16) for x in y) for y in cache[:2])
+    plain, _ = next_logits(
+        dataclasses.replace(cfg, dtype="bfloat16"),
+        low,
+        tokens_BT[:, -1:],
+        KVCache(k, v, cache.length_B),
+    )
+    _, found, given_up, _ = on_cpu(
+        folder, cfg, low, tokens_BT[:, -1], KVCache(k, v, cache.length_B), 1, logits=True, blocks=24
+    )
+    assert not given_up.any()
+    assert 0.001 < error(found) <= 1.5 * error(plain)
 
 
 @needs_gxx
