@@ -22,7 +22,7 @@ GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder
 # Layers, heads and width of the models that it was compared with the float32 model for, and up to
 # how many rows it was measured to be faster there, both on an H100: one row of GPT-2 small takes it
 # 0.20 ms a token instead of 0.45, four 0.31 instead of 0.43, one of GPT-2 medium 0.50 instead of
-# 1.06, of large 0.97 instead of 1.59, of XL 1.9 instead of 2.7.
+# 1.06, of large 0.97 instead of 1.59, of XL 1.5 instead of 2.7.
 FASTER = {(12, 12, 768): 4, (24, 16, 1024): 1, (36, 20, 1280): 1, (48, 25, 1600): 1}
 MANY_STEPS = 8192  # tokens of a row that save 2 s: NVRTC takes 1 to 2.5 s (on 2 CPU cores) once
 Cache = Any  # a decoder.Stacked, where the plain decoder has a KVCache
