@@ -61,7 +61,7 @@ static uint2 load_words2(const u32* p) { uint2 v; v.x = load_word(p), v.y = load
 static uint4 load_words4(const u32* p) {
   return {load_word(p), load_word(p + 1), load_word(p + 2), load_word(p + 3)};
 }
-static void store_word(u32* p, u32 v) { *p = v; }
+static void store_word(u32* p, u32 v) { if (rand() % 4 == 0) pause_fiber(); *p = v; }
 static void store_words4(void* p, uint4 v) { memcpy(p, &v, 16); }
 static void prefetch(const void*) {}
 static void barrier_init(void* b, u32 count) { *(Bar*)b = {(short)count, (short)count, 0}; }
@@ -72,6 +72,7 @@ static bool barrier_passed(void* p, u32 parity) {
   return (((Bar*)p)->phase & 1) != parity;
 }
 static void fetch(void* to, const void* from, u32 bytes, void* b) {
+  if (((size_t)to | (size_t)from | bytes) % 16) abort();
   memset(to, 0xff, bytes);
   copies.push_back({to, from, bytes, (Bar*)b, rand() % 50});
 }
@@ -92,7 +93,7 @@ static u32 rounded(float f) {
   const u32 v = __float_as_uint(f);
   return f == f ? (v + 0x7fff + (v >> 16 & 1)) >> 16 : 0x7fff;
 }
-static uint4 load_shared4(const char* p) { return *(const uint4*)p; }
+static uint4 load_shared4(const char* p) { if (rand() % 16 == 0) pause_fiber(); return *(const uint4*)p; }
 static u32 pair(float a, float b) { return rounded(a) | rounded(b) << 16; }
 static float half_of(u32 v, int high) { return __uint_as_float(high ? v & 0xffff0000u : v << 16); }
 static void multiply(float* acc, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -71,6 +71,7 @@ def on_cpu(
     sizes, B, S = fused.sizes_of(cfg), len(token_B), cache.k[0].shape[1]
     plan = decoder.plan(sizes, blocks)
     assert plan is not None
+    assert plan.blocks == blocks
     plan = plan._replace(**changes)
     packed = decoder.pack(sizes, plan, params)
     macros = decoder.macros(sizes, plan, B, steps, S, logits)
@@ -167,19 +168,39 @@ def test_matrices_in_several_segments(width: int, heads: int, folder: Path) -> N
     assert difference(found, np.asarray(expected)) <= TOLERANCE
 
 
+# A lane merges one, two or four numbers of a head; a context has 3, 3, 6 and 1 splits at most; in
+# the last two a block has rows of one matrix alone, and blocks have several items of attention.
 @needs_gxx
 @pytest.mark.parametrize(
-    "width", [32, 64, 128]
-)  # one head: a lane merges one, two or four of its numbers
-def test_splits_of_a_context(width: int, folder: Path) -> None:
-    """Of nine keys, in three blocks; so few are not split, if it is left to the kernel."""
-    cfg, params, token_B, cache = a_model(1, n_embd=width, n_head=1)
+    ("width", "heads", "rows", "blocks"),
+    [(32, 1, 1, 3), (128, 1, 3, 9), (64, 1, 3, 19), (256, 2, 4, 7)],
+)
+def test_splits_of_a_context(width: int, heads: int, rows: int, blocks: int, folder: Path) -> None:
+    """Of up to 16 keys; so few are not split, if it is left to the kernel."""
+    cfg, params, token_B, cache = a_model(rows, n_embd=width, n_head=heads)
     expected, _ = next_logits(cfg, params, token_B[:, None], cache)
     at_once = "(n + U * KPP - 1) / (U * KPP)"
     assert at_once in SOURCE
     source = SOURCE.replace(at_once, "(n + 3) / 4")
     _, found, given_up, _ = on_cpu(
-        folder, cfg, params, token_B, cache, 1, logits=True, source=source
+        folder, cfg, params, token_B, cache, 1, logits=True, source=source, blocks=blocks
+    )
+    assert not given_up.any()
+    assert difference(found, np.asarray(expected)) <= TOLERANCE
+
+
+@needs_gxx
+@pytest.mark.parametrize("late", [0, 18])
+def test_a_block_may_be_late(late: int, folder: Path) -> None:
+    """The last of 19 has rows of one matrix alone, so that the others go on without it."""
+    cfg, params, token_B, cache = a_model(1, n_head=1, n_layer=4)
+    expected, _ = next_logits(cfg, params, token_B[:, None], cache)
+    at = "      constexpr int WPH = NW / B,"
+    assert at in SOURCE
+    pause = f"if (id == {late}) for (int i = 0; i < 600; i++) pause_fiber();\n"
+    source = SOURCE.replace(at, pause + at)
+    _, found, given_up, _ = on_cpu(
+        folder, cfg, params, token_B, cache, 1, logits=True, source=source, blocks=19
     )
     assert not given_up.any()
     assert difference(found, np.asarray(expected)) <= TOLERANCE
@@ -291,6 +312,19 @@ def test_gpt2_small_on_a_gpu(rows: int) -> None:
 )
 def test_which_shapes_it_takes(width: int, heads: int, taken: bool) -> None:
     assert (decoder.plan(decoder.Sizes(2, heads, width, 61, 64, False), 128) is not None) == taken
+
+
+@pytest.mark.parametrize("blocks", range(60, 129))
+def test_a_block_has_rows_of_a_matrix_at_least(blocks: int) -> None:
+    """Nobody would wait for another, and its place could be taken before it has read."""
+    for width in (768, 1024, 1280, 1600):
+        plan = decoder.plan(decoder.Sizes(12, width // 64, width, 50257, 50304, False), blocks)
+        assert plan is not None
+        assert (plan.blocks - 1) * plan.rows[2] < 4 * width
+
+
+def test_a_model_too_wide_for_the_shared_memory_is_refused() -> None:
+    assert decoder.plan(decoder.Sizes(48, 25, 1600, 50257, 50304, False), 16) is None
 
 
 @pytest.mark.parametrize("width", [32, 128, 768, 1024, 1280, 1600])

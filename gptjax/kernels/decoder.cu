@@ -28,7 +28,7 @@ constexpr long STREAM = L * (matrix_bytes(RQ, D) + matrix_bytes(RD, D) + matrix_
                         NG * matrix_bytes(RG, D);              // bytes of a token
 // exchanged words, from here on:
 constexpr int AT_QKV = 16, AT_PART = AT_QKV + B * 3 * D, AT_X1 = AT_PART + B * H * NS * PW, AT_X2 = AT_X1 + B * D,
-              AT_H = AT_X2 + B * D, AT_BEST = AT_H + B * F;
+              AT_H = AT_X2 + B * D, AT_BEST = AT_H + 2 * B * F;  // h has two places: see 4.
 __host__ __device__ constexpr int row_bytes(int k) { return k * 2 + ((k / 32) % 2 ? 0 : 64); }  // no bank conflicts
 __host__ __device__ constexpr int min2(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int max2(int a, int b) { return a > b ? a : b; }
@@ -164,7 +164,7 @@ struct Block {
       }
     sync_threads(NT);
   }
-  // Of number t, row * B + b, with the row's bias.
+  // Return the warps' sums of number t (row * B + b) and the row's bias.
   template <int R>
   __device__ __forceinline__ float total(const float* red, int t) {
     float y[4] = {((const float*)(shared + AT_BIAS))[(matrix - 1 & 1) * ROWS_MAX + t / B], 0, 0, 0};
@@ -409,7 +409,7 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
   if (me.warp == NW) {  // this warp copies weights, and does nothing else
     u32 round = 0;
     const char* from;
-    // a matrix, in segments of so many pieces of so many bytes; in front of the first is what `head` says
+    // Copy a matrix in segments of so many pieces of so many bytes; `head` bytes of biases come before the first.
     auto copy = [&](int pieces, int per, int bytes, int head) {
 #pragma unroll 1
       for (int first = 0; first < pieces; first += per, head = 0) {
@@ -454,7 +454,7 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
       u16 *kl = k_cache + (long)l * B * S * D, *vl = v_cache + (long)l * B * S * D;
       Item a = item_of(id, length);
 #pragma unroll 1
-      for (int i = t; i < 2 * LINES * a.m; i += NT) {  // keys and values of the next layer
+      for (int i = t; i < 2 * LINES * a.m; i += NT) {  // the next layer's keys and values, into L2
         const int key = (a.row * S + a.from + i / (2 * LINES)) * D + a.head * K + i / 2 % LINES * 64;
         prefetch((i & 1 ? v_cache : k_cache) + (l + 1) % L * (long)B * S * D + key);
       }
@@ -505,10 +505,14 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
       me.load<RF, D>(tile3);
       me.norm(ex + AT_X1, use, wte, wpe);
       me.product<RF, D>(red, tile3);
+      // A block may have rows of this matrix alone, as the last one of XL: then nobody waits for it until the next
+      // layer's h, which must not take the place of words that it has not read.
+      u32* wide_words = ex + AT_H + (use & 1) * B * F;
+      const u32 wide_use = (use + 1) >> 1;
 #pragma unroll 1
       for (int i = t; i < B * RF; i += NT) {
         const int wide = id * RF + i / B;
-        if (wide < F) publish(ex + AT_H + i % B * F + wide, activation(me.total<RF>(red, i)), use);
+        if (wide < F) publish(wide_words + i % B * F + wide, activation(me.total<RF>(red, i)), wide_use);
       }
       // 5. Narrow, residual
       Block::Tile<RD, F> tile4;
@@ -518,7 +522,7 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
 #pragma unroll 1
         for (int first = me.warp % WPH * 32 + me.lane; first < D; first += G * 32 * WPH) {
           uint4 w[G];
-          me.gather(ex + AT_H + me.warp / WPH * F, first, 32 * WPH, D, use, w);
+          me.gather(wide_words + me.warp / WPH * F, first, 32 * WPH, D, wide_use, w);
 #pragma unroll
           for (int i = 0; i < G; i++)
             if (first + i * 32 * WPH < D)
