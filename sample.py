@@ -1,5 +1,8 @@
 """Sample text from a trained model: `python sample.py --out_dir=out --start="Once"`."""
 
+import gptjax.wake_gpu  # noqa: F401
+
+# isort: split
 import dataclasses
 import functools
 import sys

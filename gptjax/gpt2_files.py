@@ -1,6 +1,6 @@
 """GPT-2's tokenizer, and its vocabulary in the files of OpenAI and of Hugging Face."""
 
-import base64
+import binascii
 import hashlib
 import importlib.util
 import itertools
@@ -28,7 +28,8 @@ TOO_MUCH_SPACE = re.compile(r"(?<!\s)\s{900000}")
 
 def vocabulary_sha256(tokens: Iterable[bytes]) -> str:
     """Return the sha256 of byte strings as GPT2_SHA256 has it."""
-    return hashlib.sha256(b"".join(base64.b64encode(t) + b"\n" for t in tokens)).hexdigest()
+    lines = map(binascii.b2a_base64, tokens)  # with the newline
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -82,7 +83,10 @@ class GPT2Tokenizer(Tokenizer):
 
     def to_json(self) -> dict[str, object]:
         """Return what `load_tokenizer` reads."""
-        return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
+        return {
+            "kind": self.kind,
+            "tokens": [binascii.b2a_base64(t, newline=False).decode() for t in self.tokens],
+        }
 
 
 # ---- Its files -----------------------------------------------------------------------------------
@@ -141,10 +145,16 @@ def read_gpt2_files(folder: Path) -> GPT2Tokenizer:
 
 
 def spelt_bytes(id_of: Mapping[str, int]) -> list[bytes]:
-    """Return the bytes of each token of a vocabulary file, by id, without <|endoftext|>."""
-    byte_of = byte_alphabet()
+    """Return the bytes of each token of a vocabulary file, by id, without <|endoftext|>.
+
+    Raises:
+        UnicodeEncodeError: a character stands for no byte.
+    """
+    # In the text that Latin-1 encodes as the bytes; other characters it cannot encode at all.
+    other = dict.fromkeys(range(256), "\uffff")
+    table = other | {ord(c): chr(byte) for c, byte in byte_alphabet().items()}
     spelt = sorted((i, token) for token, i in id_of.items() if token != END_OF_TEXT)
-    return [bytes(byte_of[c] for c in token) for _, token in spelt]
+    return [token.translate(table).encode("latin-1") for _, token in spelt]
 
 
 def gpt2_tokens(id_of: Mapping[str, int]) -> list[bytes] | None:
@@ -156,7 +166,7 @@ def gpt2_tokens(id_of: Mapping[str, int]) -> list[bytes] | None:
         return None
     try:
         tokens = spelt_bytes(id_of)
-    except KeyError:  # a character that stands for no byte
+    except UnicodeEncodeError:
         return None
     return tokens if vocabulary_sha256(tokens) == GPT2_SHA256 else None
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from gptjax.errors import DataError
-from gptjax.gpt2_files import gpt2_tokens
+from gptjax.gpt2_files import GPT2_VOCAB, gpt2_tokens
 from gptjax.hf_tokenizer import (
     BOS_EOS,
     FILES,
@@ -69,13 +69,13 @@ def read_hf_folder(folder: Path, n_ids: int | None = None) -> Tokenizer | None:
         alone = set(files) & {"tokenizer.json", "vocab.json", "merges.txt"} == {"vocab.json"}
         if alone and (tokens := gpt2_tokens(read_object(files["vocab.json"], "vocab.json"))):
             return GPT2Tokenizer(tokens, str(folder), files)  # whose ranks say the merges
+        if tokens := own_gpt2(files):
+            return GPT2Tokenizer(tokens, str(folder), files)
         library = make_library(files)
         vocabulary(library)
         before = library.to_str()
         set_prefix(library, files)
         add_tokens(library, files, n_ids)
-        if tokens := own_gpt2(library, files):
-            return GPT2Tokenizer(tokens, str(folder), files)
         text = library.to_str()
         as_it_is = files.get("tokenizer.json") if text == before else None
         return HFTokenizer(as_it_is or text, files)
@@ -132,13 +132,17 @@ def set_prefix(library: Library, files: Mapping[str, str]) -> None:
 
 def make_bpe(files: Mapping[str, str]) -> Library:
     """Return a byte-level BPE as transformers' GPT2Tokenizer makes it."""
-    vocab = read_object(files["vocab.json"], "vocab.json")
-    lines = [line for line in files["merges.txt"].split("\n") if not line.startswith("#version")]
-    merges: Any = [tuple(line.split()) for line in lines if line.strip()]
+    vocab, merges = read_object(files["vocab.json"], "vocab.json"), read_merges(files)
     with refusing("vocab.json and merges.txt are no BPE"):
         made = ByteLevelBPETokenizer(vocab, merges)
         check_vocabulary(made.get_vocab())
         return read_library(made.to_str())
+
+
+def read_merges(files: Mapping[str, str]) -> Any:
+    """Return the pairs in merges.txt."""
+    lines = [line for line in files["merges.txt"].split("\n") if not line.startswith("#version")]
+    return [tuple(line.split()) for line in lines if line.strip()]
 
 
 def make_wordpiece(files: Mapping[str, str]) -> Library:
@@ -223,22 +227,46 @@ def token_flags(token: AddedToken) -> dict[str, bool]:
 # ---- GPT-2's own vocabulary ----------------------------------------------------------------------
 
 
-def own_gpt2(library: Library, files: Mapping[str, str]) -> list[bytes] | None:
-    """Return GPT-2's tokens if the library would do what tiktoken does with them; else None."""
-    fields = json.loads(library.to_str())
-    model, words, added = fields["model"], fields["pre_tokenizer"] or {}, fields["added_tokens"]
-    special = special_tokens(files)
-    alike = (
-        model["type"] == "BPE"
-        and not any(model[option] for option in OTHER_BPES)
-        and all(words.get(name) == value for name, value in BYTE_LEVEL.items())
-        and fields["normalizer"] is None
-        and all(token == {**token, **ONLY_ADDED} for token in added)
-        and library.num_special_tokens_to_add(False) == 0
-        and {special.get(name, END_OF_TEXT) for name in BOS_EOS} == {END_OF_TEXT}
-    )
-    if not alike:
+def own_gpt2(files: Mapping[str, str]) -> list[bytes] | None:
+    """Return GPT-2's tokens if the files say what tiktoken does with them, and no more; else None.
+
+    The library, which takes four times as long, is not asked; what is wrong it will say.
+    """
+    try:
+        if "tokenizer.json" in files:
+            fields = json.loads(files["tokenizer.json"])
+        else:
+            require_class(files, BPES, "vocab.json")
+            bpe = {"vocab": json.loads(files["vocab.json"]), "merges": read_merges(files)}
+            fields = {"model": bpe, "pre_tokenizer": BYTE_LEVEL}
+        model, special = fields["model"], special_tokens(files)
+        words = {"use_regex": True, **fields["pre_tokenizer"]}
+        frame = fields.get("post_processor") or BYTE_LEVEL  # what is put around a text
+        added = [(token["id"], token) for token in fields.get("added_tokens", ())]
+        alike = (
+            model.get("type", "BPE") == "BPE"
+            and not any(model.get(option) for option in OTHER_BPES)
+            and all(words.get(name) == value for name, value in BYTE_LEVEL.items())
+            and read_config(files).get("add_prefix_space") is not True
+            and fields.get("normalizer") is None
+            and frame["type"] in ("ByteLevel", "TemplateProcessing")
+            and not frame.get("special_tokens")
+            and all(is_end_of_text(*token) for token in [*added, *listed_tokens(files)])
+            and {special.get(name, END_OF_TEXT) for name in BOS_EOS} == {END_OF_TEXT}
+        )
+        if not alike:
+            return None
+        merged = [
+            "".join(merge.split(" ") if isinstance(merge, str) else merge)
+            for merge in model["merges"]
+        ]
+        in_order = sorted(model["vocab"], key=model["vocab"].get)
+        return gpt2_tokens(model["vocab"]) if merged == in_order[256:-1] else None
+    except (DataError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    in_order = sorted(model["vocab"], key=model["vocab"].get)
-    merged = ["".join(merge) for merge in model["merges"]]
-    return gpt2_tokens(model["vocab"]) if merged == in_order[256:-1] else None
+
+
+def is_end_of_text(i: int | None, token: Mapping[str, Any]) -> bool:
+    """Return whether an added token is GPT-2's, found in a text as tiktoken finds it."""
+    said = {name: token.get(name, False) for name in ONLY_ADDED}
+    return i in (None, GPT2_VOCAB - 1) and said == ONLY_ADDED

@@ -38,8 +38,10 @@ from gptjax.kernels.int8 import PRODUCTS, Int8, choose_product, dequantize, quan
 from gptjax.kv_cache import KVCache
 from gptjax.lookup import LOOK_UP, look_up
 from gptjax.precision import choose_dtype, einsum_of, stored_dtype
+from gptjax.settings import architecture, names
 
 Params = dict[str, Any]
+ARCHITECTURE = names(GPTConfig, architecture)
 
 
 def resolve(cfg: GPTConfig, *, training: bool = False) -> GPTConfig:
@@ -76,9 +78,15 @@ def init_params(cfg: GPTConfig, key: Array) -> Params:
     return params
 
 
-@functools.lru_cache(maxsize=32)
 def param_shapes(cfg: GPTConfig) -> Params:
     """Return the tree of parameters as shapes and dtypes, without computing them."""
+    # They follow from the architecture: what was traced once, in 0.2 s, serves all other settings.
+    return shapes_of(GPTConfig(**{name: getattr(cfg, name) for name in ARCHITECTURE}))
+
+
+@functools.lru_cache(maxsize=32)
+def shapes_of(cfg: GPTConfig) -> Params:
+    """Return `param_shapes` of a model without other settings."""
     # The key inside, too, or it would be computed: CUDA's first program takes a second.
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     # Without the layout they get inside `shard_map`: the answer is kept for other callers.

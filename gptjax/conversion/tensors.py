@@ -120,10 +120,11 @@ def is_linear(name: str) -> bool:
 
 def slots(cfg: GPTConfig) -> Iterator[Slot]:
     """Yield every tensor that a model of this shape has, each once, wte without its padding."""
-    leaves = jax.tree.leaves_with_path(param_shapes(dataclasses.replace(cfg, vocab_multiple=1)))
+    leaves = jax.tree.leaves_with_path(param_shapes(cfg))
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
     }
+    shapes |= {path: (cfg.vocab_size, cfg.n_embd) for path in ROWS if path in shapes}
     for path, name in TENSORS.items():
         if path not in shapes:  # a bias of a model without
             continue
