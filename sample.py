@@ -1,6 +1,6 @@
 """Sample text from a trained model: `python sample.py --out_dir=out --start="Once"`."""
 
-import gptjax.wake_gpu  # noqa: F401
+import gptjax.quick_start
 
 # isort: split
 import dataclasses
@@ -28,6 +28,7 @@ from gptjax.terminal.prompts import default_start, encode_prompt, read_prompts, 
 from gptjax.terminal.samples import Sample, draw, to_json, to_text, write
 from gptjax.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 
+gptjax.quick_start.imported()
 CORES = 4  # below, threads that compile take from the one that reads what it needs
 
 

@@ -482,31 +482,51 @@ def test_the_files_of_gpt2s_vocabulary_change_no_fingerprint(tmp_path: Path) -> 
         tok.GPT2Tokenizer(plain.tokens, "x", {"../tokenizer.json": "{}"})
 
 
-@pytest.mark.parametrize("other", ["merges", "lstrip", "eos", "template"])
+END = {"content": "<|endoftext|>", "special": True}
+AFTER_A_TEXT = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": END["content"], "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {
+        END["content"]: {"id": END["content"], "ids": [50256], "tokens": [END["content"]]}
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "where", "value"),
+    [
+        ("tokenizer.json", ("model", "merges", slice(40_000, None)), []),
+        ("tokenizer.json", ("model", "ignore_merges"), True),
+        ("tokenizer.json", ("added_tokens", 0, "lstrip"), True),
+        ("tokenizer.json", ("added_tokens", 0, "special"), False),
+        ("tokenizer.json", ("pre_tokenizer", "use_regex"), False),
+        ("tokenizer.json", ("normalizer",), {"type": "Sequence", "normalizers": []}),
+        ("tokenizer.json", ("post_processor",), AFTER_A_TEXT),
+        ("tokenizer_config.json", ("eos_token",), "!"),
+        ("tokenizer_config.json", ("add_prefix_space",), True),
+        ("tokenizer_config.json", ("added_tokens_decoder",), {"50256": {**END, "rstrip": True}}),
+    ],
+)
 def test_what_uses_gpt2s_vocabulary_otherwise_is_run_by_the_library(
-    other: str, tmp_path: Path, gpt2_files: Path
+    file: str, where: tuple[Any, ...], value: object, tmp_path: Path, gpt2_files: Path
 ) -> None:
     shutil.copytree(gpt2_files, tmp_path, dirs_exist_ok=True)
     fast = need("transformers").GPT2TokenizerFast.from_pretrained(tmp_path)
     fast.save_pretrained(tmp_path)
-    fields = json.loads((tmp_path / "tokenizer.json").read_text())
-    if other == "merges":
-        del fields["model"]["merges"][40_000:]
-    elif other == "lstrip":
-        fields["added_tokens"][0]["lstrip"] = True
-    elif other == "eos":
-        (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "!"}')
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
-    else:
-        piece = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-        end = {"id": "<|endoftext|>", "ids": [50256], "tokens": ["<|endoftext|>"]}
-        fields["post_processor"]["single"].append(piece)
-        fields["post_processor"]["special_tokens"] = {"<|endoftext|>": end}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    found = read_folder(tmp_path, 50257)
-    assert found is not None and found.kind == "hf"
-    assert found.eos == ((0,) if other == "eos" else (50256,))
+    plain = read_folder(tmp_path, 50257)
+    assert plain is not None and plain.kind == "gpt2"
+    fields = part = json.loads((tmp_path / file).read_text())
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    (tmp_path / file).write_text(json.dumps(fields))
+    found = same_as_transformers(tmp_path, 50257)
+    assert found.kind == "hf"
+    assert found.eos == ((0,) if value == "!" else (50256,))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""A program that starts soon: CUDA beside the imports, and no collections of garbage in them."""
+
+import ast
+import gc
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import pytest
+
+from gptjax import quick_start
+
+from .helpers import ROOT
+
+SEEN_BY_A_PROGRAM = """
+import gc, sys
+import gptjax.quick_start
+assert not gc.isenabled()
+assert not {"jax", "numpy"} & set(sys.modules), "something large was imported before"
+gptjax.quick_start.imported()
+assert gc.isenabled() and gc.get_freeze_count()
+"""
+
+
+class Driver:
+    """A CUDA driver that notes what is called, and answers `answer`."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer, self.calls = answer, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: object) -> int:
+            self.calls.append(name)
+            return self.answer
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugin", "expected"),
+    [
+        (None, True, True),
+        ("", True, True),
+        ("cuda,cpu", True, True),
+        ("gpu", True, True),
+        ("cpu", True, False),
+        ("tpu,cpu", True, False),
+        (None, False, False),
+        ("cuda", False, False),
+    ],
+)
+def test_looks_for_gpus(
+    platforms: str | None, plugin: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    found = ModuleSpec("jax_plugins", None) if plugin else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    assert quick_start.looks_for_gpus() == expected
+
+
+def test_cuda_starts_up_to_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers = {0: Driver(0), 100: Driver(100)}  # 100: no GPU
+    for answer, driver in drivers.items():
+        monkeypatch.setattr("ctypes.CDLL", lambda name, answer=answer: drivers[answer])
+        quick_start.start_cuda()
+        assert driver.calls[:1] == ["cuInit"]
+    assert drivers[0].calls[-1] == "cuDevicePrimaryCtxRetain"
+    assert drivers[100].calls == ["cuInit"]
+
+    def no_driver(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", no_driver)
+    quick_start.start_cuda()
+
+
+def test_a_program_imports_it_first_and_ends_it_after_the_imports() -> None:
+    body = ast.parse((ROOT / "sample.py").read_text(encoding="utf-8")).body
+    imports = [i for i, node in enumerate(body) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert ast.unparse(body[imports[0]]) == "import gptjax.quick_start"
+    assert ast.unparse(body[imports[-1] + 1]) == "gptjax.quick_start.imported()"
+    subprocess.run([sys.executable, "-c", SEEN_BY_A_PROGRAM], cwd=ROOT, check=True)
+    import sample  # noqa: F401
+
+    assert gc.isenabled()
