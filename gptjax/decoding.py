@@ -18,7 +18,7 @@ from gptjax.config import GPTConfig, SampleConfig
 from gptjax.filters import History, narrow, penalize, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, next_logits
-from gptjax.xla_options import Jitted, products_by_cublas
+from gptjax.xla_options import Jitted, untuned
 
 NOT_FINITE = -1  # in the place of a token that no logits stand for
 SMALLEST = float(np.finfo(np.float32).tiny)  # what float32 can divide by
@@ -99,9 +99,7 @@ def draw(
     return DecoderState(state.cache, token_B, state.n_drawn + 1, history, scores)
 
 
-@functools.partial(
-    Jitted, options=products_by_cublas, static_argnames=("cfg", "how", "size", "n_likeliest")
-)
+@functools.partial(Jitted, options=untuned, static_argnames=("cfg", "how", "size", "n_likeliest"))
 def prefill(
     cfg: GPTConfig,
     how: SampleConfig,

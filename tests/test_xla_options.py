@@ -13,12 +13,14 @@ from gptjax.training.step import options_of
 
 from .helpers import tiny
 
-CUBLAS, IN_PLACE = "xla_gpu_enable_triton_gemm", "xla_cpu_copy_insertion_use_region_analysis"
+CUBLAS, TRIALS = "xla_gpu_enable_triton_gemm", "xla_gpu_autotune_level"
+IN_PLACE = "xla_cpu_copy_insertion_use_region_analysis"
 
 
 def test_this_xla_has_them() -> None:
     """Or programs would be slower to compile or to run, and nobody would know."""
     assert xla_options.known(CUBLAS, False) == {CUBLAS: False}
+    assert xla_options.known(TRIALS, 0) == {TRIALS: 0}
     assert xla_options.known(IN_PLACE, True) == {IN_PLACE: True}
 
 
@@ -32,6 +34,7 @@ def test_each_is_for_one_backend(
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert (xla_options.products_by_cublas() is not None) == gpu
+    assert xla_options.untuned() == ({CUBLAS: False, TRIALS: 0} if gpu else None)
     assert (xla_options.updates_in_place() is not None) == cpu
 
 
@@ -78,4 +81,4 @@ def test_a_function_gets_its_options_at_its_first_call() -> None:
     ]
     assert jitted.lower(jnp.ones(2), 3).compile()(jnp.ones(2)).tolist() == [3, 3]
     assert asked == ["now"]
-    assert decoding.prefill.options is xla_options.products_by_cublas
+    assert decoding.prefill.options is xla_options.untuned
