@@ -33,7 +33,7 @@ from gptjax.kv_cache import make_cache
 from gptjax.presets import PRESETS
 
 GREEDY = SampleConfig(temperature=0)
-LARGEST_GAP = 0.25
+LARGEST_GAP = 0.25  # of the largest logit: random weights of 48 layers in bfloat16 had 0.19
 
 
 def fastest(run: Callable[[], object], rounds: int) -> float:
