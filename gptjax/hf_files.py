@@ -1,6 +1,5 @@
 """The files of a tokenizer in Hugging Face's folders, read as transformers reads them."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -233,10 +232,11 @@ def own_gpt2(files: Mapping[str, str]) -> list[bytes] | None:
     """
     try:
         if "tokenizer.json" in files:
-            fields = json.loads(files["tokenizer.json"])
+            fields = read_object(files["tokenizer.json"], "tokenizer.json")
         else:
             require_class(files, BPES, "vocab.json")
-            bpe = {"vocab": json.loads(files["vocab.json"]), "merges": read_merges(files)}
+            vocab = read_object(files["vocab.json"], "vocab.json")
+            bpe = {"vocab": vocab, "merges": read_merges(files)}
             fields = {"model": bpe, "pre_tokenizer": BYTE_LEVEL}
         model, words = fields["model"], {"use_regex": True, **fields["pre_tokenizer"]}
         frame = fields.get("post_processor") or BYTE_LEVEL  # what is put around a text
