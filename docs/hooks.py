@@ -1,11 +1,13 @@
-"""What `mkdocs build` adds: pages from elsewhere, the settings, the live model, and links."""
+"""What `mkdocs build` adds: pages from elsewhere, settings, the live model, links and formulas."""
 
+import html
 import importlib.util
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -23,6 +25,7 @@ ELSEWHERE = {  # page of the site -> file of the repository
     "changelog.md": "CHANGELOG.md",
 }
 LIVE = "live/model.bin"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[([](.*?)\\[])]</\1>', re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
 
 
@@ -89,3 +92,13 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
         return f"{image}[{text}]({os.path.relpath(path, (DOCS / there).parent)}{place})"
 
     return LINK.sub(mended, markdown)
+
+
+def on_page_content(page_html: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Write formulas as MathML, which browsers show without a script, a font or a network."""
+
+    def as_mathml(formula: re.Match[str]) -> str:
+        tag, latex = formula.groups()
+        return str(convert(html.unescape(latex), display="block" if tag == "div" else "inline"))
+
+    return FORMULA.sub(as_mathml, page_html)

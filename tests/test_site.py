@@ -56,6 +56,9 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
     assert len(built) > len(PAGES)
     for page in built:
         assert asked_from_elsewhere(page.read_text(encoding="utf-8")) == [], page
+        assert not re.search(r"arithmatex|\$\$|\\frac", page.read_text(encoding="utf-8")), page
+    lesson = (tmp_path / "lessons" / "2_pretrain.html").read_text(encoding="utf-8")
+    assert lesson.count("<math ") >= 5, "formulas are MathML"
     for style in tmp_path.rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()\W*(?:https?:)?//", style.read_text()), style
     live = {path.name: path.stat().st_size for path in (tmp_path / "live").iterdir()}
