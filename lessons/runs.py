@@ -11,6 +11,7 @@ import numpy as np
 
 from gptjax.config import TrainConfig
 from gptjax.config_file import load_config
+from gptjax.conversion import hub
 from gptjax.model import count_params
 from gptjax.presets import PRESETS
 from gptjax.terminal import flags
@@ -52,6 +53,17 @@ RUNS = {
     "bpe": (*MUON, f"--dataset={BPE.relative_to(ROOT)}"),
 }
 SPEAKING = ROOT / "gptjax" / "models" / "novels"  # Hugging Face's folder of a small model
+
+
+def published() -> Path:
+    """The folder of the model that lesson 4 loads: of $GPTJAX_GPT2_DIR, or the small one.
+
+    The variable has a folder, or a name on the Hub such as gpt2, which is downloaded once.
+    """
+    named = os.environ.get("GPTJAX_GPT2_DIR", "")
+    if not named or Path(named).is_dir():
+        return Path(named or SPEAKING).resolve()
+    return hub.download_model(named, ["model.safetensors"])
 
 
 def settings() -> TrainConfig:

@@ -13,7 +13,7 @@ from .helpers import ROOT
 
 LESSONS = ROOT / "lessons"
 LESSON_0 = LESSONS / "0_jax.ipynb"
-OTHERS = [path for path in sorted(LESSONS.glob("*.ipynb")) if path != LESSON_0]
+OTHERS = [path for path in sorted(LESSONS.glob("[1-9]_*.*")) if path.suffix in (".ipynb", ".md")]
 MODULES = {"jax": "jax", "jax.numpy": "jnp", "flax.linen": "nn"}  # and how the lessons call them
 
 
@@ -41,12 +41,19 @@ def names_in(code: str, aliases: dict[str, str]) -> Iterator[str]:
                     yield name.replace("jax.numpy.", "jnp.")
 
 
+def cells_of_text(path: Path) -> list[nbformat.NotebookNode]:
+    """The paragraphs of a lesson in Markdown, and its blocks of Python, as cells."""
+    parts = re.split(r"^```python\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    make = (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell)
+    return [make[i % 2](part) for i, part in enumerate(parts)]
+
+
 def missing(path: Path) -> list[str]:
     """Return the names that neither lesson 0 nor this one introduces before they are used."""
     known = "\n".join(cell.source for cell in cells(LESSON_0))
     unknown: list[str] = []
-    aliases: dict[str, str] = {}
-    told = cells(path)
+    aliases: dict[str, str] = {"jax": "jax", "jnp": "jnp"} if path.suffix == ".md" else {}
+    told = cells_of_text(path) if path.suffix == ".md" else cells(path)
     for i, cell in enumerate(told):
         if cell.cell_type != "code":
             continue

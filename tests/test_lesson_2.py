@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -121,6 +122,19 @@ def test_every_part_is_written_and_graded_in_the_notebook(parts_2: ModuleType) -
 
 
 # ---- The runs ------------------------------------------------------------------------------------
+
+
+def test_lesson_4_takes_a_folder_or_a_name_of_the_hub(
+    runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GPTJAX_GPT2_DIR", raising=False)
+    assert (runs.published() / "model.safetensors").is_file()
+    monkeypatch.setenv("GPTJAX_GPT2_DIR", str(tmp_path))
+    assert runs.published() == tmp_path
+    asked: list[Any] = []
+    monkeypatch.setattr(runs.hub, "download_model", lambda *what: asked.append(what) or tmp_path)
+    monkeypatch.setenv("GPTJAX_GPT2_DIR", "gpt2")
+    assert runs.published() == tmp_path and asked == [("gpt2", ["model.safetensors"])]
 
 
 def test_the_runs_differ_in_nothing_else(runs: ModuleType) -> None:

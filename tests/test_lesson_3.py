@@ -86,16 +86,21 @@ def test_what_is_quoted_stands_in_the_docs() -> None:
     assert {"43.7 GB", "700 W", "1.62 GHz"} <= set(re.findall(r"43\.7 GB|700 W|1\.62 GHz", PROSE))
     benchmarks = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert "527,762" in benchmarks and "527,762" in PROSE
-    one, many = "1,559", "90,624"
-    assert f"{many} tokens/s for 64 rows, {one} for one" in benchmarks
+    one, many = "2,215", "87,837"
+    assert f"| 64 | {many} |" in PERFORMANCE and f"| 1 | {one} |" in PERFORMANCE
     assert f"{one} tokens/s with GPT-2 124M for one row and {many} for 64 rows" in PROSE
-    assert round(90_624 / 1_559) == 58 and "58 times as many" in PROSE
+    assert round(87_837 / 2_215) == 40 and "40 times as many" in PROSE
 
 
 def test_what_46_percent_is() -> None:
     cfg, peak = GPTConfig(), PEAK_FLOPS["H200"]
     assert f"{527_762 * flops_per_token(cfg) / peak:.0%}" == "46%"
     assert round(158_300 * flops_per_token(cfg) / peak * 100) == 14 and "tokens/s, 14 %" in PROSE
+    ours, twin = "118.4", "134.8"
+    assert f"| {ours} |" in PERFORMANCE and f"| {twin} |" in PERFORMANCE
+    for ms, share in ((ours, "48 %"), (twin, "42 %")):
+        assert f"{64 * 1024 / float(ms) * 1e3 * flops_per_token(cfg) / peak:.0%}" == share[:2] + "%"
+        assert re.search(rf"{ms} ms[^.]*? {share}", PROSE), ms
     assert math.isclose(132 * 4096 * 1.83e9, peak, rel_tol=1e-3)
     assert f"{132 * 4096 * 1.62e9 / 1e12:.0f} TFLOP/s" in PROSE
 

@@ -257,7 +257,8 @@ def draw_losses(records: list[Record], path: Path, scale: str, n_vocab: int) -> 
         label = f"ln {n_vocab:,}: all tokens equally likely"
         axes.axhline(np.log(n_vocab), color="gray", linestyle="--", linewidth=1, label=label)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", yscale=scale)
+    title = "Training and validation loss" if val else "Training loss"
+    axes.set(title=title, xlabel="optimizer steps", ylabel="loss (nats per token)", yscale=scale)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     for set_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
