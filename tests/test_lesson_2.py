@@ -132,7 +132,12 @@ def test_lesson_4_takes_a_folder_or_a_name_of_the_hub(
     monkeypatch.setenv("GPTJAX_GPT2_DIR", str(tmp_path))
     assert runs.published() == tmp_path
     asked: list[Any] = []
-    monkeypatch.setattr(runs.hub, "download_model", lambda *what: asked.append(what) or tmp_path)
+
+    def download(*what: Any) -> Path:
+        asked.append(what)
+        return tmp_path
+
+    monkeypatch.setattr(runs.hub, "download_model", download)
     monkeypatch.setenv("GPTJAX_GPT2_DIR", "gpt2")
     assert runs.published() == tmp_path and asked == [("gpt2", ["model.safetensors"])]
 
