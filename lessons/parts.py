@@ -253,16 +253,10 @@ def save_parts(number: int, functions: dict[str, Any], path: Path = MY_GPT) -> N
     sections = {**earlier, **mine.sections, number: body}
     saving.write(path, saving.Saved(imports | mine.imports | solved.imports, sections))
     print(f"{path.name} has the {len(functions)} functions of lesson {number}")
-    empty = [name for name, function in functions.items() if is_empty(function)]
-    if empty:
-        print(f"{len(empty)} of them are not written yet: {', '.join(empty)}")
+    if blank := [name for name, function in functions.items() if saving.is_blank(function)]:
+        print(f"{len(blank)} of them are not written yet: {', '.join(blank)}")
     for taken in sorted(set(earlier) - set(mine.sections)):
         print(f"lesson {taken} was not in it, and is taken from the solved copy")
-
-
-def is_empty(function: Any) -> bool:
-    """Whether a function of a workbook still has no body."""
-    return 'raise NotImplementedError("write this")' in inspect.getsource(inspect.unwrap(function))
 
 
 def load_my_gpt(*numbers: int) -> ModuleType:

@@ -20,6 +20,7 @@ HEADER = '''"""The GPT that the lessons build, as their last cells save it."""
 # mypy: disable-error-code="no-untyped-def"
 '''
 SECTION = "# ---- Lesson {} " + "-" * 85
+BLANK = 'raise NotImplementedError("write this")'  # the body of a function in a workbook
 MARKERS = re.compile(r"^ *### (BEGIN|END) SOLUTION\n", re.MULTILINE)  # nbgrader's
 
 
@@ -102,6 +103,11 @@ def clean(name: str, source: str) -> str:
     if not re.search(rf"^def {name}\(", source, re.MULTILINE):
         raise ValueError(f"{name} has to be written as `def {name}(...)` to be saved")
     return source
+
+
+def is_blank(function: Callable[..., Any]) -> bool:
+    """Whether a function of a workbook still has no body."""
+    return BLANK in inspect.getsource(inspect.unwrap(function))
 
 
 def look_up_in(space: dict[str, Any]) -> Lookup:

@@ -16,7 +16,6 @@ import saving
 LESSONS = Path(__file__).resolve().parent
 WORKBOOKS = LESSONS / "workbooks"
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.MULTILINE | re.DOTALL)
-BLANK = r'\1raise NotImplementedError("write this")'
 START = """# This workbook lies in lessons/workbooks, and what it imports in lessons.
 import os
 import sys
@@ -35,7 +34,7 @@ def sources() -> list[Path]:
 
 def blank(source: str) -> str:
     """The source of a cell, its solutions taken out."""
-    return SOLUTION.sub(BLANK, source)
+    return SOLUTION.sub(rf"\1{saving.BLANK}", source)
 
 
 def make_workbook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
