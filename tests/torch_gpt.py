@@ -22,6 +22,7 @@ class Block(nn.Module):
         D = cfg.n_embd
         self.n_head = cfg.n_head
         self.approximate = "tanh" if cfg.activation == "gelu_tanh" else "none"
+        self.dropout = nn.Dropout(cfg.dropout)
         self.ln_1 = nn.LayerNorm(D, bias=cfg.bias)
         self.c_attn = nn.Linear(D, 3 * D, bias=cfg.bias)
         self.attn_proj = nn.Linear(D, D, bias=cfg.bias)
@@ -34,10 +35,11 @@ class Block(nn.Module):
         B, T, D = x.shape
         qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, D))
+        rate = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        x = x + self.dropout(self.attn_proj(y.transpose(1, 2).reshape(B, T, D)))
         x_F = F.gelu(self.c_fc(self.ln_2(x)), approximate=self.approximate)
-        return x + self.mlp_proj(x_F)
+        return x + self.dropout(self.mlp_proj(x_F))
 
 
 class TorchGPT(nn.Module):
@@ -49,6 +51,7 @@ class TorchGPT(nn.Module):
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.h = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+        self.dropout = nn.Dropout(cfg.dropout)
         V, D = self.wte.weight.shape
         self.lm_head = None if cfg.tie_head else nn.Embedding(V, D)
         for parameter in self.parameters():
@@ -58,6 +61,7 @@ class TorchGPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V)."""
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.dropout(x)
         for block in self.h:
             x = block(x)
         return F.linear(self.ln_f(x), (self.lm_head or self.wte).weight)
