@@ -71,14 +71,17 @@ def draw(cfg: GPTConfig, decoder: model.Params, rows: int, n: int) -> tuple[np.n
 
 
 def check(cfg: GPTConfig, params: model.Params, decoder: model.Params, rows: int, n: int) -> str:
-    """Compare the tokens of some rows with the likeliest ones of one pass over their whole texts.
+    """Compare the tokens of some rows with the likeliest of one float32 pass over their texts.
 
     They may differ where two logits are nearly equal, by more in deep models of random weights.
-    With its positions off by one a decoder chose tokens that were 177 % behind.
+    With its positions off by one a decoder chose tokens that were 94 to 113 % behind.
     """
     new, _ = draw(cfg, decoder, rows, n)
     text = np.concatenate([np.array(make_prompts(cfg, rows)), new], axis=1)
-    logits = jax.jit(model.forward, static_argnums=0)(cfg, params, text[:, :-1])[0][:, 7:]
+    reference = dataclasses.replace(cfg, dtype="float32", attention="xla", kernels="off")
+    with jax.default_matmul_precision("highest"):
+        forward = jax.jit(model.forward, static_argnums=0)
+        logits = forward(reference, params, text[:, :-1])[0][:, 7:]
     chosen = np.take_along_axis(np.asarray(logits), new[..., None], axis=-1)[..., 0]
     best = np.asarray(logits.max(axis=-1))
     behind = float(np.max((best - chosen) / np.abs(best)))
@@ -173,7 +176,8 @@ def main() -> None:
     contexts = args.contexts or contexts or [cfg.block_size]
     contexts = contexts[-1:] if args.quick else contexts
     params = jax.jit(model.init_params, static_argnums=0)(cfg, jax.random.key(0))
-    params["h"] = jax.tree.map(lambda p: 4 * p, params["h"])  # else one token is said for ever
+    # Else one token is said for ever; larger ones make bfloat16 and float32 part ways.
+    params = jax.tree.map(lambda p: 2 * p if p.ndim > 1 else p, params)
     decoder = model.prepare_for_decoding(cfg, params)
     with_kernel = fused.with_kernel(cfg, decoder)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))

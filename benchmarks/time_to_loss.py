@@ -155,7 +155,7 @@ class Outcome(NamedTuple):
 
 
 def time_run(command: list[str], target: float, caches: Path) -> Outcome:
-    """Run until the target, or five evaluations without a better one; `caches` keeps compiled code."""
+    """Run until the target, or five evaluations without a better one; caches are in `caches`."""
     environment = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
