@@ -78,7 +78,7 @@ def check(cfg: GPTConfig, params: model.Params, decoder: model.Params, rows: int
     """
     new, _ = draw(cfg, decoder, rows, n)
     text = np.concatenate([np.array(make_prompts(cfg, rows)), new], axis=1)
-    reference = dataclasses.replace(cfg, dtype="float32", attention="xla", kernels="off")
+    reference = dataclasses.replace(cfg, dtype="float32", attention="xla", kernels="off", unroll=1)
     with jax.default_matmul_precision("highest"):
         forward = jax.jit(model.forward, static_argnums=0)
         logits = forward(reference, params, text[:, :-1])[0][:, 7:]
