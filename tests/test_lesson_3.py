@@ -86,6 +86,8 @@ def test_what_is_quoted_stands_in_the_docs() -> None:
     assert {"43.7 GB", "700 W", "1.62 GHz"} <= set(re.findall(r"43\.7 GB|700 W|1\.62 GHz", PROSE))
     benchmarks = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert "527,762" in benchmarks and "527,762" in PROSE
+    assert "5,029" in benchmarks and "5,029" in PROSE  # of figure 2, as `generating` has it
+    assert "| 1 | 1024 | 2.1 |" in benchmarks
     one, many = "2,215", "87,837"
     assert f"| 64 | {many} |" in PERFORMANCE and f"| 1 | {one} |" in PERFORMANCE
     assert f"{one} tokens/s with GPT-2 124M for one row and {many} for 64 rows" in PROSE

@@ -163,7 +163,7 @@ FIGURES: dict[str, Callable[[Measured, Figure], None]] = {
 }
 
 
-SIZES = {"roofline": (11, 5), "triangle": (10, 3.8), "tiles": (9, 4.2)}  # in inches
+SIZES = {"roofline": (12.5, 5.5), "triangle": (10, 3.8), "tiles": (9, 4.2)}  # in inches
 
 
 def draw(measured: Measured, folder: Path) -> None:

@@ -5,16 +5,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gptjax.training.metrics import PEAK_FLOPS
-from scale.colours import BLUE, GREY, ORANGE
+from scale.colours import BLUE, GREEN, GREY, ORANGE
 from scale.measuring import Measured
 from scale.roofline import MEMORY_BANDWIDTH, gpu_intensity
+from scale.utilisation import RUNS, generating, mfu
 
 LEFT, RIGHT = 0.05, 30_000  # FLOPs per byte
 
 
 def roofline(m: Measured, figure: Figure) -> None:
-    """Left: measured here. Right: the same operations on the roof of an H100."""
-    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
+    """Left: measured here. Right: the same on the roof of an H100, and whole programs."""
+    left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
     r = m["roofline"]
     points = sorted(r["points"], key=lambda p: p["gflops"])
     low, high = 0.5 * points[0]["gflops"], 2.5 * max(points[-1]["gflops"], r["gflops"])
@@ -43,25 +44,32 @@ def roofline(m: Measured, figure: Figure) -> None:
 
 
 def h100(axes: Axes, points: list[Measured]) -> None:
-    """Where the operations could be at most on an H100."""
+    """Where the operations could be at most on an H100, and where whole programs were."""
     peak, bandwidth = PEAK_FLOPS["H100"] / 1e9, MEMORY_BANDWIDTH["H100"] / 1e9
     axes.set_ylim(0.5 * LEFT * bandwidth, 2.5 * peak)
     roof(axes, peak, bandwidth, f"{peak / 1e3:.0f} TFLOP/s", f"{bandwidth / 1e3:.2f} TB/s")
+    names: dict[float, list[str]] = {}  # of the operations at a place
     for p in points:
         x = gpu_intensity(p)
         axes.plot(x, min(peak, x * bandwidth), "o", color=BLUE if is_product(p) else ORANGE)
-        if is_product(p):
-            axes.annotate(
-                p["operation"],
-                (x, min(peak, x * bandwidth)),
-                (8, -12),
-                textcoords="offset points",
-                fontsize=9,
-            )
-    axes.plot([], [], "o", color=BLUE, label="matrix products")
-    axes.plot([], [], "o", color=ORANGE, label="everything else")
-    axes.set(ylabel="GFLOP/s at most", title="Computed for one H100, bfloat16")
-    axes.legend(frameon=False, loc="upper left", fontsize=9, bbox_to_anchor=(0, 0.9))
+        names.setdefault(round(x, 1), []).append(p["operation"])
+    for x, operations in names.items():
+        at = x, min(peak, x * bandwidth)
+        below = {"c_fc, 4096 tokens": 15, "head, 1 token": 11}.get(operations[0], 5)
+        how = {"textcoords": "offset points", "fontsize": 9}
+        axes.annotate(", ".join(operations), at, (8, -below), **how)
+    training = mfu(RUNS[0])
+    axes.plot([RIGHT / 100, RIGHT], 2 * [training * peak], "--", color=GREEN, linewidth=1.5)
+    level = f"training, {training:.0%} MFU"
+    axes.text(RIGHT * 0.8, 0.68 * training * peak, level, fontsize=9, ha="right", va="top")
+    for name, x, gflops, place in generating():
+        axes.plot(x, gflops, "*", color=GREEN, markersize=11)
+        axes.annotate(name, (x, gflops), place, textcoords="offset points", fontsize=9)
+    axes.plot([], [], "o", color=BLUE, label="matrix products, at most")
+    axes.plot([], [], "o", color=ORANGE, label="everything else, at most")
+    axes.plot([], [], "*--", color=GREEN, markersize=11, label="GPT-2 124M, measured")
+    axes.set(ylabel="GFLOP/s", title="One H100, bfloat16")
+    axes.legend(frameon=False, loc="upper left", fontsize=9, bbox_to_anchor=(0, 0.92))
 
 
 def roof(axes: Axes, gflops: float, gbytes: float, peak: str, slope: str) -> None:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from gptjax.config import GPTConfig
+from gptjax.model import count_params
 from gptjax.training.metrics import PEAK_FLOPS, flops_per_token
 from scale.measuring import GPT2, Measured
 
@@ -34,6 +35,22 @@ FORMATS = {  # GPT-2 124M, 100 steps: tokens/s, validation loss
 def mfu(run: Run) -> float:
     """The share of the cards' peak that the model's FLOPs are."""
     return run.rate * flops_per_token(run.cfg) / (run.cards * PEAK_FLOPS["H100"])
+
+
+def generating() -> list[tuple[str, float, float, tuple[int, int]]]:
+    """Name, FLOPs per byte, GFLOP/s and place of the name: one text by GPT-2 124M on an H100.
+
+    Measured by `python -m benchmarks.decode` (benchmarks/README.md): 1,024 tokens read in 2.1 ms, in
+    which only the last one needs the head; then 5,029 tokens/s. Bytes are those of the weights.
+    """
+    cfg, tokens, seconds, rate = GPT2["gpt2"], 1024, 2.1e-3, 5_029
+    blocks = count_params(cfg, without=("wpe", "wte"))
+    weights = count_params(cfg, without=("wpe",))
+    prefill = tokens * (2 * blocks + 4 * cfg.n_layer * cfg.n_embd * tokens)
+    return [
+        ("prefill,\n1,024 tokens", prefill / (2 * weights), prefill / seconds / 1e9, (9, -9)),
+        ("decoding, token by token", 1.0, 2 * weights * rate / 1e9, (8, -9)),
+    ]
 
 
 def table(_: Measured) -> str:
