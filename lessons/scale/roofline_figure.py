@@ -56,8 +56,8 @@ def h100(axes: Axes, points: list[Measured]) -> None:
     for x, operations in names.items():
         at = x, min(peak, x * bandwidth)
         below = {"c_fc, 4096 tokens": 15, "head, 1 token": 11}.get(operations[0], 5)
-        how = {"textcoords": "offset points", "fontsize": 9}
-        axes.annotate(", ".join(operations), at, (8, -below), **how)
+        name = ", ".join(operations)
+        axes.annotate(name, at, (8, -below), textcoords="offset points", fontsize=9)
     training = mfu(RUNS[0])
     axes.plot([RIGHT / 100, RIGHT], 2 * [training * peak], "--", color=GREEN, linewidth=1.5)
     level = f"training, {training:.0%} MFU"
