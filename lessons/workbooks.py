@@ -22,7 +22,10 @@ import sys
 
 if os.path.basename(os.getcwd()) == "workbooks":
     os.chdir("..")
-    sys.path.insert(0, os.getcwd())"""
+    sys.path.insert(0, os.getcwd())
+import unwritten
+
+unwritten.install()  # says which function a cell still needs"""
 
 
 def sources() -> list[Path]:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import nbformat
 import numpy as np
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from nbclient import NotebookClient
 
 from .helpers import ROOT
 
@@ -372,3 +374,51 @@ def test_programs_with_the_students_functions_do_what_they_do_without(tmp_path: 
     assert "comparisons hold" in verified[0]
     digests = [re.findall(r"state sha256=\w+", text) for text in training]
     assert digests[0] != digests[1], "the student's functions round otherwise, so they did run"
+
+
+def test_a_cell_that_needs_an_empty_function_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    unwritten: Any = importlib.import_module("unwritten")
+    shell = InteractiveShell()
+    shell.set_custom_exc((Exception,), unwritten.explain)
+
+    def said(cell: str) -> str:
+        shell.run_cell(cell)
+        return str(capsys.readouterr().out)
+
+    assert said('def gelu(x):\n    raise NotImplementedError("write this")') == ""
+    told = said("y = gelu(1)")
+    assert told == (
+        "This cell needs `gelu`, which is not written yet. Write it, and run this again.\n"
+    )
+    above = "A cell above stopped because `gelu` is not written yet: go on there.\n"
+    assert said("y") == f"`y` is not there yet.\n{above}"
+    told = said("{}['k']")
+    assert "KeyError" in told and told.endswith(above) and "Traceback" not in told
+    said("def gelu(x):\n    return x")
+    assert said("y = gelu(1)") == ""
+    for cell in ("unknown", "{}['k']"):
+        told = said(cell)
+        assert "Traceback" in told and "above" not in told, told
+
+
+@pytest.mark.slow
+def test_a_blank_workbook_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")  # as a reader has it
+    monkeypatch.setenv("GPTJAX_LESSONS", "quick")
+    monkeypatch.setenv("GPTJAX_MY_GPT", str(tmp_path / "my_gpt.py"))
+    notebook = nbformat.read(workbooks.WORKBOOKS / "1_build_the_model.ipynb", as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=120,
+        allow_errors=True,
+        resources={"metadata": {"path": str(workbooks.WORKBOOKS)}},
+    ).execute()
+    stopped = 0
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        said = "".join(output.get("text", "") for output in outputs)
+        told = re.search(r"(This cell needs|A cell above stopped because) `", said)
+        stopped += told is not None
+        if any(output.output_type == "error" for output in outputs):
+            assert told, cell.source
+    assert stopped >= 15
