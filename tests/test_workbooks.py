@@ -278,6 +278,25 @@ def test_a_sampler_without_a_cache_is_too_slow(solved: ModuleType, small: None) 
     assert not verdict.is_right and "too slow or too large" in verdict.said, verdict
 
 
+@pytest.mark.slow
+def test_a_training_step_that_works_in_vain_is_too_slow(solved: ModuleType, small: None) -> None:
+    def train_step(loss_fn: Any, state: Any, *rest: Any) -> Any:
+        """Takes thirteen steps instead of one."""
+
+        def again(i: int, found: Any) -> Any:
+            return solved.train_step(loss_fn, found[0], *rest)
+
+        said = solved.train_step(loss_fn, state, *rest)
+        return jax.lax.fori_loop(0, 12, again, said)
+
+    slow = ModuleType("slow")
+    slow.__dict__.update({**solved.__dict__, "train_step": train_step})
+    verdict = grade.judge_step(slow)
+    assert not verdict.is_right and "too slow or too large" in verdict.said, verdict
+    verdict = grade.judge_step(solved)
+    assert verdict.is_right, verdict
+
+
 def test_a_wrong_function_stops_the_program_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
