@@ -44,7 +44,6 @@ RACES = {
         1.4697,
         {
             "shakespeare_char": ["shakespeare_char"],
-            "shakespeare_char --eval_interval=50": ["shakespeare_char", "--eval_interval=50"],
             "shakespeare_char_fast": ["shakespeare_char_fast"],
         },
         dataclasses.replace(PRESETS["shakespeare_char"], eval_iters=200),

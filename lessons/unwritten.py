@@ -4,7 +4,6 @@ The first cell of each workbook calls `install`. In the notebooks, where everyth
 errors look as always.
 """
 
-import builtins
 import contextlib
 import traceback
 from types import TracebackType
@@ -29,7 +28,7 @@ def explain(
     trace: TracebackType,
     tb_offset: int | None = None,
 ) -> None:
-    """Print why a cell stopped, if a function is missing; its traceback otherwise."""
+    """Print why a cell stopped if a function is missing (%tb has the traceback), else the error."""
     if isinstance(error, NotImplementedError) and saving.BLANK.endswith(f'Error("{error}")'):
         name = traceback.extract_tb(error.__traceback__)[-1].name
         if name not in needed:
@@ -37,17 +36,11 @@ def explain(
         print(f"This cell needs `{name}`, which is not written yet. Write it, and run this again.")
         return
     still = [name for name in needed if is_blank(shell.user_ns.get(name))]
-    if not still:
-        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-        return
-    if not isinstance(error, NameError) or hasattr(builtins, str(error.name)):
-        shell.showtraceback((kind, error, trace), tb_offset=tb_offset, exception_only=True)
-    else:
-        print(f"`{error.name}` is not there yet.")
-    print(
-        f"A cell above stopped because {', '.join(f'`{name}`' for name in still)} "
-        f"{'is' if len(still) == 1 else 'are'} not written yet: go on there."
-    )
+    shell.showtraceback((kind, error, trace), tb_offset=tb_offset, exception_only=bool(still))
+    if still:
+        names = ", ".join(f"`{name}`" for name in still)
+        are = "is" if len(still) == 1 else "are"
+        print(f"A cell above stopped because {names} {are} not written yet: go on there.")
 
 
 def is_blank(function: Any) -> bool:
