@@ -265,30 +265,41 @@ def page_alone(folder: Path, run: Run) -> None:
     (folder / "model.bin").write_bytes(load_export().packed(run))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["novels", "characters"])
-def test_a_browser_shows_gptjaxs_probabilities(tmp_path: Path, name: str) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), "")
-    if not browser:
-        pytest.skip("needs a headless Chromium; pytest -m slow tests/test_live_page.py with one")
-    text = text_on_the_page()
-    run = rounded_run(tiny(block_size=64), CharTokenizer("".join(sorted({*text, "x", "z"}))))
-    run = load_model(name) if name == "novels" else run
-    page_alone(tmp_path, run)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+def find_browser() -> str:
+    """The program, or a skipped test."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    if found := next(filter(None, map(shutil.which, names)), ""):
+        return found
+    return pytest.skip("needs a headless Chromium; with one: pytest -m slow -k browser tests")
+
+
+def check_in_a_browser(browser: str, site: Path, page: str, run: Run) -> None:
+    """Compare the bars that a browser draws on a page of a folder with gptjax."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000")
-        address = f"http://127.0.0.1:{server.server_port}/index.html"
+        address = f"http://127.0.0.1:{server.server_port}/{page}"
         done = subprocess.run(
             [browser, *flags, "--dump-dom", address], capture_output=True, text=True, timeout=120
         )
         server.shutdown()
-    bars = re.findall(r'data-id="(\d+)" data-share="([\d.e-]+)"', done.stdout)
-    shares = {int(token): float(share) for token, share in bars}
-    assert len(shares) == 12, done.stderr
-    logits = gptjax_logits(run, run.tokenizer.encode(text).tolist())[-1]
-    expected = np.asarray(jax.nn.softmax(logits / 0.8))
-    assert sorted(shares) == sorted(np.argsort(expected)[-12:].tolist())
-    assert all(abs(share - expected[token]) <= 1e-3 for token, share in shares.items())
+    number = r"(-?[\d.e-]+)"
+    bars = re.findall(rf'data-id="(\d+)" data-share="{number}" data-logit="{number}"', done.stdout)
+    assert len(bars) == 12, done.stderr
+    logits = gptjax_logits(run, run.tokenizer.encode(text_on_the_page()).tolist())[-1]
+    shares = np.asarray(jax.nn.softmax(logits / 0.8))
+    assert sorted(int(token) for token, _, _ in bars) == sorted(np.argsort(shares)[-12:].tolist())
+    for token, share, logit in bars:
+        assert abs(float(share) - shares[int(token)]) <= 1e-3
+        assert abs(float(logit) - logits[int(token)]) <= 1e-3
     assert done.stdout.count("<canvas") == 1 + run.config.model.n_layer * run.config.model.n_head
+
+
+@pytest.mark.slow
+def test_a_browser_shows_gptjaxs_logits(tmp_path: Path) -> None:
+    """Of a small model of characters; tests/test_site.py has the site's own page and model."""
+    characters = CharTokenizer("".join(sorted({*text_on_the_page(), "x", "z"})))
+    run = rounded_run(tiny(block_size=64), characters)
+    page_alone(tmp_path, run)
+    check_in_a_browser(find_browser(), tmp_path, "index.html", run)

@@ -19,6 +19,7 @@ import convert_gpt2
 from gptjax import model
 from gptjax.commands import doctor, evaluate, tokenize
 from gptjax.config import TrainConfig
+from gptjax.conversion.sources import load_model
 from gptjax.errors import UsageError
 from gptjax.presets import PRESETS
 from gptjax.sampler_config import SamplerConfig
@@ -28,6 +29,7 @@ from gptjax.training.bands import BANDS
 
 from .helpers import ROOT, need
 from .test_docs import test_a_link_leads_to_a_file as assert_links_lead_to_files
+from .test_live_page import check_in_a_browser, find_browser
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -37,14 +39,16 @@ PROGRAM = re.compile(
 )
 
 
-@pytest.mark.slow
-def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the site, built without a warning."""
     if not importlib.util.find_spec("mkdocs"):
         pytest.skip(
             "needs mkdocs: pip install -e '.[docs]', then pytest -m slow tests/test_site.py"
         )
+    folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={folder}"],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},  # an advertisement of its successor
         capture_output=True,
@@ -52,19 +56,30 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
         timeout=240,
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    built = sorted(tmp_path.rglob("*.html"))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_asks_no_other_host(site: Path) -> None:
+    built = sorted(site.rglob("*.html"))
     assert len(built) > len(PAGES)
     for page in built:
         assert asked_from_elsewhere(page.read_text(encoding="utf-8")) == [], page
         assert not re.search(r"arithmatex|\$\$|\\frac", page.read_text(encoding="utf-8")), page
-    lesson = (tmp_path / "lessons" / "2_pretrain.html").read_text(encoding="utf-8")
+    lesson = (site / "lessons" / "2_pretrain.html").read_text(encoding="utf-8")
     assert lesson.count("<math ") >= 5, "formulas are MathML"
-    for style in tmp_path.rglob("*.css"):
+    for style in site.rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()\W*(?:https?:)?//", style.read_text()), style
-    live = {path.name: path.stat().st_size for path in (tmp_path / "live").iterdir()}
+    live = {path.name: path.stat().st_size for path in (site / "live").iterdir()}
     assert live["model.bin"] > 1_000_000 and sum(live.values()) <= 8_000_000
-    index = json.loads((tmp_path / "search" / "search_index.json").read_text())
+    index = json.loads((site / "search" / "search_index.json").read_text())
     assert any("KV cache" in entry["text"] for entry in index["docs"])
+
+
+@pytest.mark.slow
+def test_a_browser_shows_gptjaxs_logits_on_the_site(request: pytest.FixtureRequest) -> None:
+    browser = find_browser()
+    check_in_a_browser(browser, request.getfixturevalue("site"), "live/", load_model("novels"))
 
 
 def asked_from_elsewhere(html: str) -> list[str]:

@@ -100,6 +100,7 @@ function showBars() {
     bar.style.width = `${100 * shares[id]}%`;
     row.dataset.id = id;
     row.dataset.share = shares[id];
+    row.dataset.logit = state.logits[id];
     const track = element("span", "live-track");
     track.append(bar);
     row.append(element("code", "", visible(id)), track, `${(100 * shares[id]).toFixed(1)} %`);
