@@ -44,6 +44,19 @@ PARAGRAPH = (
 LOSS = 3.079  # nats per token of the paragraph, as measured; 5.650 with q and k swapped
 
 
+def test_every_book_is_named() -> None:
+    train_books, val_books = (
+        part.splitlines()[2:]
+        for part in (FOLDER / "books.txt")
+        .read_text(encoding="utf-8")
+        .split("\n\nValidation text, ")
+    )
+    assert f"{len(train_books)} English books" in README
+    assert f"{len(val_books)} others" in README
+    assert any(line.startswith("The Autobiography of an Ex-Colored Man") for line in val_books)
+    assert not set(train_books) & set(val_books)
+
+
 @pytest.fixture(scope="module")
 def run() -> Run:
     assert hub.OWN["novels"] == FOLDER
