@@ -225,3 +225,18 @@ def test_the_bigram_model_of_tinyshakespeare(parts_2: ModuleType) -> None:
     assert f"bigram model's {val_loss:.2f}" in prose
     assert f"(bigram: {val_loss:.2f} against {train_loss:.2f})" in prose
     assert f"{len(train):,} training tokens" in prose
+
+
+def test_the_page_ends_where_its_text_says() -> None:
+    """The page is a run at full length, of which the suite repeats a quick one only."""
+    page = (ROOT / "docs" / "lessons" / "2_pretrain.md").read_text(encoding="utf-8")
+    shown = "\n".join(line for line in page.splitlines() if line.startswith("    "))
+    (loss, below), *_ = re.findall(r"final validation loss ([\d.]+), ([\d.]+) below bigram", shown)
+    share = re.findall(r"step +\d+: val loss [\d.]+, (\d+)% of the words are real", shown)[-1]
+    assert float(below) >= 0.3 and int(share) >= 60, (loss, below, share)
+    (muon,) = re.findall(r"validation loss: Muon ([\d.]+) after", shown)
+    (per_token,) = re.findall(r"loss per token +[\d.]+ +([\d.]+)", shown)
+    (per_character,) = re.findall(r"loss per character +[\d.]+ +([\d.]+)", shown)
+    assert f"Muon ended at {muon} after 1,000 steps, AdamW at {loss} after 1,800" in page
+    assert f"({per_token} instead of {muon})" in page
+    assert f"{per_character} instead of {muon}" in page
