@@ -14,7 +14,12 @@ from .helpers import ROOT
 LESSONS = ROOT / "lessons"
 LESSON_0 = LESSONS / "0_jax.ipynb"
 OTHERS = [path for path in sorted(LESSONS.glob("[1-9]_*.*")) if path.suffix in (".ipynb", ".md")]
-MODULES = {"jax": "jax", "jax.numpy": "jnp", "flax.linen": "nn"}  # and how the lessons call them
+MODULES = {
+    "jax": "jax",
+    "jax.numpy": "jnp",
+    "flax.linen": "nn",
+    "optax": "optax",
+}  # and how the lessons call them
 
 
 def cells(path: Path) -> list[nbformat.NotebookNode]:
