@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "out" / "lessons"
 QUICK = os.environ.get("GPTJAX_LESSONS") == "quick"  # short runs, for a test that all cells run
 STEPS = 48 if QUICK else 1800  # of the run by the student's own code
-SHORT = 24 if QUICK else 1000  # of those under Muon
+SHORT = 24 if QUICK else 700  # of those under Muon
+TUNING = 12 if QUICK else 120  # of the model that has read novels
 COMPARED = STEPS // 12  # steps that train.py repeats under AdamW
 BPE = FOLDER / "bpe-1000"
 
@@ -47,10 +48,17 @@ MUON = (
     *("--optimizer=muon", f"--max_iters={SHORT}", f"--warmup_iters={SHORT // 12}"),
     *(f"--eval_interval={SHORT // 2}", "--eval_iters=0"),
 )
+TUNED = (
+    *("--init_from=novels", "--dataset=auto", FLOAT32, "--block_size=128", "--batch_size=4"),
+    *("--optimizer=adamw", f"--max_iters={TUNING}", f"--warmup_iters={TUNING // 12}"),
+    *("--learning_rate=1e-3", "--min_lr=1e-4", f"--eval_interval={TUNING}", "--eval_iters=20"),
+    *("--log_interval=20", "--sample_interval=0", "--checkpoint_interval=0"),
+)
 RUNS = {
     "adamw": (*ADAMW, f"--stop_step={COMPARED}"),
     "muon": (*MUON, *CHARACTERS),
     "bpe": (*MUON, f"--dataset={BPE.relative_to(ROOT)}"),
+    "tuned": TUNED,
 }
 SPEAKING = ROOT / "gptjax" / "models" / "novels"  # Hugging Face's folder of a small model
 

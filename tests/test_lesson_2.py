@@ -237,6 +237,6 @@ def test_the_page_ends_where_its_text_says() -> None:
     (muon,) = re.findall(r"validation loss: Muon ([\d.]+) after", shown)
     (per_token,) = re.findall(r"loss per token +[\d.]+ +([\d.]+)", shown)
     (per_character,) = re.findall(r"loss per character +[\d.]+ +([\d.]+)", shown)
-    assert f"Muon ended at {muon} after 1,000 steps, AdamW at {loss} after 1,800" in page
+    assert f"Muon ended at {muon} after 700 steps, AdamW at {loss} after 1,800" in page
     assert f"({per_token} instead of {muon})" in page
     assert f"{per_character} instead of {muon}" in page
