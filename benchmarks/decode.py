@@ -99,7 +99,10 @@ def time_step(cfg: GPTConfig, decoder: model.Params, rows: int, size: int, round
     prompts = np.zeros((rows, 64), np.int32)
     lengths = np.full(rows, 64, np.int32)
     start = decoding.prefill(cfg, GREEDY, 128, decoder, prompts, lengths, keys, np.int32(0), None)
-    state = start._replace(cache=make_cache(cfg, rows, size), token_B=start.token_B)
+    cache = make_cache(cfg, rows, size)
+    fill = jax.jit(lambda x: jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype))
+    filled = cache._replace(k=tuple(map(fill, cache.k)), v=tuple(map(fill, cache.v)))
+    state = start._replace(cache=filled)
     length_B = jnp.full(rows, max(size - n, 0))
 
     def run() -> None:
