@@ -101,13 +101,13 @@ def run_recipe(config: TrainConfig, dataset: str, tokenizer_dir: str, out_dir: P
         cosine = math.cos(math.pi * (step - warmup) / (config.max_iters - warmup))
         return config.min_lr + (config.learning_rate - config.min_lr) * (1 + cosine) / 2
 
-    def batch(split: str) -> torch.Tensor:
+    def draw(split: str) -> torch.Tensor:
         """Random windows (B, T+1), on the device."""
         tokens, rng = splits[split], np.random.default_rng(int(torch.randint(2**31, ())))
         starts = rng.integers(0, len(tokens) - cfg.block_size, config.batch_size)
         windows = np.stack([tokens[i : i + cfg.block_size + 1] for i in starts]).astype(np.int64)
-        pinned = torch.from_numpy(windows)
-        return (pinned.pin_memory() if device == "cuda" else pinned).to(device, non_blocking=True)
+        batch = torch.from_numpy(windows)
+        return batch.pin_memory().to(device, non_blocking=True) if device == "cuda" else batch
 
     @torch.no_grad()
     def evaluate(split: str) -> float:
@@ -115,11 +115,11 @@ def run_recipe(config: TrainConfig, dataset: str, tokenizer_dir: str, out_dir: P
         losses = []
         for _ in range(config.eval_iters):
             with torch.autocast(device, torch.bfloat16):
-                losses.append(loss_of(batch(split)).item())
+                losses.append(loss_of(draw(split)).item())
         twin.train()
         return float(np.mean(losses))
 
-    best, passes, windows = math.inf, config.gradient_accumulation_steps, batch("train")
+    best, passes, windows = math.inf, config.gradient_accumulation_steps, draw("train")
     for step in range(config.max_iters + 1):
         if step % config.eval_interval == 0:
             losses = {split: evaluate(split) for split in splits}
@@ -135,7 +135,7 @@ def run_recipe(config: TrainConfig, dataset: str, tokenizer_dir: str, out_dir: P
         for _ in range(passes):
             with torch.autocast(device, torch.bfloat16):
                 loss = loss_of(windows) / passes
-            windows = batch("train")  # while the GPU is at work
+            windows = draw("train")  # while the GPU is at work
             loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), config.grad_clip)
         adamw.step()
