@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from gptjax import collectives
-from gptjax.config import Attention
-from gptjax.dropout import drop, keep_mask
+from gptjax.config import Attention, GPTConfig
+from gptjax.dropout import drop, keep_mask, row_words
 from gptjax.errors import UsageError
+from gptjax.kernels import attention as flash
 from gptjax.kernels.cuda import AMPERE, capability
 from gptjax.kernels.int8 import Int8
 
@@ -109,6 +110,29 @@ def attend_cudnn(
     return collectives.each_with_its_heads(attend, q_BTHK, k_BTHK, v_BTHK)
 
 
+def attend_flash(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHK: Array,
+    *,
+    dropout: float = 0.0,
+    keys_B: Array | None = None,
+    einsum: Einsum = jnp.einsum,
+) -> Array:
+    """Return the result of `attend` by kernels that store neither scores nor masks.
+
+    They run in bfloat16 on an H100 or H200, where the masks are those of `attend`. Without dropout
+    this is cuDNN's, and `attend_xla` where each device has some of the heads; `einsum` is for that.
+    """
+    if keys_B is None or dropout == 0:
+        return attend_cudnn(q_BTHK, k_BTHK, v_BTHK)
+    B, T, H, _ = q_BTHK.shape
+    if collectives.axis_size("tensor") > 1 or not flash.takes(T, q_BTHK.shape[-1]):
+        return attend_xla(q_BTHK, k_BTHK, v_BTHK, dropout=dropout, keys_B=keys_B, einsum=einsum)
+    words_BHT2 = jnp.concatenate(row_words(keys_B, (B, H, T, T)), axis=-1)
+    return flash.attend(q_BTHK, k_BTHK, v_BTHK, words_BHT2, dropout)
+
+
 def attend_cached_cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, positions_BT: Array) -> Array:
     """Return the result of `attend`, for one new token a row by cuDNN's flash attention.
 
@@ -141,28 +165,50 @@ def attend_int8(q_BTHK: Array, k_BSHK: Int8, v_BSHK: Int8, positions_BT: Array) 
 
 
 # By GPTConfig.attention. Of whole sequences, where T = S and query t has position t:
-ATTENTION = {"xla": attend_xla, "cudnn": attend_cudnn}
+ATTENTION = {"xla": attend_xla, "cudnn": attend_cudnn, "flash": attend_flash}
 # Of new tokens with a cache: (q_BTHK, keys and values as `KVCache.update` returns them,
 # positions_BT), without gradient or dropout. A kernel for decoding takes its seat here.
-CACHED_ATTENTION = {"xla": attend, "cudnn": attend_cached_cudnn}
+CACHED_ATTENTION = {
+    "xla": attend,
+    "cudnn": attend_cached_cudnn,
+    "flash": attend_cached_cudnn,
+}
 
 
-def choose_attention(name: Attention, dtype: str, dropout: float) -> Attention:
+# What an implementation needs that does not run everywhere:
+NEEDS = {
+    "cudnn": "an NVIDIA GPU of compute capability 8.0 or more and half precision",
+    "flash": "an H100 or H200, bfloat16, heads of 64 and a block_size that is a multiple of 64",
+}
+
+
+def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
     """Return the key of ATTENTION to use on this machine: "auto" decided, another name checked.
 
+    Args:
+        cfg: the model.
+        dtype: what it computes in.
+
     Raises:
-        UsageError: cudnn was asked for where it cannot run.
+        UsageError: an implementation was asked for where it cannot run.
     """
     found = capability()
-    # cuDNN's flash attention has kernels from this generation on.
-    runs = found is not None and found >= AMPERE and dtype in ("bfloat16", "float16")
-    if name == "auto":
-        return "cudnn" if runs and dropout == 0 else "xla"
-    if name == "cudnn" and not runs:
+
+    def runs(name: Attention) -> bool:
+        if name == "flash":
+            return dtype == "bfloat16" and flash.takes(cfg.block_size, cfg.head_dim)
+        # cuDNN's flash attention has kernels from this generation on.
+        half = dtype in ("bfloat16", "float16")
+        return name == "xla" or (found is not None and found >= AMPERE and half)
+
+    if cfg.attention == "auto":
+        fast: Attention = "flash" if cfg.weights_dropout else "cudnn"
+        off = fast == "flash" and cfg.kernels == "off"
+        return fast if runs(fast) and not off else "xla"
+    if not runs(cfg.attention):
         here = f" of {found[0]}.{found[1]}" if found else ""
         raise UsageError(
-            "--attention=cudnn: needs an NVIDIA GPU of compute capability 8.0 or more and half "
-            f"precision, but this is {jax.default_backend()}{here} in {dtype}; take "
-            "--attention=auto"
+            f"--attention={cfg.attention}: needs {NEEDS[cfg.attention]}, but this is "
+            f"{jax.default_backend()}{here} in {dtype}; take --attention=auto"
         )
-    return name
+    return cfg.attention

@@ -37,6 +37,22 @@ def keep_mask(
     Returns:
         Booleans of the shape.
     """
+    a, b = row_words(keys_B, shape, positions)
+    # The last axis is the long one: this is computed for every number, the rest once for a row.
+    last = jax.lax.broadcasted_iota(jnp.uint32, _along(len(shape) - 1, shape), len(shape) - 1)
+    x = a + last * jnp.uint32(GOLDEN)
+    x = (x ^ (x >> 16)) * jnp.uint32(FIRST)
+    x = ((x ^ (x >> 15)) + b) * jnp.uint32(SECOND)
+    return x >= jnp.uint32(round(rate * 2**32))
+
+
+def row_words(
+    keys_B: Array, shape: tuple[int, ...], positions: Array | None = None
+) -> tuple[Array, Array]:
+    """Return two words of 32 bits (B, ..., T, 1) for each row [b, ..., t] of a mask.
+
+    What `keep_mask` computes of them is also in kernels/attention.cu. Arguments as there.
+    """
     words = jax.random.key_data(keys_B)
     a, b = (words[:, i].reshape(-1, *[1] * (len(shape) - 1)) for i in (0, 1))
     for axis in range(1, len(shape) - 1):
@@ -44,12 +60,7 @@ def keep_mask(
         if positions is not None and axis == len(shape) - 2:
             index = positions.reshape(-1, *_along(axis, shape)[1:]).astype(jnp.uint32)
         a, b = _fold(a, b, index)
-    # The last axis is the long one: this is computed for every number, the rest once for a row.
-    last = jax.lax.broadcasted_iota(jnp.uint32, _along(len(shape) - 1, shape), len(shape) - 1)
-    x = a + last * jnp.uint32(GOLDEN)
-    x = (x ^ (x >> 16)) * jnp.uint32(FIRST)
-    x = ((x ^ (x >> 15)) + b) * jnp.uint32(SECOND)
-    return x >= jnp.uint32(round(rate * 2**32))
+    return a, b
 
 
 def _along(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:

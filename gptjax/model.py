@@ -47,7 +47,7 @@ ARCHITECTURE = names(GPTConfig, architecture)
 def resolve(cfg: GPTConfig, *, training: bool = False) -> GPTConfig:
     """Return the config with every "auto" decided for this machine, to train or to be used."""
     dtype = choose_dtype(cfg, training=training)
-    attention = choose_attention(cfg.attention, dtype, cfg.weights_dropout)
+    attention = choose_attention(cfg, dtype)
     return dataclasses.replace(cfg, dtype=dtype, attention=attention)
 
 

@@ -7,7 +7,7 @@ from gptjax.settings import architecture, experiment, require, require_range, ru
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu"]
-Attention = Literal["auto", "xla", "cudnn"]
+Attention = Literal["auto", "xla", "cudnn", "flash"]
 AUTO_DTYPE = (
     "auto is bfloat16 on a GPU or TPU, float16 on an NVIDIA GPU below compute capability 8.0 (T4, "
     "V100), and float32 on a CPU. On a CPU bfloat16 is the type of the operands of matrix products "
@@ -74,7 +74,8 @@ class GPTConfig:
     attention: Attention = run(
         "auto",
         "Implementation of attention. auto is cudnn on an NVIDIA GPU of compute capability 8.0 or "
-        "more in half precision without dropout, and xla elsewhere.",
+        "more in half precision without dropout, flash on an H100 or H200 in bfloat16 with it, if "
+        "heads are of 64 and block_size is a multiple of 64, and xla elsewhere.",
     )
     kernels: Literal["auto", "off"] = run("auto", KERNELS)
     cache: Literal["auto", "int8"] = run("auto", CACHE)

@@ -1,4 +1,4 @@
-// The decoder's CUDA source as C++ on a CPU: each thread of the GPU is a fiber, and one fiber runs at a time, in an
+// The CUDA source of the decoder or of attention as C++ on a CPU: each thread of the GPU is a fiber, and one fiber runs at a time, in an
 // order drawn anew each round. A copy into shared memory leaves NaN at once and its data some rounds later.
 #include <math.h>
 #include <stdio.h>
@@ -6,6 +6,7 @@
 #include <string.h>
 #include <ucontext.h>
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 typedef unsigned short u16;
@@ -23,7 +24,7 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 #define __device__
 #define __forceinline__ inline
 #define __noinline__
-#define __launch_bounds__(a, b)
+#define __launch_bounds__(...)
 static float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 static u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 static float __int_as_float(int v) { return __uint_as_float(v); }
@@ -33,7 +34,7 @@ static float __fdividef(float a, float b) { return a / b; }
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 
 struct Index { int x; };
-struct Warp { float sent[32]; u32 a[32][4], b[32][2]; int count = 0, round = 0; };
+struct Warp { float sent[32]; u32 a[32][4], b[32][2]; const char* rows[32]; int count = 0, round = 0; };
 struct Named { int count = 0, round = 0; };
 struct Bar { short count, left; u32 phase; };  // in the 8 bytes of an mbarrier
 struct BlockState { std::vector<char> shared; std::vector<Warp> warps; Named named, all; };
@@ -45,7 +46,7 @@ static std::vector<Copy> copies;
 static ucontext_t scheduler;
 static Fiber* now;
 static int block_threads;
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 static void pause_fiber() {
   swapcontext(&now->context, &scheduler);
 }
@@ -116,7 +117,7 @@ static void run_fiber();
 static void** parameters;
 static int launch(int grid, int threads, int shared, long rounds, unsigned seed) {
   srand(seed);
-  block_threads = threads;
+  block_threads = threads, gridDim.x = grid;
   blocks.assign(grid, BlockState());
   fibers.assign(grid * threads, Fiber());
   copies.clear();
@@ -148,3 +149,15 @@ static int launch(int grid, int threads, int shared, long rounds, unsigned seed)
   }
   return left;
 }
+static void load_matrices(u32* x, const char* p, bool transposed = false) {
+  Warp& w = warp_of();
+  const int lane = now->thread % 32, g = lane / 4, c = lane % 4;
+  if ((size_t)p % 16) abort();
+  w.rows[lane] = p;
+  meet(w, 32);
+  for (int i = 0; i < 4; i++)
+    if (transposed) x[i] = ((const u16*)w.rows[8 * i + 2 * c])[g] | (u32)((const u16*)w.rows[8 * i + 2 * c + 1])[g] << 16;
+    else x[i] = ((const u32*)w.rows[8 * i + g])[c];
+  meet(w, 32);
+}
+static void load_matrices_transposed(u32* x, const char* p) { load_matrices(x, p, true); }

@@ -4,11 +4,7 @@ tests/cuda_on_cpu.h is the GPU: a fiber for each of its threads, in any order. W
 (memory that other blocks see late, the time it takes) is for a machine with an H100.
 """
 
-import ctypes
 import dataclasses
-import functools
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,29 +21,14 @@ from gptjax.drafts import Draft
 from gptjax.kernels import cuda, decoder
 from gptjax.kv_cache import KVCache, make_cache
 
+from .cuda_on_cpu import compile_kernel, launch, needs_gxx
 from .helpers import scaled_params, tiny
 
 BLOCKS, LENGTHS = 3, (9, 1, 13, 4, 16, 2, 7, 11)
-CPU = Path(__file__).with_name("cuda_on_cpu.h")
 SOURCE = Path(decoder.__file__).with_name("decoder.cu").read_text(encoding="utf-8")
 TOLERANCE = (
     0.02  # of logits of about 2: activations are rounded to bfloat16, at most 0.009 was seen
 )
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: apt install g++")
-
-
-@functools.cache
-def compiled(folder: Path, source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    """Return the kernel as a library for this CPU."""
-    path = folder / f"kernel{len(list(folder.iterdir()))}.so"
-    defines = "".join(f"#define {name} {value}\n" for name, value in macros)
-    end = CPU.with_name("cuda_on_cpu_end.h")
-    text = f'#include "{CPU}"\n{defines}{source}\n#include "{end}"\n'
-    flags = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC"]
-    subprocess.run(
-        ["g++", *flags, "-x", "c++", "-", "-o", str(path)], input=text, text=True, check=True
-    )
-    return ctypes.CDLL(str(path))
 
 
 def on_cpu(
@@ -82,22 +63,13 @@ def on_cpu(
     tokens = np.full((steps, B), -1, np.int32)
     values = np.full((B, sizes.padded) if logits else (steps, B), np.nan, np.float32)
     given_up = np.full(blocks, -1, np.int32)
-    arrays = [
-        token_B.astype(np.int32),
-        np.array(cache.length_B, np.int32),
-        *(np.array(x) for x in packed),
-        np.zeros(decoder.n_words(sizes, plan, B), np.uint32),
-        k,
-        v,
-        tokens,
-        values,
-        given_up,
-    ]
-    pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    words = np.zeros(decoder.n_words(sizes, plan, B), np.uint32)
+    read = [token_B.astype(np.int32), np.array(cache.length_B, np.int32), *map(np.array, packed)]
     shared, threads = decoder.shared_memory(sizes, plan, B)[1], 32 * plan.warps + 32
-    library = compiled(folder, source, tuple(macros.items()))
-    left = library.run(pointers, blocks - missing, threads, shared, ctypes.c_long(10**6), 1)
-    assert left == 0, "some threads never ended"
+    # The kernel's outputs take the memory of its inputs.
+    arrays = [*read, words, k, v, words, k, v, tokens, values, given_up]
+    library = compile_kernel(folder, source, "decode", tuple(macros.items()))
+    launch(library, arrays, grid=blocks - missing, block=threads, shared=shared)
     return tokens, values, given_up, k
 
 

@@ -42,7 +42,7 @@ CHOICES = "must be one of auto, float32, bfloat16, float16"
         ("--dtype=float8", f"--dtype=float8: {CHOICES}"),
         ("--dtype=", f"--dtype=: {CHOICES}"),
         ("--dtype", MISSING.format("dtype")),
-        ("--attention=│", "--attention=│: must be one of auto, xla, cudnn"),
+        ("--attention=│", "--attention=│: must be one of auto, xla, cudnn, flash"),
         ("gpt2", WORD.format("gpt2")),
         ("-n_layer=3", "unknown flag -n_layer: did you mean --n_layer?"),
         ("--", "unknown flag --: --help lists the flags"),

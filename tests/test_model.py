@@ -18,6 +18,7 @@ from gptjax import attention, blocks, functions, kv_cache, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
+from gptjax.kernels import cuda
 from gptjax.kv_cache import KVCache
 from gptjax.loss import loss_fn
 from gptjax.settings import architecture, names
@@ -334,7 +335,7 @@ def test_dropout_comes_from_its_key_alone() -> None:
 # ---- Attention -----------------------------------------------------------------------------------
 
 
-HERE = [name for name in attention.ATTENTION if name != "cudnn"]  # which has a test of its own
+HERE = [name for name in attention.ATTENTION if name not in attention.NEEDS]  # tested below
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -427,6 +428,36 @@ def test_cudnn_is_refused_where_it_cannot_run(
             model.resolve(GPTConfig(attention="cudnn", dtype=dtype))
     with pytest.raises(UsageError, match="--dropout="):
         GPTConfig(attention="cudnn", dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "works", "runs"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"dtype": "float16"}, True, False),
+        ({"block_size": 96}, True, False),
+        ({"n_head": 16}, True, False),  # heads of 48
+        ({"kernels": "off"}, True, None),  # auto does not take it; who names it gets it
+    ],
+)
+def test_flash_is_chosen_for_dropout_where_its_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], works: bool, runs: bool | None
+) -> None:
+    fake_devices(monkeypatch, "gpu", CUDA, "9.0")
+    monkeypatch.setattr(cuda, "available", lambda: works)
+    cfg = GPTConfig(dtype="bfloat16", dropout=0.1)
+    assert model.resolve(dataclasses.replace(cfg, **changes)).attention == (
+        "flash" if runs else "xla"
+    )
+    named = dataclasses.replace(cfg, attention="flash", **changes)
+    if runs is False:
+        with pytest.raises(UsageError, match="--attention=flash: needs an H100"):
+            model.resolve(named)
+    else:
+        assert model.resolve(named).attention == "flash"
+    without = dataclasses.replace(cfg, attention_dropout=False, **changes)
+    assert model.resolve(without).attention == "cudnn"
 
 
 @pytest.mark.parametrize(

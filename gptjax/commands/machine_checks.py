@@ -18,7 +18,7 @@ from gptjax import programs
 from gptjax.attention import ATTENTION, choose_attention
 from gptjax.checkpoints.record import available_cpus
 from gptjax.commands.run_checks import Finding, why_not_writable
-from gptjax.config import TrainConfig
+from gptjax.config import GPTConfig, TrainConfig
 from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError, first_line, plural
 from gptjax.files import cache_dir, folder_bytes
@@ -151,7 +151,7 @@ def check_matmul() -> Finding:
 def check_cudnn() -> Finding:
     """Check that cuDNN's attention runs, and gives what XLA's gives."""
     try:
-        choose_attention("cudnn", "bfloat16", dropout=0.0)
+        choose_attention(GPTConfig(attention="cudnn"), "bfloat16")
     except UsageError:
         return Finding("ok", "this backend has no cuDNN")
     remedy = programs.command("train.py", "--attention=xla")

@@ -1,4 +1,4 @@
-// What the decoder needs of a GPU, in one place: tests/cuda_on_cpu.h has the same for a CPU.
+// What the decoder and attention need of a GPU, in one place: tests/cuda_on_cpu.h has the same for a CPU.
 // Source of the instructions: NVIDIA, PTX ISA.
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -83,4 +83,14 @@ __device__ __forceinline__ void multiply(float* acc, u32 a0, u32 a1, u32 a2, u32
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 matrices of 16-bit numbers: lane i gives the row i % 8 of matrix i / 8, 16 bytes of shared memory. Lane 4 g + c
+// gets columns 2 c and 2 c + 1 of row g of each, as `multiply` takes them; transposed, rows 2 c and 2 c + 1 of column g.
+__device__ __forceinline__ void load_matrices(u32* x, const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address(p)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32* x, const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address(p)) : "memory");
 }
