@@ -1,6 +1,7 @@
 """CUDA C++ in a JAX program: what XLA is asked for, and that nothing breaks where it cannot run."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,13 @@ def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda, name, functools.cache(getattr(cuda, name).__wrapped__))
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None = (9, 0)) -> None:
+def pretend_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    found: tuple[int, int] | None = (9, 0),
+    passed: Path | None = None,
+) -> None:
     monkeypatch.setattr(cuda, "capability", lambda: found)
+    monkeypatch.setattr(cuda, "passed_file", lambda: passed)
 
 
 def test_the_call_asks_xla_for_its_ptx_target() -> None:
@@ -103,9 +109,11 @@ def test_a_target_that_xla_does_not_know_leaves_one_line(
 
 @pytest.mark.parametrize(("answer", "reason"), [(2, ""), (3, "something else")])
 def test_the_probe_checks_the_answer(
-    answer: float, reason: str, monkeypatch: pytest.MonkeyPatch
+    answer: float, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pretend_gpu(monkeypatch)
+    """And what it found out is kept for other processes only if it passed."""
+    passed = tmp_path / "passed"
+    pretend_gpu(monkeypatch, passed=passed)
     monkeypatch.setattr(cuda, "compile_ptx", lambda *source: "PTX")
 
     def pretend(*_: object, inputs: list[jax.Array], **__: object) -> list[jax.Array]:
@@ -113,6 +121,10 @@ def test_the_probe_checks_the_answer(
 
     monkeypatch.setattr(cuda, "call", pretend)
     assert reason in cuda.refusal()
+    assert bool(cuda.refusal()) == bool(reason)
+    assert passed.exists() == (not reason)
+    monkeypatch.setattr(cuda, "call", None)
+    cuda.refusal.cache_clear()
     assert bool(cuda.refusal()) == bool(reason)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -174,23 +173,47 @@ def call(
 # ---- Whether it works here -----------------------------------------------------------------------
 
 
+def passed_file() -> Path | None:
+    """Return the file that says that the probe has passed here: GPU, driver and versions are in it.
+
+    Raises:
+        KernelError: NVRTC is missing.
+        OSError: the driver is.
+    """
+    library, driver, device = nvrtc(), ctypes.c_int(), jax.devices()[0]
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    versions = (jax.__version__, jax.lib.__version__, device.client.platform_version, driver.value)
+    here = repr((TARGET, PROBE, device.device_kind, library._name, *versions))
+    return kept_file(f"{hashlib.sha256(here.encode()).hexdigest()}.kernels")
+
+
 @functools.cache
 def refusal() -> str:
-    """Return why kernels cannot run in this process, "" if they can; found out once, by a probe."""
+    """Return why kernels cannot run in this process, "" if they can; found out once, by a probe.
+
+    It takes a second of a start, so that it passed is kept where JAX keeps compiled programs.
+    """
     found = capability()
     if found is None:
         return "there is no NVIDIA GPU"
     if found < AMPERE:
         return f"its compute capability {found[0]}.{found[1]} is below 8.0"
     try:
+        passed = passed_file()
+        if passed is not None and passed.exists():
+            return ""
         with jax.ensure_compile_time_eval():  # also while a program is being traced
-            x = jnp.arange(512.0)
+            # Made by NumPy: XLA would compile a program for each.
+            x, old = np.arange(512, dtype=np.float32), np.full(512, 3, np.float32)
             shape, ptx = jax.ShapeDtypeStruct(x.shape, x.dtype), compile_ptx(PROBE, architecture())
             probe = functools.partial(
                 call, "probe", ptx, outputs=[shape], grid=4, block=128, aliases={1: 0}
             )
-            y = jax.jit(lambda x, old: probe(inputs=[x, old])[0] + 1)(x, jnp.full(512, 3.0))
+            y = jax.jit(lambda x, old: probe(inputs=[x, old])[0] + 1)(x, old)
             right = np.array_equal(np.asarray(y), 2 * np.arange(512) + 4)
+        if right and passed is not None:
+            with contextlib.suppress(OSError):
+                passed.touch()
         return "" if right else "a probe computed something else than it should"
     except Exception as error:  # whatever it is, the plain computation goes on
         return str(error).strip().partition("\n")[0] or type(error).__name__
