@@ -1,20 +1,21 @@
 """Train a GPT: `python train.py [preset] [--flag=value ...]`; `--help` lists the flags."""
 
+import gptjax.quick_start
+
+# isort: split
 import math
-import signal
 import sys
-import time
 from pathlib import Path
 
-from gptjax import distributed, memory, programs
+from gptjax import distributed, memory
 from gptjax.checkpoints.save import About, Saver
-from gptjax.errors import DiskError, plural
+from gptjax.errors import DiskError
 from gptjax.terminal import cli
 from gptjax.training import compiling, plan
 from gptjax.training.feed import BatchFeed
 from gptjax.training.replay import replay
 from gptjax.training.resume_check import resume_check
-from gptjax.training.run_log import RunLog
+from gptjax.training.run_log import RunLog, report_end
 from gptjax.training.run_settings import read_settings
 from gptjax.training.start import (
     TrainingRun,
@@ -23,7 +24,9 @@ from gptjax.training.start import (
     open_run,
     prepare_folder,
 )
-from gptjax.training.step import TrainState, abstract_state, digest
+from gptjax.training.step import abstract_state
+
+gptjax.quick_start.imported()
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +38,8 @@ def main(argv: list[str]) -> int:
     run_dir = Path(config.out_dir)
     cli.make_run_dir(run_dir)
     memory.take_gpu_memory()
+    if plan.is_small(config):
+        memory.take_gpu_memory_as_needed()
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
     with hold_folder(config, run_dir, given):
@@ -97,27 +102,6 @@ def train(run: TrainingRun) -> int:
             f"step {step} was not saved; the newest saved step is {saver.last} ({run.run_dir})"
         )
     return report_end(run, state, step, val_loss)
-
-
-def report_end(run: TrainingRun, state: TrainState, step: int, val_loss: float | None) -> int:
-    """Print how the run ended, after `step` steps that are saved; return the exit code."""
-    config, note = run.config, run.console.note
-    complete = step == config.max_iters and val_loss is not None
-    if complete:
-        note(
-            f"val loss {val_loss:.4f} after {step} {plural(step, 'step')} in "
-            f"{time.monotonic() - run.began:.1f} s\n"
-            f"state sha256={digest(state)} ({config.model.dtype})\n"
-            f"{run.run_dir}: checkpoints, metrics.jsonl, loss.png, samples.txt\n"
-            f"next: {programs.command('sample.py', f'--out_dir={run.run_dir}')}"
-        )
-        return 0
-    if step < config.max_iters and step == plan.last_step(config):
-        note(f"saved step {step}, as --stop_step={step} asks; --init_from=resume continues")
-        return 0
-    number = run.stop_signals[0] if run.stop_signals else signal.SIGTERM
-    note(f"saved step {step} after {signal.Signals(number).name}")
-    return 128 + number
 
 
 if __name__ == "__main__":

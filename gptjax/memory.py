@@ -29,7 +29,7 @@ def take_gpu_memory() -> None:
 def take_gpu_memory_as_needed() -> None:
     """Let JAX take a GPU's memory bit by bit, unless its variable says otherwise.
 
-    It would take three quarters at once, for which an H100 needs 0.9 s. Call it before JAX looks
+    It would take its share at once, for which an H100 needs 0.7 to 0.9 s. Call it before JAX looks
     for devices.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import importlib.util
 import os
+import sys
 import threading
 
 
@@ -17,6 +18,13 @@ def looks_for_gpus() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     named = not platforms or bool({"cuda", "gpu"} & set(platforms.split(",")))
     return named and importlib.util.find_spec("jax_plugins") is not None
+
+
+def is_alone() -> bool:
+    """Return whether nothing says that there are other processes, each of which has its own GPU."""
+    variables = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    launched = any(os.environ.get(name, "1") not in ("", "0", "1") for name in variables)
+    return not launched and not any(word.startswith("--num_processes") for word in sys.argv)
 
 
 def start_cuda() -> None:
@@ -37,5 +45,5 @@ def imported() -> None:
 
 
 gc.disable()
-if looks_for_gpus():
+if looks_for_gpus() and is_alone():
     threading.Thread(target=start_cuda).start()

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import importlib
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -61,6 +62,29 @@ def test_looks_for_gpus(
     assert quick_start.looks_for_gpus() == expected
 
 
+@pytest.mark.parametrize(
+    ("variables", "words", "expected"),
+    [
+        ({}, ["train.py", "--max_iters=5"], True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, [], True),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, [], False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [], False),
+        ({"JAX_NUM_PROCESSES": "4"}, [], False),
+        ({}, ["train.py", "--num_processes=2"], False),
+    ],
+)
+def test_one_of_several_processes_leaves_the_first_gpu_alone(
+    variables: dict[str, str],
+    words: list[str],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", words)
+    assert quick_start.is_alone() == expected
+
+
 def test_cuda_starts_up_to_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
     drivers = {0: Driver(0), 100: Driver(100)}  # 100: no GPU
     for answer, driver in drivers.items():
@@ -77,12 +101,12 @@ def test_cuda_starts_up_to_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
     quick_start.start_cuda()
 
 
-def test_a_program_imports_it_first_and_ends_it_after_the_imports() -> None:
-    body = ast.parse((ROOT / "sample.py").read_text(encoding="utf-8")).body
+@pytest.mark.parametrize("program", ["sample.py", "train.py"])
+def test_a_program_imports_it_first_and_ends_it_after_the_imports(program: str) -> None:
+    body = ast.parse((ROOT / program).read_text(encoding="utf-8")).body
     imports = [i for i, node in enumerate(body) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert ast.unparse(body[imports[0]]) == "import gptjax.quick_start"
     assert ast.unparse(body[imports[-1] + 1]) == "gptjax.quick_start.imported()"
     subprocess.run([sys.executable, "-c", SEEN_BY_A_PROGRAM], cwd=ROOT, check=True)
-    import sample  # noqa: F401
-
+    importlib.import_module(program[:-3])
     assert gc.isenabled()
