@@ -1,8 +1,9 @@
 """Decoding, gptjax against transformers: `python -m benchmarks.decode`.
 
-Greedy, random weights, of GPT-2 124M on a GPU and of 6 layers, 384 wide, on a CPU, or of
-`--preset=gpt2_xl`. Before anything is timed, the tokens of the cached decoder, and of the one that
-is a single kernel where that runs, are compared with those of the model without a cache. The
+Random weights, of GPT-2 124M on a GPU and of 6 layers, 384 wide, on a CPU, or of
+`--preset=gpt2_xl`; greedy, or with `--drawn` at temperature 1. The texts of the cached decoder, and
+of the one that is a single kernel where that runs, are judged by the model without a cache, in
+float32: greedy tokens have to be the likeliest, drawn ones as likely as its probabilities say. The
 roofline is the time in which the device can read the weights and the caches once, at the bandwidth
 of a copy that is measured first; of a text it is that of its middle. Recomputed is a pass over the
 whole context for each token. `--quick` has one round of fewer tokens, `--peer` transformers (with a
@@ -13,6 +14,7 @@ B rows, T time.
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import tempfile
@@ -32,8 +34,10 @@ from gptjax.conversion import huggingface
 from gptjax.kv_cache import make_cache
 from gptjax.presets import PRESETS
 
-GREEDY = SampleConfig(temperature=0)
+GREEDY, DRAWN = SampleConfig(temperature=0), SampleConfig(temperature=1, top_k=0)
 LARGEST_GAP = 0.1  # of the largest logit; bfloat16 had 0.03 in GPT-2 small
+LARGEST_SCORE = 5.0  # standard deviations from what the probabilities make of a drawn text
+AT_ONCE = 8  # rows that are judged at a time: their logits take 0.2 GB each
 
 
 def fastest(run: Callable[[], object], rounds: int) -> float:
@@ -60,55 +64,89 @@ def make_prompts(cfg: GPTConfig, rows: int) -> list[list[int]]:
     return [[int(i) for i in row] for row in tokens]
 
 
-def draw(cfg: GPTConfig, decoder: model.Params, rows: int, n: int) -> tuple[np.ndarray, float]:
+def draw(
+    cfg: GPTConfig, decoder: model.Params, how: SampleConfig, rows: int, n: int
+) -> tuple[np.ndarray, float]:
     """The next n tokens of each row, and the seconds until the first of them."""
     began, first, pieces = time.perf_counter(), 0.0, []
     prompts = make_prompts(cfg, rows)
-    for piece in sampling.generate(cfg, decoder, prompts, GREEDY, max_new_tokens=n):
+    for piece in sampling.generate(cfg, decoder, prompts, how, max_new_tokens=n):
         first = first or time.perf_counter() - began
         pieces.append(piece)
     return np.concatenate(pieces, axis=1), first
 
 
-def check(cfg: GPTConfig, params: model.Params, decoder: model.Params, rows: int, n: int) -> str:
-    """Compare the tokens of some rows with the likeliest of one float32 pass over their texts.
+@functools.partial(jax.jit, static_argnames="cfg")
+def judge(cfg: GPTConfig, params: model.Params, text: jax.Array) -> jax.Array:
+    """What the model without a cache makes of the tokens of some texts from place 8 on.
 
-    They may differ where two logits are nearly equal, by more in deep models of random weights.
-    With its positions off by one a decoder chose tokens that were 94 to 113 % behind.
+    (4, rows, tokens): the logit of each, the largest logit, the token's log-probability less its
+    mean under the model's distribution, and the variance of that.
     """
-    new, _ = draw(cfg, decoder, rows, n)
+    logits = model.forward(cfg, params, text[:, :-1])[0][:, 7:, : cfg.vocab_size]
+    logs, p = jax.nn.log_softmax(logits), jax.nn.softmax(logits)
+    mean = (p * logs).sum(axis=-1)
+    variance = (p * jnp.square(logs - mean[..., None])).sum(axis=-1)
+    chosen, log = (
+        jnp.take_along_axis(x, text[:, 8:, None], axis=-1)[..., 0] for x in (logits, logs)
+    )
+    return jnp.stack([chosen, logits.max(axis=-1), log - mean, variance])
+
+
+def check(
+    cfg: GPTConfig,
+    params: model.Params,
+    decoder: model.Params,
+    how: SampleConfig,
+    rows: int,
+    n: int,
+) -> str:
+    """Judge the tokens of some rows by one float32 pass over their texts.
+
+    Greedy tokens may differ where two logits are nearly equal, by more in deep models of random
+    weights. With its positions off by one a decoder chose tokens that were 94 to 113 % behind.
+    """
+    new, _ = draw(cfg, decoder, how, rows, n)
     text = np.concatenate([np.array(make_prompts(cfg, rows)), new], axis=1)
     reference = dataclasses.replace(cfg, dtype="float32", attention="xla", kernels="off", unroll=1)
     with jax.default_matmul_precision("highest"):
-        forward = jax.jit(model.forward, static_argnums=0)
-        logits = forward(reference, params, text[:, :-1])[0][:, 7:]
-    chosen = np.take_along_axis(np.asarray(logits), new[..., None], axis=-1)[..., 0]
-    best = np.asarray(logits.max(axis=-1))
+        parts = [text[i : i + AT_ONCE] for i in range(0, rows, AT_ONCE)]
+        filled = [np.resize(part, (AT_ONCE, text.shape[1])) for part in parts]
+        found = [np.asarray(judge(reference, params, part)) for part in filled]
+    chosen, best, surprise, variance = np.concatenate(found, axis=1)[:, :rows]
+    if how is DRAWN:
+        score = float(surprise.sum() / np.sqrt(variance.sum()))
+        assert abs(score) < LARGEST_SCORE, f"drawn from something else: {score:.1f} deviations"
+        return f"{score:+.1f}"
     behind = float(np.max((best - chosen) / np.abs(best)))
     assert behind < LARGEST_GAP, f"the decoder says something else: {behind:.0%} behind the best"
-    different = int(np.sum(chosen < best))
-    return (
-        f"of {new.size} greedy tokens {different} differ from those without a cache, by at most "
-        f"{behind:.2%} of the largest logit"
-    )
+    return f"{int(np.sum(chosen < best))} of {new.size}, {behind:.1%}"
 
 
 def time_step(cfg: GPTConfig, decoder: model.Params, rows: int, size: int, rounds: int) -> float:
-    """Seconds of a token of all rows, with a full cache of this size."""
+    """Seconds of a greedy token of all rows, with a full cache of this size; the last by a kernel.
+
+    Where `decoder` has the weights of the kernel, that is what is timed.
+    """
     n, keys = sampling.chunk_size(), jax.random.split(jax.random.key(0), rows)
     prompts = np.zeros((rows, 64), np.int32)
-    lengths = np.full(rows, 64, np.int32)
-    start = decoding.prefill(cfg, GREEDY, 128, decoder, prompts, lengths, keys, np.int32(0), None)
+    lengths, packed = np.full(rows, 64, np.int32), decoder.get("kernel")
+    plain = fused.without_kernel(decoder)
+    start = decoding.prefill(cfg, GREEDY, 128, plain, prompts, lengths, keys, np.int32(0), None)
     cache = make_cache(cfg, rows, size)
     fill = jax.jit(lambda x: jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype))
     filled = cache._replace(k=tuple(map(fill, cache.k)), v=tuple(map(fill, cache.v)))
-    state = start._replace(cache=filled)
+    state = start._replace(cache=filled if packed is None else fused.stack_cache(cfg, filled))
     length_B = jnp.full(rows, max(size - n, 0))
 
     def run() -> None:
         nonlocal state
         cache = state.cache._replace(length_B=length_B + 0)  # decode donates it
-        state, new, _ = decoding.decode(cfg, GREEDY, n, decoder, state._replace(cache=cache), keys)
+        now = state._replace(cache=cache)
+        if packed is None:
+            state, new, _ = decoding.decode(cfg, GREEDY, n, plain, now, keys)
+        else:
+            state, new, _ = fused.decode(cfg, GREEDY, n, packed, now, keys)
         new.block_until_ready()
 
     return fastest(run, rounds) / n
@@ -136,7 +174,9 @@ def time_recomputed(cfg: GPTConfig, params: model.Params, rows: int, T: int, rou
     return fastest(lambda: forward(params, tokens).block_until_ready(), rounds)
 
 
-def time_peer(cfg: GPTConfig, params: model.Params, rows: int, n: int, rounds: int) -> float:
+def time_peer(
+    cfg: GPTConfig, params: model.Params, how: SampleConfig, rows: int, n: int, rounds: int
+) -> float:
     """Seconds in which transformers draws n tokens of each row, with the same weights."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -147,12 +187,14 @@ def time_peer(cfg: GPTConfig, params: model.Params, rows: int, n: int, rounds: i
         twin = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16 if gpu else None)
     twin = twin.eval().to("cuda" if gpu else "cpu")
     prompts = torch.tensor(make_prompts(cfg, rows), device=twin.device)
-    how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    asked: dict[str, Any] = {"do_sample": how is DRAWN, "pad_token_id": 0, "eos_token_id": None}
+    if how is DRAWN:
+        asked["top_k"] = 0
     if gpu:
-        how["cache_implementation"] = "static"  # with it, generate compiles the forward pass
+        asked["cache_implementation"] = "static"  # with it, generate compiles the forward pass
 
     def run() -> None:
-        twin.generate(prompts, max_new_tokens=n, min_new_tokens=n, **how).cpu()
+        twin.generate(prompts, max_new_tokens=n, min_new_tokens=n, **asked).cpu()
 
     with torch.no_grad():
         return fastest(run, rounds)
@@ -164,10 +206,12 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, help="whose model is timed")
     parser.add_argument("--rows", type=int, nargs="*", default=[])
     parser.add_argument("--contexts", type=int, nargs="*", default=[])
+    parser.add_argument("--drawn", action="store_true", help="draw at temperature 1")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
     allocator.keep_freed_memory()
+    how, name = (DRAWN, "drawn") if args.drawn else (GREEDY, "greedy")
     cpu = jax.default_backend() == "cpu"
     preset = args.preset or ("shakespeare_char" if cpu else "gpt2")
     vocab_size = 65 if preset.startswith("shakespeare_char") else GPTConfig().vocab_size
@@ -195,49 +239,47 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"{os.cpu_count()} cores, {device}, {cfg.dtype}, jax {version('jax')}")
     print(f"a copy: {rate / 1e9:.0f} GB/s; weights: {weights / 1e6:.0f} MB")
-    print(check(cfg, params, decoder, 2, n), flush=True)
-    if "kernel" in with_kernel:
-        rows = min(2, fused.most_rows(cfg))
-        print(f"by the kernel: {check(cfg, params, with_kernel, rows, n)}", flush=True)
 
     def time_text(decoder: model.Params, rows: int) -> str:
-        """Tokens/s of texts of n tokens, and their share of the roofline."""
-        seconds = fastest(lambda: draw(cfg, decoder, rows, n), rounds)
-        return f"{rows * n / seconds:,.0f} | {share(rows, n // 2, seconds / n)}"
+        """Tokens/s of texts of n tokens, their share of the roofline, and what float32 says."""
+        verdict = check(cfg, params, decoder, how, rows, n)
+        seconds = fastest(lambda: draw(cfg, decoder, how, rows, n), rounds)
+        return f"{rows * n / seconds:,.0f} | {share(rows, n // 2, seconds / n)} | {verdict}"
 
-    print(
-        f"\n| rows | ms to the first token | tokens/s of {n} tokens | roofline "
-        "| by the kernel | roofline | transformers |"
+    others = (
+        "deviations from float32" if args.drawn else "not the likeliest in float32, behind it by"
     )
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        f"\n| {preset}, rows | ms to the first token | tokens/s of {n} {name} tokens | roofline "
+        f"| {others} | by the kernel | roofline | {others} | transformers |"
+    )
+    print("|---" * 9 + "|", flush=True)
     for rows in all_rows:
         plain = time_text(decoder, rows)
-        _, first = draw(cfg, decoder, rows, n)
-        kernel, theirs = "- | -", "-"
+        _, first = draw(cfg, decoder, how, rows, n)
+        kernel, theirs = "| | ", ""
         if "kernel" in with_kernel and fused.takes(cfg, rows):
             kernel = time_text(with_kernel, rows)
         if args.peer:
-            theirs = f"{rows * n / time_peer(cfg, params, rows, n, rounds):,.0f}"
+            theirs = f"{rows * n / time_peer(cfg, params, how, rows, n, rounds):,.0f}"
         print(f"| {rows} | {1e3 * first:.1f} | {plain} | {kernel} | {theirs} |", flush=True)
 
     print(
-        "\n| rows | context | ms to read it | ms a token | tokens/s | roofline | recomputed, ms |"
+        "\n| rows | context | ms to read it | ms a token | tokens/s | roofline "
+        "| ms by the kernel | roofline | recomputed, ms |"
     )
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("|---" * 9 + "|", flush=True)
     for rows in all_rows:
         for context in contexts:
-            step = time_step(cfg, decoder, rows, context, rounds)
-            read, again = (
-                (
-                    time_prefill(cfg, decoder, rows, context, rounds),
-                    time_recomputed(cfg, params, rows, context, rounds),
-                )
-                if rows <= 64
-                else (math.nan, math.nan)
-            )
+            step, kernel = time_step(cfg, decoder, rows, context, rounds), "| "
+            if "kernel" in with_kernel and fused.takes(cfg, rows):
+                fast = time_step(cfg, with_kernel, rows, context, rounds)
+                kernel = f"{1e3 * fast:.3f} | {share(rows, context, fast)}"
+            read = time_prefill(cfg, decoder, rows, context, rounds)
+            again = time_recomputed(cfg, params, rows, context, rounds)
             print(
                 f"| {rows} | {context} | {1e3 * read:.1f} | {1e3 * step:.3f} | {rows / step:,.0f} "
-                f"| {share(rows, context, step)} | {1e3 * again:.1f} |",
+                f"| {share(rows, context, step)} | {kernel} | {1e3 * again:.1f} |",
                 flush=True,
             )
 
