@@ -137,7 +137,8 @@ class CausalSelfAttention(nn.Module):
         else:
             positions_BT = cache.positions(T)
             k, v, cache = cache.update(k.astype(cfg.dtype), v.astype(cfg.dtype))
-            attend = attend_int8 if cfg.cache == "int8" else CACHED_ATTENTION[cfg.attention]
+            name = "xla" if cfg.kernels == "off" else cfg.attention
+            attend = attend_int8 if cfg.cache == "int8" else CACHED_ATTENTION[name]
             y_BTHK = attend(q, k, v, positions_BT)
         y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
         return y_BTD if keys_PB is None else drop_rows(y_BTD, keys_PB[1], cfg.dropout), cache

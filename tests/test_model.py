@@ -566,6 +566,25 @@ def test_cudnn_attention_to_caches() -> None:
     assert (error <= 1.5 * allowed + 1e-6).all(), (error, allowed)
 
 
+def test_kernels_off_leaves_caches_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "choose_attention", lambda cfg, dtype: cfg.attention)
+    taken: list[str] = []
+    for name in attention.CACHED_ATTENTION:
+
+        def attend(*args: Any, name: str = name) -> jax.Array:
+            taken.append(name)
+            return attention.attend(*args)
+
+        monkeypatch.setitem(blocks.CACHED_ATTENTION, name, attend)
+    params = model.prepare_for_decoding(tiny(), scaled_params(tiny(), jax.random.key(0)))
+    for kernels, expected in (("auto", "cudnn"), ("off", "xla")):
+        cfg = tiny(dtype="float32", attention="cudnn", kernels=kernels)
+        cache = kv_cache.make_cache(cfg, len(TOKENS), 8)
+        model.forward(cfg, params, jnp.asarray(TOKENS[:, :1]), cache=cache)
+        assert set(taken) == {expected}
+        taken.clear()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
