@@ -76,19 +76,19 @@ def draw(
     return np.concatenate(pieces, axis=1), first
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def judge(cfg: GPTConfig, params: model.Params, text: jax.Array) -> jax.Array:
-    """What the model without a cache makes of the tokens of some texts from place 8 on.
+@functools.partial(jax.jit, static_argnames=("cfg", "start"))
+def judge(cfg: GPTConfig, params: model.Params, text: jax.Array, start: int) -> jax.Array:
+    """What the model without a cache makes of the tokens of some texts from place `start` on.
 
     (4, rows, tokens): the logit of each, the largest logit, the token's log-probability less its
     mean under the model's distribution, and the variance of that.
     """
-    logits = model.forward(cfg, params, text[:, :-1])[0][:, 7:, : cfg.vocab_size]
+    logits = model.forward(cfg, params, text[:, :-1])[0][:, start - 1 :, : cfg.vocab_size]
     logs, p = jax.nn.log_softmax(logits), jax.nn.softmax(logits)
     mean = (p * logs).sum(axis=-1)
     variance = (p * jnp.square(logs - mean[..., None])).sum(axis=-1)
     chosen, log = (
-        jnp.take_along_axis(x, text[:, 8:, None], axis=-1)[..., 0] for x in (logits, logs)
+        jnp.take_along_axis(x, text[:, start:, None], axis=-1)[..., 0] for x in (logits, logs)
     )
     return jnp.stack([chosen, logits.max(axis=-1), log - mean, variance])
 
@@ -96,23 +96,21 @@ def judge(cfg: GPTConfig, params: model.Params, text: jax.Array) -> jax.Array:
 def check(
     cfg: GPTConfig,
     params: model.Params,
-    decoder: model.Params,
     how: SampleConfig,
-    rows: int,
-    n: int,
+    prompts: list[list[int]],
+    new: np.ndarray,
 ) -> str:
-    """Judge the tokens of some rows by one float32 pass over their texts.
+    """Judge the tokens that continue some prompts by one float32 pass over their texts.
 
     Greedy tokens may differ where two logits are nearly equal, by more in deep models of random
     weights. With its positions off by one a decoder chose tokens that were 94 to 113 % behind.
     """
-    new, _ = draw(cfg, decoder, how, rows, n)
-    text = np.concatenate([np.array(make_prompts(cfg, rows)), new], axis=1)
+    text, rows = np.concatenate([np.array(prompts), new], axis=1), len(prompts)
     reference = dataclasses.replace(cfg, dtype="float32", attention="xla", kernels="off", unroll=1)
     with jax.default_matmul_precision("highest"):
         parts = [text[i : i + AT_ONCE] for i in range(0, rows, AT_ONCE)]
         filled = [np.resize(part, (AT_ONCE, text.shape[1])) for part in parts]
-        found = [np.asarray(judge(reference, params, part)) for part in filled]
+        found = [np.asarray(judge(reference, params, part, len(prompts[0]))) for part in filled]
     chosen, best, surprise, variance = np.concatenate(found, axis=1)[:, :rows]
     if how is DRAWN:
         score = float(surprise.sum() / np.sqrt(variance.sum()))
@@ -242,7 +240,8 @@ def main() -> None:
 
     def time_text(decoder: model.Params, rows: int) -> str:
         """Tokens/s of texts of n tokens, their share of the roofline, and what float32 says."""
-        verdict = check(cfg, params, decoder, how, rows, n)
+        new, _ = draw(cfg, decoder, how, rows, n)
+        verdict = check(cfg, params, how, make_prompts(cfg, rows), new)
         seconds = fastest(lambda: draw(cfg, decoder, how, rows, n), rounds)
         return f"{rows * n / seconds:,.0f} | {share(rows, n // 2, seconds / n)} | {verdict}"
 
