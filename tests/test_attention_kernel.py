@@ -60,9 +60,13 @@ def reference(inputs: list[jax.Array], dy: jax.Array, keys_B: jax.Array, dtype: 
     def attend(*qkv: jax.Array) -> jax.Array:
         return attention.attend_xla(*qkv, dropout=RATE, keys_B=keys_B)
 
+    @jax.jit
+    def all_of_it(dy: jax.Array, *qkv: jax.Array) -> list[jax.Array]:
+        y, vjp = jax.vjp(attend, *qkv)
+        return [y, *vjp(dy)]
+
     with jax.default_matmul_precision("highest"):
-        y, vjp = jax.vjp(attend, *(x.astype(dtype) for x in inputs))
-        return [y, *vjp(dy.astype(dtype))]
+        return all_of_it(*(x.astype(dtype) for x in (dy, *inputs)))
 
 
 def errors(found: list[Any], expected: list[Any]) -> list[float]:
@@ -99,7 +103,7 @@ def test_source(
     check(shape)
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 5, 64), (8, 256, 6, 64), (2, 1024, 12, 64)])
+@pytest.mark.parametrize("shape", [(3, 64, 5, 64), (8, 256, 6, 64), (2, 512, 12, 64)])
 def test_kernels_on_a_gpu(shape: tuple[int, int, int, int]) -> None:
     if not flash.takes(shape[1], shape[3]):
         pytest.skip("needs an H100: JAX_PLATFORMS=cuda pytest -n 0 tests/test_attention_kernel.py")
