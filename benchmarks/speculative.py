@@ -97,9 +97,10 @@ def main() -> None:
             first = first or (rate, new)
             greedy = how.temperature == 0
             verdict = check(cfg, large.params, how, prompts, new) if greedy else ""
-            passes = new.size - tally.right.sum()  # each adds a token of MODEL's own
+            right = tally.right.sum() / max(1, tally.drafted.sum())
+            each = 1 + args.drafted * right  # a token of MODEL's own comes with each pass
             print(
-                f"| {said} | {rate:,.0f} | {rate / first[0]:.2f} | {new.size / passes:.2f} "
+                f"| {said} | {rate:,.0f} | {rate / first[0]:.2f} | {each:.2f} "
                 f"| {(new == first[1]).mean():.0%} | {verdict} |",
                 flush=True,
             )

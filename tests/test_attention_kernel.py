@@ -93,6 +93,10 @@ def check(shape: tuple[int, int, int, int]) -> None:
 
 
 @needs_gxx
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu",
+    reason="it is for a CPU: JAX_PLATFORMS=cpu pytest tests/test_attention_kernel.py",
+)
 @pytest.mark.parametrize("shape", [(1, 192, 2, 32), (2, 64, 1, 64)])
 def test_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int]
