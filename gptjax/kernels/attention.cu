@@ -210,7 +210,8 @@ __device__ void backward(char* shared, const u16* row_a, const u16* row_b, const
   if (KEYS) store_rows(value_gradient, bh, row, acc_values, more);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Three blocks on a multiprocessor, so at most 168 registers a thread: 8 % faster than two with 190
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     attention_backward(const u16* q, const u16* k, const u16* v, const uint2* words, const float* log_sums,
                        const float* deltas, const u16* dy, u16* dq, u16* dk, u16* dv) {
   SHARED_MEMORY(shared);
