@@ -90,7 +90,7 @@ PRESETS = {
         out_dir="out/shakespeare_char_fast",
     ),
     # python train.py gpt2 --batch_size=auto: as large a batch as the devices hold. A pass over 64
-    # sequences with its update takes 124 ms on one H200; no whole run was measured, and nothing of
+    # sequences with its update takes 114 ms on one H200; no whole run was measured, and nothing of
     # medium and large
     "gpt2": GPT2_RECIPE,
     # python train.py gpt2_fast --batch_size=auto, on one GPU or on eight, with llm.c's shards of

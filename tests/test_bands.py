@@ -64,6 +64,17 @@ def test_a_run_of_a_preset_has_its_band_on_any_number_of_devices(
     assert found is not None and found.preset == band.preset
 
 
+@pytest.mark.parametrize(
+    "name", ["data/fineweb10B", "fineweb10B", "/mnt/fineweb10B", "data/fineweb10B/*.bin"]
+)
+def test_a_band_is_found_wherever_the_data_is(name: str, tmp_path: Path) -> None:
+    tokenizer: Any = FakeGPT2()
+    data = dataclasses.replace(SHAKESPEARE, name=name, tokenizer=tokenizer)
+    assert find_band(settings(tmp_path, "gpt2_fast"), data) is not None
+    other = dataclasses.replace(data, name=f"{name}/other")
+    assert find_band(settings(tmp_path, "gpt2_fast"), other) is None
+
+
 class FakeGPT2:
     kind = "gpt2"
 

@@ -120,7 +120,7 @@ def loss_and_grad(mesh: str, **changes: Any) -> tuple[jax.Array, Any]:
     return compute(params, windows, dropout_keys(config, 3, (2, 8)), None)
 
 
-@pytest.mark.parametrize("mesh", ["data:8", "zero1:4,tensor:2", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_loss_and_gradient_equal_those_of_one_device(mesh: str) -> None:
     found, expected = loss_and_grad(mesh), loss_and_grad("data")
     assert difference(found[0], expected[0]) <= 1e-6

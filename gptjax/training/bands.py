@@ -1,5 +1,6 @@
 """The validation losses to expect of each preset, and where those of a run lie beside them."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.config import TrainConfig
@@ -107,6 +108,11 @@ DECIDING = set(names(TrainConfig, architecture, state, experiment, run)) - FREE
 DECIDING |= {"val_dataset", "val_fraction"}
 
 
+def data_name(name: str) -> str:
+    """Return the last part of the name of a data set, whose folder may be anywhere."""
+    return Path(name.removesuffix("/*.bin")).name
+
+
 def find_band(config: TrainConfig, dataset: Dataset) -> Band | None:
     """Return the band of the preset that a run is: its settings, its data, from the beginning.
 
@@ -121,9 +127,10 @@ def find_band(config: TrainConfig, dataset: Dataset) -> Band | None:
     for band in BANDS:
         preset = PRESETS[band.preset]
         same = {name: flatten(preset)[name] for name in DECIDING}.items() <= settings.items()
-        data = (dataset.name, dataset.tokenizer.kind) == (band.dataset, band.tokenizer)
+        data = (data_name(dataset.name), dataset.tokenizer.kind)
         fresh = config.init_from in ("scratch", "auto")
-        if same and data and fresh and rows == step_rows(preset, ()):
+        known = (data_name(band.dataset), band.tokenizer)
+        if same and data == known and fresh and rows == step_rows(preset, ()):
             return band
     return None
 

@@ -109,6 +109,7 @@ class Record(TypedDict, total=False):
     skipped: int
     learning_rate: float
     loss_scale: float  # in float16
+    good_steps: int  # in a row with this scale
     tokens_per_second: int | None
     seconds: float  # since the run began
     mfu: float | None

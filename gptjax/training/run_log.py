@@ -118,6 +118,7 @@ class RunLog:
             )
             if "loss_scale" in now:
                 record["loss_scale"] = float(now["loss_scale"])
+                record["good_steps"] = int(now["good_steps"])
             self._emit(record)
             self.fields |= metrics.describe(record)
         self.run.console.update(step + 1, self.fields, log=log)

@@ -193,8 +193,9 @@ def make_train_step(
     in nats per token; `learning_rate`; `grad_norm`, the global norm before clipping;
     `gradient_norms`, the gradient's norm per parameter and layer; `skipped` and `in_a_row` of the
     guard (see `guard.judge`); in float16 `loss_scale` and `next_loss_scale`, those of this step and
-    of the next. A step that is skipped leaves parameters and optimizer state as they were and
-    counts as a step. Dropout in step n depends on (config.seed, n) alone.
+    of the next, and `good_steps` with the latter. A step that is skipped leaves parameters and
+    optimizer state as they were and counts as a step. Dropout in step n depends on (config.seed, n)
+    alone.
 
     Args:
         config: the settings.
@@ -232,6 +233,7 @@ def make_train_step(
         }
         if now is not None and after is not None:
             metrics |= {"loss_scale": now.scale, "next_loss_scale": after.scale}
+            metrics["good_steps"] = after.good_steps
         state = TrainState(state.step + 1, params, opt_state, guard, after)
         if mesh.size > 1:
             state = jax.lax.with_sharding_constraint(state, shardings)
