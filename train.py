@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     run_dir = Path(config.out_dir)
     cli.make_run_dir(run_dir)
     memory.take_gpu_memory()
-    if plan.is_small(config):
+    if plan.needs_little_memory(config):
         memory.take_gpu_memory_as_needed()
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)

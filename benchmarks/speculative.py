@@ -3,8 +3,8 @@
 Both are what `sample.py --init_from` takes, with the same tokens: gpt2-xl and gpt2, or run folders.
 They continue prompts, one at a time, from the validation split of `--dataset`. Timed are the plain
 decoder of MODEL, the one that is a single kernel where that runs, and drafts of SMALL, by its plain
-decoder and by the kernel, and of earlier words (n-grams). All texts are judged in float32 (see
-`benchmarks.decode`); with drafts they are the plain decoder's, but for tokens that are as likely.
+decoder and by the kernel, and of earlier words (n-grams). Greedy texts are judged in float32 (see
+`benchmarks.decode`), drawn ones are only compared with the plain decoder's.
 """
 
 import argparse

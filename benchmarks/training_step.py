@@ -182,8 +182,6 @@ def main() -> None:
                 )
                 steps, losses[side] = json.loads(done.stdout.splitlines()[-1])
                 times[side].append(steps)
-        ours = [loss for side, loss in losses.items() if side.startswith("gptjax")]
-        assert max(ours) < (1 + LARGEST_DIFFERENCE) * min(ours), f"gptjax's losses differ: {losses}"
         config, batch_size, _ = make_config(args.device, shape, args.bias)
         tokens = args.gpus * batch_size * config.model.block_size
         medians = {s: statistics.median(map(statistics.median, t)) for s, t in times.items()}
@@ -196,7 +194,9 @@ def main() -> None:
             fastest, ratio = min(map(min, times[side])), median / medians["gptjax"]
             rate = 1e3 * tokens / median
             row = f"| {side} | {median:.1f} | {fastest:.1f} | {rate:,.0f} | {ratio:.2f} |"
-            print(f"{row} {losses[side]:.3f} |")
+            print(f"{row} {losses[side]:.3f} |", flush=True)
+        ours = [loss for side, loss in losses.items() if side.startswith("gptjax")]
+        assert max(ours) < (1 + LARGEST_DIFFERENCE) * min(ours), f"gptjax's losses differ: {losses}"
 
 
 if __name__ == "__main__":

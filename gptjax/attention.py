@@ -121,16 +121,20 @@ def attend_flash(
 ) -> Array:
     """Return the result of `attend` by kernels that store neither scores nor masks.
 
-    They run in bfloat16 on an H100 or H200, where the masks are those of `attend`. Without dropout
-    this is cuDNN's, and `attend_xla` where each device has some of the heads; `einsum` is for that.
+    Their masks are those of `attend`. Without dropout the result is cuDNN's. With it, `attend_xla`
+    computes where the kernels cannot, such as other lengths, heads and types; `einsum` is for that.
     """
     if keys_B is None or dropout == 0:
         return attend_cudnn(q_BTHK, k_BTHK, v_BTHK)
-    B, T, H, _ = q_BTHK.shape
-    if collectives.axis_size("tensor") > 1 or not flash.takes(T, q_BTHK.shape[-1]):
+    B, T, H, K = q_BTHK.shape
+    if flash.refusal(T, K, q_BTHK.dtype):
         return attend_xla(q_BTHK, k_BTHK, v_BTHK, dropout=dropout, keys_B=keys_B, einsum=einsum)
-    words_BHT2 = jnp.concatenate(row_words(keys_B, (B, H, T, T)), axis=-1)
-    return flash.attend(q_BTHK, k_BTHK, v_BTHK, words_BHT2, dropout)
+    words_BTH2 = jnp.concatenate(row_words(keys_B, (B, H, T, T)), axis=-1).swapaxes(1, 2)
+
+    def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, words_BTH2: Array) -> Array:
+        return flash.attend(q_BTHK, k_BTHK, v_BTHK, words_BTH2.swapaxes(1, 2), dropout)
+
+    return collectives.each_with_its_heads(attend, q_BTHK, k_BTHK, v_BTHK, words_BTH2)
 
 
 def attend_cached_cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, positions_BT: Array) -> Array:
@@ -175,13 +179,6 @@ CACHED_ATTENTION = {
 }
 
 
-# What an implementation needs that does not run everywhere:
-NEEDS = {
-    "cudnn": "an NVIDIA GPU of compute capability 8.0 or more and half precision",
-    "flash": "an H100 or H200, bfloat16, heads of 64 and a block_size that is a multiple of 64",
-}
-
-
 def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
     """Return the key of ATTENTION to use on this machine: "auto" decided, another name checked.
 
@@ -194,21 +191,24 @@ def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
     """
     found = capability()
 
-    def runs(name: Attention) -> bool:
+    def refusal(name: Attention) -> str:
+        """Return why an implementation cannot run here, "" if it can."""
         if name == "flash":
-            return dtype == "bfloat16" and flash.takes(cfg.block_size, cfg.head_dim)
+            return flash.refusal(cfg.block_size, cfg.head_dim, dtype)
         # cuDNN's flash attention has kernels from this generation on.
         half = dtype in ("bfloat16", "float16")
-        return name == "xla" or (found is not None and found >= AMPERE and half)
+        if name == "xla" or (found is not None and found >= AMPERE and half):
+            return ""
+        here = f" of {found[0]}.{found[1]}" if found else ""
+        return (
+            "needs an NVIDIA GPU of compute capability 8.0 or more and half precision, but this is "
+            f"{jax.default_backend()}{here} in {dtype}"
+        )
 
     if cfg.attention == "auto":
         fast: Attention = "flash" if cfg.weights_dropout else "cudnn"
         off = fast == "flash" and cfg.kernels == "off"
-        return fast if runs(fast) and not off else "xla"
-    if not runs(cfg.attention):
-        here = f" of {found[0]}.{found[1]}" if found else ""
-        raise UsageError(
-            f"--attention={cfg.attention}: needs {NEEDS[cfg.attention]}, but this is "
-            f"{jax.default_backend()}{here} in {dtype}; take --attention=auto"
-        )
+        return "xla" if off or refusal(fast) else fast
+    if why := refusal(cfg.attention):
+        raise UsageError(f"--attention={cfg.attention}: {why}; take --attention=auto")
     return cfg.attention

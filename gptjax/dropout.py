@@ -37,13 +37,7 @@ def keep_mask(
     Returns:
         Booleans of the shape.
     """
-    a, b = row_words(keys_B, shape, positions)
-    # The last axis is the long one: this is computed for every number, the rest once for a row.
-    last = jax.lax.broadcasted_iota(jnp.uint32, _along(len(shape) - 1, shape), len(shape) - 1)
-    x = a + last * jnp.uint32(GOLDEN)
-    x = (x ^ (x >> 16)) * jnp.uint32(FIRST)
-    x = ((x ^ (x >> 15)) + b) * jnp.uint32(SECOND)
-    return x >= jnp.uint32(round(rate * 2**32))
+    return mask_of_words(*row_words(keys_B, shape, positions), shape[-1], rate)
 
 
 def row_words(
@@ -51,7 +45,7 @@ def row_words(
 ) -> tuple[Array, Array]:
     """Return two words of 32 bits (B, ..., T, 1) for each row [b, ..., t] of a mask.
 
-    What `keep_mask` computes of them is also in kernels/attention.cu. Arguments as there.
+    The arguments are those of `keep_mask`.
     """
     words = jax.random.key_data(keys_B)
     a, b = (words[:, i].reshape(-1, *[1] * (len(shape) - 1)) for i in (0, 1))
@@ -61,6 +55,18 @@ def row_words(
             index = positions.reshape(-1, *_along(axis, shape)[1:]).astype(jnp.uint32)
         a, b = _fold(a, b, index)
     return a, b
+
+
+def mask_of_words(a: Array, b: Array, size: int, rate: float) -> Array:
+    """Return which numbers to keep, (..., size), in rows that have these words (..., 1).
+
+    The same is in kernels/attention.cu. This is computed for each number, the rest once for a row.
+    """
+    last = jax.lax.broadcasted_iota(jnp.uint32, (*[1] * (a.ndim - 1), size), a.ndim - 1)
+    x = a + last * jnp.uint32(GOLDEN)
+    x = (x ^ (x >> 16)) * jnp.uint32(FIRST)
+    x = ((x ^ (x >> 15)) + b) * jnp.uint32(SECOND)
+    return x >= jnp.uint32(round(rate * 2**32))
 
 
 def _along(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,9 +19,10 @@ CGROUP_LIMITS = (
 
 
 def take_gpu_memory() -> None:
-    """Let JAX take 92 % of a GPU's memory, instead of 75 %, unless its variable says how much.
+    """Let JAX take up to 92 % of a GPU's memory, not 75 %, unless its variable says how much.
 
-    Call it before JAX looks for devices. The rest is left to the driver and to a screen.
+    It takes them at once, unless `take_gpu_memory_as_needed` is called too. Call it before JAX
+    looks for devices. The rest is left to the driver and to a screen.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 

@@ -28,8 +28,8 @@ CACHE = (
 KERNELS = (
     "Whether to use the hand-written kernels of gptjax/kernels where they were measured to be "
     "faster (on an H100 or H200 for GPT-2 124M from 65,536 tokens a pass, for attention with "
-    "dropout, and in decoders of few rows; on a CPU with AVX512_BF16 or AMX), or plain JAX "
-    "everywhere. off keeps a decoder from cuDNN's attention, too."
+    "dropout, and in decoders of few rows; on a CPU with AVX512_BF16 or AMX), or plain JAX. off "
+    "keeps a decoder from cuDNN's attention, too; --attention says what whole sequences take."
 )
 
 
@@ -103,7 +103,7 @@ class GPTConfig:
             "attention",
             self.attention,
             f"does not support --dropout={self.dropout} of attention weights; take "
-            "--attention=xla, --attention_dropout=False or --dropout=0",
+            "--attention=auto, --attention_dropout=False or --dropout=0",
         )
 
     @property

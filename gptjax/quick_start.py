@@ -21,10 +21,16 @@ def looks_for_gpus() -> bool:
 
 
 def is_alone() -> bool:
-    """Return whether nothing says that there are other processes, each of which has its own GPU."""
+    """Return whether nothing says that another process is to have the first GPU.
+
+    Each of several processes has its own, and `train.py --resume_check` only starts others.
+    """
     variables = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     launched = any(os.environ.get(name, "1") not in ("", "0", "1") for name in variables)
-    return not launched and not any(word.startswith("--num_processes") for word in sys.argv)
+    words = [word.replace("_", "-") for word in sys.argv]
+    flags = ("--num-processes", "--resume-check", "--help", "-h")
+    asked = [word for word in words if word.startswith(flags)]
+    return not launched and all(word == "--resume-check=False" for word in asked)
 
 
 def start_cuda() -> None:

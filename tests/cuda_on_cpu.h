@@ -1,5 +1,6 @@
-// The CUDA source of the decoder or of attention as C++ on a CPU: each thread of the GPU is a fiber, and one fiber runs at a time, in an
-// order drawn anew each round. A copy into shared memory leaves NaN at once and its data some rounds later.
+// The CUDA source of the decoder or of attention as C++ on a CPU: each thread of the GPU is a fiber, and one fiber runs at
+// a time. Each round has them in turn from another one on, and warps stop for many rounds at any time, so that who forgets
+// to wait for others reads too soon. A copy into shared memory leaves NaN at once and its data some rounds later.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -132,10 +133,12 @@ static int launch(int grid, int threads, int shared, long rounds, unsigned seed)
   std::vector<int> order(fibers.size());
   for (size_t i = 0; i < order.size(); i++) order[i] = i;
   size_t left = order.size();
+  std::vector<int> asleep(fibers.size() / 32 + 1);  // rounds, of each warp
   for (long round = 0; left && round < rounds; round++) {
+    for (int& n : asleep) n = n ? n - 1 : rand() % 64 ? 0 : rand() % 200;
     std::rotate(order.begin(), order.begin() + rand() % order.size(), order.end());
     for (int i : order) {
-      if (fibers[i].over) continue;
+      if (fibers[i].over || asleep[i / 32]) continue;
       now = &fibers[i], threadIdx.x = now->thread, blockIdx.x = now->block;
       swapcontext(&scheduler, &now->context);
       left -= fibers[i].over;

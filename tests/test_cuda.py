@@ -128,6 +128,23 @@ def test_the_probe_checks_the_answer(
     assert bool(cuda.refusal()) == bool(reason)
 
 
+def test_a_probe_that_passed_holds_for_this_gpu_and_software(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "kept_file", Path)
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(cuda, "architecture", lambda: "compute_90")
+    names = [cuda.passed_file(), cuda.passed_file()]
+    for name, value in (("nvrtc_version", (13, 1)), ("architecture", "compute_100")):
+        monkeypatch.setattr(cuda, name, lambda value=value: value)
+        names.append(cuda.passed_file())
+    monkeypatch.setattr(cuda, "PROBE", "another")
+    names.append(cuda.passed_file())
+    monkeypatch.setattr(cuda.jax, "__version__", "0.1")
+    names.append(cuda.passed_file())
+    assert names[0] == names[1] and len(set(names)) == 5
+
+
 def have_nvrtc() -> bool:
     try:
         return bool(cuda.nvrtc())

@@ -13,6 +13,8 @@ from gptjax import memory
 from gptjax.config import TrainConfig
 from gptjax.errors import DataError, OutOfMemoryError
 from gptjax.terminal import cli
+from gptjax.training import plan
+from gptjax.training.run_settings import read_settings
 
 from .helpers import tiny
 
@@ -51,6 +53,23 @@ def test_sampling_takes_a_gpus_memory_as_needed_unless_its_variable_says_otherwi
     # The program does it before it looks for the model, which is not there.
     assert cli.run(sample.main, ["--init_from=/none", "--compile_cache=off"]) == 2
     assert os.environ[name] == "false"
+
+
+@pytest.mark.parametrize(
+    ("flags", "as_needed"),
+    [
+        (["shakespeare_char"], True),
+        (["shakespeare_char", "--init_from=auto"], True),
+        (["shakespeare_char", "--batch_size=auto"], False),
+        (["shakespeare_char", "--init_from=gpt2-xl"], False),  # whose size is not known yet
+        (["gpt2"], False),
+    ],
+)
+def test_a_run_takes_memory_as_needed_where_it_is_known_to_be_small(
+    flags: list[str], as_needed: bool, tmp_path: Path
+) -> None:
+    config, _ = read_settings([*flags, f"--out_dir={tmp_path / 'out'}"])
+    assert plan.needs_little_memory(config) == as_needed
 
 
 def test_a_process_may_have_the_least_of_its_limits(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gptjax import quick_start
+from gptjax.distributed import LAUNCHERS
 
 from .helpers import ROOT
 
@@ -71,6 +72,10 @@ def test_looks_for_gpus(
         ({"OMPI_COMM_WORLD_SIZE": "2"}, [], False),
         ({"JAX_NUM_PROCESSES": "4"}, [], False),
         ({}, ["train.py", "--num_processes=2"], False),
+        ({}, ["train.py", "--num-processes", "2"], False),
+        ({}, ["train.py", "--resume_check=True"], False),
+        ({}, ["train.py", "--resume_check=False"], True),
+        ({}, ["train.py", "--help"], False),
     ],
 )
 def test_one_of_several_processes_leaves_the_first_gpu_alone(
@@ -83,6 +88,15 @@ def test_one_of_several_processes_leaves_the_first_gpu_alone(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", words)
     assert quick_start.is_alone() == expected
+
+
+def test_all_launchers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module imports nothing, so it has a list of its own."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for name in ("JAX_NUM_PROCESSES", *(size for size, _ in LAUNCHERS)):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "2")
+            assert not quick_start.is_alone(), name
 
 
 def test_cuda_starts_up_to_its_context(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,12 @@
 // Arrays of queries, keys, values and their gradients are bfloat16 (B, LENGTH, HEADS, HEAD); sums are float32. What is
 // known of a query, (B, HEADS, LENGTH), is the two words that its mask begins with, the logarithm of its sum (base 2) and
 // `delta`, the sum of its result times the result's gradient. Macros: LENGTH, HEADS, HEAD, THRESHOLD (of the mask), KEPT
-// (the share of weights that are kept).
+// (the share of weights that are kept), TILE (64) and THREADS (128).
 //
 // A block of four warps has a tile of rows, 16 a warp, and goes through the tiles of columns. Lane 4 g + c of a
 // warp has of each 16 x 8 numbers rows g and g + 8, columns 2 c and 2 c + 1: what `multiply` returns.
 
-#define TILE 64
 #define TILES (LENGTH / TILE)
-#define THREADS 128
 #define PITCH (HEAD + 8)  // numbers from row to row in shared memory: eight rows begin in other banks
 #define TILE_BYTES (TILE * PITCH * 2)
 #define DEEP (HEAD / 16)
@@ -72,7 +70,7 @@ __device__ __forceinline__ void store_rows(u16* to, int bh, int row, const float
       *(u32*)(to + place(bh, row + 8 * i) + n * 8 + 2 * c) = pair(acc[n][2 * i] * factor[i], acc[n][2 * i + 1] * factor[i]);
 }
 
-// The last lines of dropout.keep_mask
+// One number of dropout.mask_of_words
 __device__ __forceinline__ bool is_kept(uint2 words, u32 key) {
   u32 x = words.x + key * 0x9E3779B9u;
   x = (x ^ (x >> 16)) * 0x7FEB352Du;

@@ -7,11 +7,13 @@ B batch, T time, H heads, K head dim.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from gptjax.kernels import cuda
 
@@ -21,10 +23,17 @@ HEAD_DIM = 64  # of all sizes of GPT-2
 CAPABILITY = (9, 0)  # where it was measured and checked
 
 
-def takes(T: int, K: int) -> bool:
-    """Return whether the kernels run here, for sequences of T and heads of K."""
-    fits = T % TILE == 0 and K == HEAD_DIM
-    return fits and cuda.capability() == CAPABILITY and cuda.available()
+def refusal(T: int, K: int, dtype: DTypeLike) -> str:
+    """Return why the kernels do not run here for sequences of T and heads of K, "" if they do."""
+    if cuda.capability() != CAPABILITY:
+        return "it is for an H100 or H200"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it is for bfloat16, but this is {jnp.dtype(dtype)}"
+    if T % TILE or K != HEAD_DIM:
+        return (
+            f"it is for heads of {HEAD_DIM} and lengths that {TILE} divides, but this is {K}, {T}"
+        )
+    return "" if cuda.available() else cuda.refusal()
 
 
 @functools.cache
@@ -34,37 +43,41 @@ def source() -> str:
     return "".join(Path(__file__).with_name(f).read_text(encoding="utf-8") for f in files)
 
 
-def run(name: str, inputs: list[Array], n_gradients: int, rate: float) -> list[Array]:
-    """Return the outputs of a kernel: results like q, then the logarithms of the forward pass.
-
-    Args:
-        name: attention_forward or attention_backward.
-        inputs: its first parameters, q first.
-        n_gradients: 0 for the forward pass.
-        rate: probability to drop a weight.
-    """
-    q_BTHK = inputs[0]
-    B, T, H, K = q_BTHK.shape
-    ptx = cuda.compile_ptx(source(), cuda.architecture(), options(name, T, H, K, rate))
-    like_q = jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype)
-    log_sums = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
-    outputs = [like_q] * n_gradients or [like_q, log_sums]
-    tiles = B * H * T // TILE * (2 if n_gradients else 1)
-    shared = shared_memory(K, backward=n_gradients > 0)
-    return cuda.call(name, ptx, inputs, outputs, grid=tiles, block=THREADS, shared=shared)
-
-
 def options(name: str, T: int, H: int, K: int, rate: float) -> tuple[str, ...]:
     """Return the macros of the source for this kernel of it, as options of NVRTC."""
-    sizes = {name.upper(): 1, "LENGTH": T, "HEADS": H, "HEAD": K}
+    sizes = {name.upper(): 1, "LENGTH": T, "HEADS": H, "HEAD": K, "TILE": TILE, "THREADS": THREADS}
     macros = {**sizes, "THRESHOLD": round(rate * 2**32), "KEPT": 1 - rate}
     return tuple(f"-D{name}={value}" for name, value in macros.items())
 
 
-def shared_memory(K: int, *, backward: bool) -> int:
-    """Return the bytes that a block takes: tiles, and what is known of 64 queries."""
-    tile = TILE * (K + 8) * 2
-    return 4 * tile + TILE * 16 if backward else 3 * tile
+def launch(
+    name: str,
+    inputs: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    rate: float,
+    *,
+    grid: int,
+    shared: int,
+) -> list[Array]:
+    """Return the outputs of a kernel, whose first input is q (B, T, H, K).
+
+    Args:
+        name: of the kernel.
+        inputs: its first parameters.
+        outputs: what its other parameters are.
+        rate: probability to drop a weight.
+        grid: blocks.
+        shared: bytes of shared memory of each.
+    """
+    _, T, H, K = inputs[0].shape
+    ptx = cuda.compile_ptx(source(), cuda.architecture(), options(name, T, H, K, rate))
+    return cuda.call(name, ptx, inputs, outputs, grid=grid, block=THREADS, shared=shared)
+
+
+def tiles_of(q_BTHK: Array) -> tuple[int, int]:
+    """Return how many tiles all heads have, and the bytes of one in shared memory, with padding."""
+    B, T, H, K = q_BTHK.shape
+    return B * H * T // TILE, TILE * (K + 8) * 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -84,14 +97,30 @@ def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, words_BHT2: Array, rate:
 def _forward(
     q: Array, k: Array, v: Array, words_BHT2: Array, rate: float
 ) -> tuple[Array, tuple[Array, ...]]:
-    y, log_sums_BHT = run("attention_forward", [q, k, v, words_BHT2], 0, rate)
-    return y, (q, k, v, words_BHT2, log_sums_BHT, y)
+    count, tile = tiles_of(q)
+    like_q = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    outputs = [like_q, jax.ShapeDtypeStruct(words_BHT2.shape[:3], jnp.float32)]
+    inputs = [q, k, v, words_BHT2]
+    # A tile each of queries, keys and values
+    y, log_sums_BHT = launch(
+        "attention_forward", inputs, outputs, rate, grid=count, shared=3 * tile
+    )
+    return y, (*inputs, log_sums_BHT, y)
 
 
 def _backward(rate: float, saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
     *inputs, y = saved
+    count, tile = tiles_of(y)
+    outputs = [jax.ShapeDtypeStruct(y.shape, y.dtype)] * 3
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", y, dy, preferred_element_type=jnp.float32)
-    dq, dk, dv = run("attention_backward", [*inputs, delta_BHT, dy], 3, rate)
+    dq, dk, dv = launch(
+        "attention_backward",
+        [*inputs, delta_BHT, dy],
+        outputs,
+        rate,
+        grid=2 * count,  # for the queries, and for keys and values
+        shared=4 * tile + 16 * TILE,  # two tiles of rows, two of columns, and what is known of them
+    )
     return dq, dk, dv, None
 
 

@@ -55,6 +55,13 @@ def nvrtc() -> ctypes.CDLL:
     raise KernelError("NVIDIA's compiler NVRTC is missing: pip install nvidia-cuda-nvrtc")
 
 
+def nvrtc_version() -> tuple[int, int]:
+    """Return the version of NVRTC; raise KernelError where it is missing."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
 @functools.cache
 def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -> str:
     """Return the PTX of CUDA C++, compiled once in a process, and once in all with JAX's cache.
@@ -70,9 +77,7 @@ def compile_ptx(source: str, architecture: str, options: tuple[str, ...] = ()) -
         KernelError: NVRTC is missing, or refuses the source.
     """
     lib, program = nvrtc(), ctypes.c_void_p()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    made_of = repr((source, architecture, options, major.value, minor.value))
+    made_of = repr((source, architecture, options, *nvrtc_version()))
     kept = kept_file(f"{hashlib.sha256(made_of.encode()).hexdigest()}.ptx")
     if kept is not None and kept.exists():
         return kept.read_text(encoding="utf-8")
@@ -174,17 +179,18 @@ def call(
 
 
 def passed_file() -> Path | None:
-    """Return the file that says that the probe has passed here: GPU, driver and versions are in it.
+    """Return the file that says that the probe has passed here, None if nothing is kept.
+
+    Its name is of all that a probe which passed depends on: the GPU, its driver, NVRTC, JAX.
 
     Raises:
         KernelError: NVRTC is missing.
-        OSError: the driver is.
     """
-    library, driver, device = nvrtc(), ctypes.c_int(), jax.devices()[0]
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
-    versions = (jax.__version__, jax.lib.__version__, device.client.platform_version, driver.value)
-    here = repr((TARGET, PROBE, device.device_kind, library._name, *versions))
-    return kept_file(f"{hashlib.sha256(here.encode()).hexdigest()}.kernels")
+    device, driver = jax.local_devices()[0], Path("/proc/driver/nvidia/version")
+    release = driver.read_text() if driver.exists() else ""
+    versions = (jax.__version__, jax.lib.__version__, device.client.platform_version, release)
+    here = (TARGET, PROBE, device.device_kind, architecture(), nvrtc_version(), *versions)
+    return kept_file(f"{hashlib.sha256(repr(here).encode()).hexdigest()}.kernels")
 
 
 @functools.cache
@@ -200,8 +206,9 @@ def refusal() -> str:
         return f"its compute capability {found[0]}.{found[1]} is below 8.0"
     try:
         passed = passed_file()
-        if passed is not None and passed.exists():
-            return ""
+        with contextlib.suppress(OSError):  # of a network folder
+            if passed is not None and passed.exists():
+                return ""
         with jax.ensure_compile_time_eval():  # also while a program is being traced
             # Made by NumPy: XLA would compile a program for each.
             x, old = np.arange(512, dtype=np.float32), np.full(512, 3, np.float32)

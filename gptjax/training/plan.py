@@ -5,8 +5,9 @@ import math
 import jax
 
 from gptjax.config import TrainConfig
+from gptjax.model import count_params
 
-SMALL_MODEL = 20_000_000  # weights of all blocks, below which a GPU waits for Python between steps
+SMALL_MODEL = 20_000_000  # parameters, below which a GPU waits for Python between steps
 SHORT_RUN = 20_000  # steps, up to which 5 s less to compile win more than 0.25 ms less a step
 
 
@@ -17,8 +18,16 @@ def last_step(config: TrainConfig) -> int:
 
 def is_small(config: TrainConfig) -> bool:
     """Return whether the model is so small that a GPU waits for Python between steps."""
-    # Its vocabulary may not be known yet.
-    return 12 * config.model.n_layer * config.model.n_embd**2 < SMALL_MODEL
+    return count_params(config.model) < SMALL_MODEL
+
+
+def needs_little_memory(config: TrainConfig) -> bool:
+    """Return whether a run is known to need a small part of a GPU, before anything was read.
+
+    The vocabulary is not known then, nor is the model where it comes from elsewhere.
+    """
+    known = config.init_from in ("scratch", "auto", "resume") and config.batch_size > 0
+    return known and 12 * config.model.n_layer * config.model.n_embd**2 < SMALL_MODEL
 
 
 def is_short(config: TrainConfig) -> bool:

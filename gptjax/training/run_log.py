@@ -49,7 +49,7 @@ class RunLog:
         )
         self.painter = ThreadPoolExecutor(max_workers=1)  # matplotlib takes 1 s at first, then 0.3
         self.drawn: Future[None] | None = None
-        self.undrawn = False  # whether there is a point that loss.png does not show
+        self.undrawn = False  # whether `paused` is to draw loss.png anew
         data = run.dataset
         self.band = bands.find_band(config, data)
         self.where = ""  # the last validation loss, beside the band
@@ -173,9 +173,10 @@ class RunLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of this block out of the time of training; draw what came in it after it.
+        """Leave the time of this block out of the time of training.
 
-        While a step was saved, drawing took Python from it: a pause of 0.3 s instead of 0.1.
+        A validation loss that comes in it is drawn when it ends: drawing beside the save of a step
+        made a pause of 0.3 s out of one of 0.1.
         """
         began = time.monotonic()
         try:
