@@ -5,6 +5,7 @@ B batch, T query time, S context time, H heads, K head dim.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from gptjax.config import Attention, GPTConfig
 from gptjax.dropout import drop, keep_mask, row_words
 from gptjax.errors import UsageError
 from gptjax.kernels import attention as flash
+from gptjax.kernels import decode_attention
 from gptjax.kernels.cuda import AMPERE, capability
 from gptjax.kernels.int8 import Int8
+from gptjax.kv_cache import KVCache
 
 Einsum = Callable[..., Array]
 CUDNN_HEAD = 128  # widest head of cuDNN's attention; its width is a multiple of 8
@@ -137,14 +140,12 @@ def attend_flash(
     return collectives.each_with_its_heads(attend, q_BTHK, k_BTHK, v_BTHK, words_BTH2)
 
 
-def attend_cached_cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, positions_BT: Array) -> Array:
-    """Return the result of `attend`, for one new token a row by cuDNN's flash attention.
+def attend_token_cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, positions_BT: Array) -> Array:
+    """Return the result of `attend` for one token a row, by cuDNN's flash attention.
 
     A token of GPT-2 small with caches of 512 takes 0.86 ms for 64 rows on an H100 and 0.45 for 8,
-    by `attend` 1.00 and 0.55; for one row they are alike. `attend` takes what cuDNN does not.
+    by `attend` 1.00 and 0.55; for one row they are alike.
     """
-    if q_BTHK.shape[1] > 1 or q_BTHK.shape[-1] % 8 or q_BTHK.shape[-1] > CUDNN_HEAD:
-        return attend(q_BTHK, k_BSHK, v_BSHK, positions_BT)
     # Steps that do not count lie past the end.
     seen_B = jnp.minimum(positions_BT[:, 0] + 1, k_BSHK.shape[1])
     return jax.nn.dot_product_attention(
@@ -168,15 +169,48 @@ def attend_int8(q_BTHK: Array, k_BSHK: Int8, v_BSHK: Int8, positions_BT: Array) 
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v)
 
 
-# By GPTConfig.attention. Of whole sequences, where T = S and query t has position t:
+# By GPTConfig.attention, of whole sequences, where T = S and query t has position t.
 ATTENTION = {"xla": attend_xla, "cudnn": attend_cudnn, "flash": attend_flash}
-# Of new tokens with a cache: (q_BTHK, keys and values as `KVCache.update` returns them,
-# positions_BT), without gradient or dropout. A kernel for decoding takes its seat here.
-CACHED_ATTENTION = {
-    "xla": attend,
-    "cudnn": attend_cached_cudnn,
-    "flash": attend_cached_cudnn,
+
+
+# ---- Of new tokens, with a cache -----------------------------------------------------------------
+
+Cached = Callable[[Array, Array, Array, KVCache], tuple[Array, KVCache]]
+
+
+def after_update(attend: Callable[[Array, Any, Any, Array], Array]) -> Cached:
+    """Return a function of new tokens that writes them into the cache, then calls `attend`."""
+
+    def attend_cached(
+        q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: KVCache
+    ) -> tuple[Array, KVCache]:
+        positions_BT = cache.positions(q_BTHK.shape[1])
+        k, v, cache = cache.update(k_BTHK, v_BTHK)
+        return attend(q_BTHK, k, v, positions_BT), cache
+
+    return attend_cached
+
+
+def attend_token_flash(
+    q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: KVCache
+) -> tuple[Array, KVCache]:
+    """Return the result of `attend` for one token a row, by a kernel that also writes the cache."""
+    q, k, v = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHK))
+    y, k, v = decode_attention.attend(q, k, v, cache.k[0], cache.v[0], cache.length_B)
+    return y[:, None], cache._replace(k=(k,), v=(v,))
+
+
+# By the name that `choose_cached_attention` returns: functions of queries, keys and values of new
+# tokens and of the cache of a layer, which return the result and the cache with these tokens in it.
+CACHED_ATTENTION: dict[str, Cached] = {
+    "xla": after_update(attend),
+    "cudnn": after_update(attend_token_cudnn),
+    "flash": attend_token_flash,
+    "int8": after_update(attend_int8),
 }
+
+
+# ---- Which one to take ---------------------------------------------------------------------------
 
 
 def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
@@ -212,3 +246,19 @@ def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
     if why := refusal(cfg.attention):
         raise UsageError(f"--attention={cfg.attention}: {why}; take --attention=auto")
     return cfg.attention
+
+
+def choose_cached_attention(cfg: GPTConfig, T: int) -> str:
+    """Return the key of CACHED_ATTENTION to use for T new tokens a row.
+
+    Args:
+        cfg: the model, without "auto".
+        T: new tokens.
+    """
+    if cfg.cache == "int8":
+        return "int8"
+    if cfg.kernels == "off" or cfg.attention == "xla":
+        return "xla"
+    if not decode_attention.refusal(T, cfg.head_dim, cfg.dtype):
+        return "flash"
+    return "xla" if T > 1 or cfg.head_dim % 8 or cfg.head_dim > CUDNN_HEAD else "cudnn"

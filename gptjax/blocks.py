@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import Array
 
 from gptjax import collectives
-from gptjax.attention import ATTENTION, CACHED_ATTENTION, attend_int8
+from gptjax.attention import ATTENTION, CACHED_ATTENTION, choose_cached_attention
 from gptjax.config import GPTConfig
 from gptjax.dropout import drop_rows
 from gptjax.functions import ACTIVATIONS, layer_norm, on_rows, with_more_rows
@@ -135,11 +135,8 @@ class CausalSelfAttention(nn.Module):
                 q, k, v, dropout=cfg.weights_dropout, keys_B=keys_B, einsum=einsum_of(cfg)
             )
         else:
-            positions_BT = cache.positions(T)
-            k, v, cache = cache.update(k.astype(cfg.dtype), v.astype(cfg.dtype))
-            name = "xla" if cfg.kernels == "off" else cfg.attention
-            attend = attend_int8 if cfg.cache == "int8" else CACHED_ATTENTION[name]
-            y_BTHK = attend(q, k, v, positions_BT)
+            attend = CACHED_ATTENTION[choose_cached_attention(cfg, T)]
+            y_BTHK, cache = attend(q, k.astype(cfg.dtype), v.astype(cfg.dtype), cache)
         y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
         return y_BTD if keys_PB is None else drop_rows(y_BTD, keys_PB[1], cfg.dropout), cache
 

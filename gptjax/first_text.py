@@ -55,7 +55,7 @@ def compile_programs(
     rows = len(prompts)
     longest = max(len(sampling.cut(list(prompt), cfg.block_size)) for prompt in prompts)
     left = min(max_new_tokens, cfg.block_size - longest + 1)
-    size = sampling.first_size(rows, longest, left, cfg.block_size)
+    size = sampling.first_size(cfg, rows, longest, left)
     tokens_BT = np.zeros((rows, sampling.bucket(longest, size)), np.int32)
     keys = sampling.row_keys.lower(*sampling.key_parts(0, [0] * rows, prompts))
     keys_B = keys.out_info

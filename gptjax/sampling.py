@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from gptjax import fused
+from gptjax.attention import choose_cached_attention
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import NOT_FINITE, Scores, decode, grow, prefill
 from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
@@ -59,20 +60,20 @@ def cache_size(n: int, limit: int) -> int:
     return min(max(SMALL_CACHE, 1 << (n - 1).bit_length()), limit)
 
 
-def first_size(rows: int, longest: int, left: int, limit: int) -> int:
+def first_size(cfg: GPTConfig, rows: int, longest: int, left: int) -> int:
     """Return the size of a cache for texts that begin, of `longest` tokens, with `left` to draw.
 
     Attention reads every place of a cache, so that of many rows starts small and grows with the
     text; each size is one more program to compile. A few rows on a GPU do not save the time for it,
     nor does a small model on a CPU, where GPT-2 small takes 66 ms a token with 128 places, 93 with
-    512 and 153 with 1024.
+    512 and 153 with 1024. The kernel for a token reads only what each row holds.
     """
     whole, first = longest + left - 1, longest + min(left - 1, chunk_size())
     if on_cpu():
         first = min(whole, max(first, SMALL_CACHE_OF_CPU))
-    elif rows < MANY_ROWS:
+    elif rows < MANY_ROWS or choose_cached_attention(cfg, 1) == "flash":
         first = whole
-    return cache_size(first, limit)
+    return cache_size(first, cfg.block_size)
 
 
 class Piece(NamedTuple):
@@ -200,7 +201,7 @@ def fill_context(
     """
     longest, limit, chunk = max(map(len, contexts)), cfg.block_size, chunk_size()
     left = min(left, limit - longest + 1)  # the newest token is not in the cache yet
-    size = first_size(len(contexts), longest, left, limit)
+    size = first_size(cfg, len(contexts), longest, left)
     tokens_BT = np.zeros((len(contexts), bucket(longest, size)), np.int32)
     for row, context in zip(tokens_BT, contexts, strict=True):
         row[: len(context)] = context

@@ -18,7 +18,7 @@ from gptjax import attention, blocks, functions, kv_cache, model
 from gptjax.config import GPTConfig
 from gptjax.errors import UsageError
 from gptjax.functions import ACTIVATIONS
-from gptjax.kernels import cuda
+from gptjax.kernels import cuda, decode_attention
 from gptjax.kv_cache import KVCache
 from gptjax.loss import loss_fn
 from gptjax.settings import architecture, names
@@ -251,12 +251,16 @@ CACHE_MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "nothing masked": (
         attention.CACHED_ATTENTION,
         "xla",
-        lambda q, k, v, positions: attention.attend(q, k, v, positions + 99),
+        attention.after_update(
+            lambda q, k, v, positions: attention.attend(q, k, v, positions + 99)
+        ),
     ),
     "no token sees the newest": (
         attention.CACHED_ATTENTION,
         "xla",
-        lambda q, k, v, positions: attention.attend(q, k, v, jnp.maximum(positions - 1, 0)),
+        attention.after_update(
+            lambda q, k, v, positions: attention.attend(q, k, v, jnp.maximum(positions - 1, 0))
+        ),
     ),
 }
 
@@ -365,24 +369,56 @@ def test_dropout_of_attention_keeps_the_mean(name: str) -> None:
 
 
 def test_the_settings_are_the_functions() -> None:
-    """Every choice but auto has a function for whole sequences and one for the cache."""
+    """Every choice but auto has a function for whole sequences."""
     names = get_args(get_type_hints(GPTConfig)["attention"])
-    assert {*names} - {"auto"} == {*attention.ATTENTION} == {*attention.CACHED_ATTENTION}
+    assert {*names} - {"auto"} == {*attention.ATTENTION}
 
 
-@pytest.mark.parametrize("name", attention.CACHED_ATTENTION)
-def test_cached_attention_is_the_formula(name: str) -> None:
+def test_attention_with_a_cache_is_the_formula() -> None:
     """In float64, head by head; what lies behind a query's position has no say."""
     q, k, v = np.random.default_rng(0).normal(size=(3, 2, 12, 3, 8)).astype(np.float32)
-    q, positions = q[:, :2], np.array([[4, 5], [10, 11]])
-    k[0, 6:], v[0, 6:] = 1e4, 1e4
-    found = jax.jit(attention.CACHED_ATTENTION[name])(q, k, v, positions)
+    q, length_B = q[:, :2], jnp.array([4, 10])
+    behind = np.arange(12)[None, :, None, None] >= length_B[:, None, None, None]
+    held_k, held_v = (np.where(behind, np.float32(1e4), x) for x in (k, v))
+    new_k, new_v = (np.stack([x[0, 4:6], x[1, 10:12]]) for x in (k, v))
+    cache = KVCache((held_k,), (held_v,), length_B)
+    found, cache = jax.jit(attention.CACHED_ATTENTION["xla"])(q, new_k, new_v, cache)
     for b, t, h in np.ndindex(2, 2, 3):
-        seen = slice(0, positions[b, t] + 1)
+        seen = slice(0, length_B[b] + t + 1)
+        assert np.array_equal(cache.k[0][b, seen], k[b, seen])
+        assert np.array_equal(cache.v[0][b, seen], v[b, seen])
         scores = k[b, seen, h].astype(np.float64) @ q[b, t, h] / math.sqrt(8)
         weights = np.exp(scores - scores.max())
         expected = weights @ v[b, seen, h] / weights.sum()
         assert max_difference(found[b, t, h], expected) <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "T", "expected"),
+    [
+        ({}, 1, "flash"),
+        ({"attention": "flash"}, 1, "flash"),
+        ({}, 2, "xla"),
+        ({"dtype": "float16"}, 1, "cudnn"),
+        ({"n_head": 6}, 1, "cudnn"),
+        ({"n_head": 192}, 1, "xla"),  # heads of 4
+        ({"n_head": 4}, 1, "xla"),  # heads of 192
+        ({"attention": "xla"}, 1, "xla"),
+        ({"kernels": "off"}, 1, "xla"),
+        ({"cache": "int8"}, 1, "int8"),
+    ],
+)
+def test_what_attends_to_a_cache(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], T: int, expected: str
+) -> None:
+    monkeypatch.setattr(cuda, "capability", lambda: decode_attention.CAPABILITY)
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    fields = {"dtype": "bfloat16", "attention": "cudnn", **changes}
+    cfg = GPTConfig(n_layer=1, n_embd=768, **{"n_head": 12, **fields})
+    assert attention.choose_cached_attention(cfg, T) == expected
+    monkeypatch.setattr(cuda, "capability", lambda: (8, 0))
+    without = "cudnn" if expected == "flash" else expected
+    assert attention.choose_cached_attention(cfg, T) == without
 
 
 CUDA, ROCM = "PJRT C API cuda 13000", "PJRT C API rocm 60000"
@@ -522,7 +558,7 @@ def check_against_torch(cfg: GPTConfig) -> None:
 on_gpu = pytest.mark.skipif(
     jax.default_backend() != "gpu",
     reason="cuDNN needs an NVIDIA GPU: "
-    "JAX_PLATFORMS=cuda pytest -n 0 tests/test_model.py -k cudnn_attention",
+    "JAX_PLATFORMS=cuda pytest -n 0 tests/test_model.py -k 'cudnn or on_a_gpu'",
 )
 
 
@@ -546,43 +582,28 @@ def test_cudnn_attention_is_attention() -> None:
 
 
 @on_gpu
-def test_cudnn_attention_to_caches() -> None:
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_attention_to_caches_on_a_gpu(name: str) -> None:
     """Of one token a row, at positions up to one that no longer fits into the cache."""
-    q = jax.random.normal(jax.random.key(0), (9, 1, 12, 64))
+    if name == "flash" and (why := decode_attention.refusal(1, 64, "bfloat16")):
+        pytest.skip(why)
+    q, new_k, new_v = jax.random.normal(jax.random.key(0), (3, 9, 1, 12, 64))
     k, v = jax.random.normal(jax.random.key(1), (2, 9, 256, 12, 64))
-    positions = jnp.array([0, 1, 2, 63, 64, 127, 200, 255, 256])[:, None]
+    length_B = jnp.array([0, 1, 2, 63, 64, 127, 200, 255, 256])
 
-    def run(name: str, dtype: str) -> np.ndarray:
-        attend = attention.CACHED_ATTENTION[name]
-        y = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions)
-        return np.asarray(y, np.float32)
+    def run(name: str, dtype: str) -> list[np.ndarray]:
+        cache = KVCache((k.astype(dtype),), (v.astype(dtype),), length_B)
+        new = (q.astype(dtype), new_k.astype(dtype), new_v.astype(dtype))
+        y, cache = attention.CACHED_ATTENTION[name](*new, cache)
+        return [np.asarray(x, np.float32) for x in (y, cache.k[0], cache.v[0])]
 
     with jax.default_matmul_precision("highest"):
-        exact = run("xla", "float32")
-    allowed, error = (
-        np.linalg.norm((run(name, "bfloat16") - exact).reshape(9, -1), axis=1)
-        for name in ("xla", "cudnn")
-    )
+        exact, *_ = run("xla", "float32")
+    reference, *caches = run("xla", "bfloat16")
+    fast, *found = run(name, "bfloat16")
+    allowed, error = (np.linalg.norm((y - exact).reshape(9, -1), axis=1) for y in (reference, fast))
     assert (error <= 1.5 * allowed + 1e-6).all(), (error, allowed)
-
-
-def test_kernels_off_leaves_caches_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "choose_attention", lambda cfg, dtype: cfg.attention)
-    taken: list[str] = []
-    for name in attention.CACHED_ATTENTION:
-
-        def attend(*args: Any, name: str = name) -> jax.Array:
-            taken.append(name)
-            return attention.attend(*args)
-
-        monkeypatch.setitem(blocks.CACHED_ATTENTION, name, attend)
-    params = model.prepare_for_decoding(tiny(), scaled_params(tiny(), jax.random.key(0)))
-    for kernels, expected in (("auto", "cudnn"), ("off", "xla")):
-        cfg = tiny(dtype="float32", attention="cudnn", kernels=kernels)
-        cache = kv_cache.make_cache(cfg, len(TOKENS), 8)
-        model.forward(cfg, params, jnp.asarray(TOKENS[:, :1]), cache=cache)
-        assert set(taken) == {expected}
-        taken.clear()
+    assert all(map(np.array_equal, found, caches))
 
 
 @pytest.mark.parametrize(
