@@ -252,7 +252,7 @@ def main() -> None:
     )
     print(
         f"\n| {preset}, rows | ms to the first token | tokens/s of {n} {name} tokens | roofline "
-        f"| {others} | by the kernel | roofline | {others} | transformers |"
+        f"| {others} | by the fused decoder | roofline | {others} | transformers |"
     )
     print("|---" * 9 + "|", flush=True)
     for rows in all_rows:
@@ -267,7 +267,7 @@ def main() -> None:
 
     print(
         "\n| rows | context | ms to read it | ms a token | tokens/s | roofline "
-        "| ms by the kernel | roofline | recomputed, ms |"
+        "| ms by the fused decoder | roofline | recomputed, ms |"
     )
     print("|---" * 9 + "|", flush=True)
     for rows in all_rows:

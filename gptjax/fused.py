@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gptjax import decoding
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.decoding import NOT_FINITE, SMALLEST, DecoderState, Scores, draw
 from gptjax.kernels import cuda, decoder
@@ -175,3 +176,7 @@ def decode(
 
     state, (new_nB, ok_n, scores_n) = jax.lax.scan(step, state, length=n_steps)
     return state, jnp.where(jnp.all(ok_n), new_nB, GAVE_UP), scores_n
+
+
+# What draws the next tokens, by whose weights they come from; the state's cache is what each takes.
+DECODE = {"plain": decoding.decode, "kernel": decode}

