@@ -2,6 +2,7 @@
 // a time. Each round has them in turn from another one on, and warps stop for many rounds at any time, so that who forgets
 // to wait for others reads too soon. A copy into shared memory leaves NaN at once and its data some rounds later.
 #include <math.h>
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,17 +40,24 @@ struct Warp { float sent[32]; u32 a[32][4], b[32][2]; const char* rows[32]; int 
 struct Named { int count = 0, round = 0; };
 struct Bar { short count, left; u32 phase; };  // in the 8 bytes of an mbarrier
 struct BlockState { std::vector<char> shared; std::vector<Warp> warps; Named named, all; };
-struct Fiber { ucontext_t context; std::vector<char> stack; int block, thread; bool over = false; };
+struct Fiber { ucontext_t context; jmp_buf place; std::vector<char> stack; int block, thread; bool begun = false, over = false; };
 struct Copy { void* to; const void* from; u32 bytes; Bar* bar; int delay; };
 static std::vector<BlockState> blocks;
 static std::vector<Fiber> fibers;
 static std::vector<Copy> copies;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static Fiber* now;
 static int block_threads;
 static Index threadIdx, blockIdx, gridDim;
+// A fiber begins in a context, which takes system calls to enter; from then on it is left and entered by jumps.
 static void pause_fiber() {
-  swapcontext(&now->context, &scheduler);
+  if (!_setjmp(now->place)) _longjmp(scheduler, 1);
+}
+static void enter(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
 }
 static Warp& warp_of() { return blocks[now->block].warps[now->thread / 32]; }
 template <class T> static void meet(T& place, int count) {
@@ -127,7 +135,7 @@ static int launch(int grid, int threads, int shared, long rounds, unsigned seed)
     Fiber& f = fibers[i];
     f.block = i / threads, f.thread = i % threads, f.stack.resize(96 * 1024);
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = &scheduler;
+    f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
     makecontext(&f.context, run_fiber, 0);
   }
   std::vector<int> order(fibers.size());
@@ -140,7 +148,7 @@ static int launch(int grid, int threads, int shared, long rounds, unsigned seed)
     for (int i : order) {
       if (fibers[i].over || asleep[i / 32]) continue;
       now = &fibers[i], threadIdx.x = now->thread, blockIdx.x = now->block;
-      swapcontext(&scheduler, &now->context);
+      enter(*now);
       left -= fibers[i].over;
     }
     for (size_t i = 0; i < copies.size();) {

@@ -5,6 +5,7 @@ template <class... P> static void call(void (*kernel)(P...)) { call(kernel, std:
 static void run_fiber() {
   call(KERNEL);
   now->over = true;
+  pause_fiber();
 }
 extern "C" int run(void** pointers, int grid, int threads, int shared, long rounds, unsigned seed) {
   parameters = pointers;
