@@ -22,6 +22,7 @@ from gptjax.commands import doctor, machine_checks, run_checks
 from gptjax.commands.run_checks import Finding
 from gptjax.config import TrainConfig
 from gptjax.config_file import to_json
+from gptjax.kernels import cuda
 
 from .helpers import ROOT, need
 from .test_checkpoint import save_steps
@@ -35,7 +36,7 @@ VARIABLES = (
     "NPROC",
 )
 MACHINE = ["versions", "threads", "tokenizer", "cache", "tpu", "backend"]
-ALWAYS = [*MACHINE, "devices", "matmul", "cudnn", "launcher"]
+ALWAYS = [*MACHINE, "devices", "matmul", "cudnn", "kernels", "launcher"]
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +286,31 @@ def test_cudnn(
     finding = machine_checks.check_cudnn()
     assert finding.status == status
     assert found in finding.found
+
+
+@pytest.mark.parametrize(
+    ("capability", "why", "status", "remedy"),
+    [
+        (None, "there is no NVIDIA GPU", "ok", ""),
+        ((7, 5), "its compute capability is below", "ok", ""),
+        ((9, 0), "", "ok", ""),
+        ((9, 0), "NVRTC is missing: install it", "warn", "pip install nvidia-cuda-nvrtc"),
+        ((9, 0), "a probe computed", "warn", "pip install --upgrade 'jax[cuda13]'"),
+    ],
+)
+def test_kernels(
+    capability: tuple[int, int] | None,
+    why: str,
+    status: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "capability", lambda: capability)
+    monkeypatch.setattr(cuda, "refusal", lambda: why)
+    finding = machine_checks.check_kernels()
+    assert finding.status == status
+    assert finding.remedy == remedy
+    assert status == "ok" or why in finding.found
 
 
 @pytest.mark.parametrize(

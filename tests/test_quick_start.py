@@ -3,6 +3,7 @@
 import ast
 import gc
 import importlib
+import signal
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -23,6 +24,24 @@ assert not {"jax", "numpy"} & set(sys.modules), "something large was imported be
 gptjax.quick_start.imported()
 assert gc.isenabled() and gc.get_freeze_count()
 """
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        ("import gptjax.quick_start; interrupt()", -signal.SIGINT, ""),
+        ("import gptjax.quick_start as q; q.imported(); interrupt()", -signal.SIGINT, "Keyboard"),
+        ("signal.signal(2, signal.SIG_IGN); import gptjax.quick_start as q; interrupt()", 0, ""),
+    ],
+)
+def test_ctrl_c(program: str, code: int, said: str) -> None:
+    """No traceback while modules are imported; nothing at all in a background job."""
+    start = "import os, signal; interrupt = lambda: os.kill(os.getpid(), signal.SIGINT); "
+    done = subprocess.run(
+        [sys.executable, "-c", start + program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == code
+    assert (said in done.stderr) if said else not done.stderr
 
 
 class Driver:

@@ -23,6 +23,7 @@ from gptjax.distributed import find_cluster
 from gptjax.errors import UsageError, first_line, plural
 from gptjax.files import cache_dir, folder_bytes
 from gptjax.gpt2_files import installed_folder, read_gpt2_files
+from gptjax.kernels import cuda
 from gptjax.memory import gigabytes, megabytes, physical_memory
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -167,6 +168,17 @@ def check_cudnn() -> Finding:
     return Finding("ok", text) if difference <= 3 / 64 else Finding("FAIL", text, remedy)
 
 
+def check_kernels() -> Finding:
+    """Check that kernels of gptjax's own run, where there is a GPU for them."""
+    if (cuda.capability() or (0, 0)) < cuda.AMPERE:
+        return Finding("ok", "gptjax has no kernels for this backend, plain JAX computes")
+    if why := cuda.refusal():
+        package = "nvidia-cuda-nvrtc" if "NVRTC is missing" in why else "--upgrade 'jax[cuda13]'"
+        remedy = f"pip install {package}"
+        return Finding("warn", f"gptjax's kernels do not run, plain JAX computes: {why}", remedy)
+    return Finding("ok", "gptjax's kernels run")
+
+
 def check_launcher() -> Finding:
     """Check that JAX finds the processes and GPUs that environment variables announce."""
     cluster = None
@@ -202,7 +214,7 @@ def check_launcher() -> Finding:
 
 
 MACHINE = (check_versions, check_threads, check_tokenizer, check_cache, check_tpu)
-JAX = (check_backend, check_devices, check_matmul, check_cudnn, check_launcher)
+JAX = (check_backend, check_devices, check_matmul, check_cudnn, check_kernels, check_launcher)
 
 # ---- What they look with -------------------------------------------------------------------------
 
