@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
         memory.take_gpu_memory_as_needed()
     distributed.start(config)
     cli.use_compile_cache(config.compile_cache)
+    distributed.agree_on_kernels()
     with hold_folder(config, run_dir, given):
         run = open_run(config, run_dir, given)
         return replay(run) if run.bad is not None else train(run)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import TrainConfig
 from gptjax.errors import UsageError, first_line
-from gptjax.sharding import replicated
+from gptjax.kernels import cuda
+from gptjax.sharding import all_agree, replicated
 
 
 class Cluster(NamedTuple):
@@ -167,6 +168,17 @@ def start(config: TrainConfig) -> None:
             "--coordinator_address, --num_processes and --process_id, or take --distributed=off "
             "to run alone"
         ) from error
+
+
+def agree_on_kernels() -> None:
+    """Leave all kernels off unless every process of the run can run them; all call it together.
+
+    Else processes would compile different programs, and wait for each other in vain.
+    """
+    some_gpu = jax.process_count() > 1 and cuda.capability() is not None
+    if some_gpu and not all_agree(not cuda.refusal()):
+        cuda.elsewhere[:] = ["another process of this run cannot run them"]
+        cuda.available.cache_clear()
 
 
 class StopVote:

@@ -151,6 +151,33 @@ def test_processes_share_a_step_of_so_many_tokens(
     assert np.abs(found - expected).max() <= 1e-5, np.abs(found - expected)
 
 
+KERNELS = """
+import os, sys
+from gptjax import distributed
+from gptjax.config import TrainConfig
+from gptjax.kernels import cuda
+
+distributed.start(TrainConfig())
+cuda.capability = lambda: (9, 0)
+cuda.refusal = lambda: "" if os.environ["JAX_PROCESS_ID"] == "0" else sys.argv[1]
+distributed.agree_on_kernels()
+print(cuda.available())
+"""
+
+
+@slow
+@pytest.mark.parametrize(("reason", "both"), [("", "True"), ("NVRTC is missing", "False")])
+def test_processes_have_all_kernels_or_none(
+    environment: Environment, reason: str, both: str
+) -> None:
+    """One cannot run them, if there is a reason; then none does, and each says why."""
+    processes = start_processes(environment, 2, (reason,), ("-c", KERNELS))
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [end[0].splitlines()[-1] for end in ends] == [both, both], ends
+    why = "kernels: plain JAX instead, because another process of this run cannot run them"
+    assert (why in ends[0][1]) == bool(reason)
+
+
 HOSTS = """
 import os, sys
 import jax

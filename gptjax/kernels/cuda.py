@@ -226,10 +226,13 @@ def refusal() -> str:
         return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+elsewhere: list[str] = []  # why other processes of the run have no kernels: see `distributed`
+
+
 @functools.cache
 def available() -> bool:
     """Return whether kernels run here; the first call on a GPU that has none says why on stderr."""
-    reason = refusal()
+    reason = refusal() or "".join(elsewhere)
     if reason and (capability() or (0, 0)) >= AMPERE:
         print(f"kernels: plain JAX instead, because {reason}", file=sys.stderr)
     return not reason
