@@ -20,7 +20,7 @@ extern "C" __global__ void twice(const float* x, float* y) {
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found out about this machine once does not hold for a machine that a test makes."""
-    for name in ("nvrtc", "compile_ptx", "refusal", "available"):
+    for name in ("nvrtc", "compile_ptx", "refusal_here", "available"):
         monkeypatch.setattr(cuda, name, functools.cache(getattr(cuda, name).__wrapped__))
 
 
@@ -124,7 +124,7 @@ def test_the_probe_checks_the_answer(
     assert bool(cuda.refusal()) == bool(reason)
     assert passed.exists() == (not reason)
     monkeypatch.setattr(cuda, "call", None)
-    cuda.refusal.cache_clear()
+    cuda.refusal_here.cache_clear()
     assert bool(cuda.refusal()) == bool(reason)
 
 

@@ -155,18 +155,20 @@ KERNELS = """
 import os, sys
 from gptjax import distributed
 from gptjax.config import TrainConfig
-from gptjax.kernels import cuda
+from gptjax.kernels import cuda, decode_attention
 
 distributed.start(TrainConfig())
 cuda.capability = lambda: (9, 0)
-cuda.refusal = lambda: "" if os.environ["JAX_PROCESS_ID"] == "0" else sys.argv[1]
+cuda.refusal_here = lambda: "" if os.environ["JAX_PROCESS_ID"] == "0" else sys.argv[1]
 distributed.agree_on_kernels()
-print(cuda.available())
+print(cuda.available(), not decode_attention.refusal(1, 64, "bfloat16"))
 """
 
 
 @slow
-@pytest.mark.parametrize(("reason", "both"), [("", "True"), ("NVRTC is missing", "False")])
+@pytest.mark.parametrize(
+    ("reason", "both"), [("", "True True"), ("NVRTC is missing", "False False")]
+)
 def test_processes_have_all_kernels_or_none(
     environment: Environment, reason: str, both: str
 ) -> None:

@@ -194,7 +194,7 @@ def passed_file() -> Path | None:
 
 
 @functools.cache
-def refusal() -> str:
+def refusal_here() -> str:
     """Return why kernels cannot run in this process, "" if they can; found out once, by a probe.
 
     It takes a second of a start, so that it passed is kept where JAX keeps compiled programs.
@@ -229,10 +229,15 @@ def refusal() -> str:
 elsewhere: list[str] = []  # why other processes of the run have no kernels: see `distributed`
 
 
+def refusal() -> str:
+    """Return why no kernels are to run, "" if they are: because of this process or of another."""
+    return refusal_here() or "".join(elsewhere)
+
+
 @functools.cache
 def available() -> bool:
     """Return whether kernels run here; the first call on a GPU that has none says why on stderr."""
-    reason = refusal() or "".join(elsewhere)
+    reason = refusal()
     if reason and (capability() or (0, 0)) >= AMPERE:
         print(f"kernels: plain JAX instead, because {reason}", file=sys.stderr)
     return not reason
