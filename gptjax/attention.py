@@ -4,6 +4,7 @@ B batch, T query time, S context time, H heads, K head dim.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from gptjax.dropout import drop, keep_mask, row_words
 from gptjax.errors import UsageError
 from gptjax.kernels import attention as flash
 from gptjax.kernels import decode_attention
-from gptjax.kernels.cuda import AMPERE, capability
+from gptjax.kernels.cuda import AMPERE, KernelError, capability
 from gptjax.kernels.int8 import Int8
 from gptjax.kv_cache import KVCache
 
@@ -194,9 +195,16 @@ def after_update(attend: Callable[[Array, Any, Any, Array], Array]) -> Cached:
 def attend_token_flash(
     q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: KVCache
 ) -> tuple[Array, KVCache]:
-    """Return the result of `attend` for one token a row, by a kernel that also writes the cache."""
+    """Return the result of `attend` for one token a row, by a kernel that also writes the cache.
+
+    Where it cannot be compiled, cuDNN computes it, and a line on stderr says why.
+    """
     q, k, v = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHK))
-    y, k, v = decode_attention.attend(q, k, v, cache.k[0], cache.v[0], cache.length_B)
+    try:
+        y, k, v = decode_attention.attend(q, k, v, cache.k[0], cache.v[0], cache.length_B)
+    except KernelError as error:
+        print(f"kernels: cuDNN's attention instead, because {error}", file=sys.stderr)
+        return CACHED_ATTENTION["cudnn"](q_BTHK, k_BTHK, v_BTHK, cache)
     return y[:, None], cache._replace(k=(k,), v=(v,))
 
 
@@ -251,10 +259,13 @@ def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
 def choose_cached_attention(cfg: GPTConfig, T: int) -> str:
     """Return the key of CACHED_ATTENTION to use for T new tokens a row.
 
+    The kernel for one token takes the place of cuDNN's attention wherever it runs.
+
     Args:
         cfg: the model, without "auto".
         T: new tokens.
     """
+    assert cfg.attention != "auto", "take model.resolve(cfg)"
     if cfg.cache == "int8":
         return "int8"
     if cfg.kernels == "off" or cfg.attention == "xla":

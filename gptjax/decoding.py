@@ -126,9 +126,10 @@ def prefill(
         history: what the filters remember of each row; None where they need nothing.
         n_likeliest: likeliest tokens to score beside the one drawn; None = score nothing.
     """
-    cache = make_cache(cfg, len(tokens_BT), size)
+    # Attention reads every place, so there are no more of them while the prompts are read.
+    cache = make_cache(cfg, *tokens_BT.shape)
     logits_BV, cache = next_logits(cfg, params, tokens_BT, cache, length_B)
-    start = DecoderState(cache, length_B, n_drawn, history)
+    start = DecoderState(cache.grow(size), length_B, n_drawn, history)
     return draw(start, logits_BV, keys_B, how, n_likeliest)
 
 

@@ -63,7 +63,7 @@ def with_kernel(cfg: GPTConfig, params: Params) -> Params:
     plain = cfg.dtype == "bfloat16" and cfg.cache == "auto"
     if not wanted or not plain or isinstance(params["wte"]["embedding"], Int8):
         return params
-    if cuda.capability() != decoder.CAPABILITY or not cuda.available():
+    if cuda.capability() != cuda.HOPPER or not cuda.available():
         return params
     plan = plan_of(cfg)
     if plan is None:
@@ -178,5 +178,5 @@ def decode(
     return state, jnp.where(jnp.all(ok_n), new_nB, GAVE_UP), scores_n
 
 
-# What draws the next tokens, by whose weights they come from; the state's cache is what each takes.
+# The decoders by name: each takes weights and a cache of its own kind.
 DECODE = {"plain": decoding.decode, "kernel": decode}

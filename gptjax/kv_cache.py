@@ -3,9 +3,10 @@
 B batch, T new tokens, S cache size, H heads, K head dim.
 
 The model calls `of_layer`, `with_layer`, `positions` and `advance`, attention `positions` and
-`update`, the sampler `grow`. Speculative decoding sets `length_B`, and beam search takes rows of
-every array. So a cache of another kind is another NamedTuple with these functions, a `length_B`,
-and the rows first in each array, and a function in `attention` that reads what `update` returns.
+`update` (its kernel for an H100 takes the arrays instead), the sampler `grow`. Speculative decoding
+sets `length_B`, and beam search takes rows of every array. So a cache of another kind is another
+NamedTuple with these functions, a `length_B`, and the rows first in each array, and a function in
+`attention` that reads what `update` returns, which `choose_cached_attention` takes for it.
 """
 
 from typing import Any, NamedTuple

@@ -28,7 +28,7 @@ CACHE = (
 KERNELS = (
     "Whether to use the hand-written kernels of gptjax/kernels where they were measured to be "
     "faster (on an H100 or H200 for GPT-2 124M from 65,536 tokens a pass, for attention with "
-    "dropout, and in decoders of few rows; on a CPU with AVX512_BF16 or AMX), or plain JAX. off "
+    "dropout, and in decoders in bfloat16; on a CPU with AVX512_BF16 or AMX), or plain JAX. off "
     "keeps a decoder from cuDNN's attention, too; --attention says what whole sequences take."
 )
 

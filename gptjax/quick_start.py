@@ -58,8 +58,12 @@ def imported() -> None:
 
 
 def exchange_handler(old: object, new: Callable[..., object] | signal.Handlers) -> None:
-    """Give Ctrl-C the new handler where it has the old one; a job in the background ignores it."""
-    if signal.getsignal(signal.SIGINT) is old:
+    """Give Ctrl-C the new handler where it has the old one; a job in the background ignores it.
+
+    Only the main thread can do that.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGINT) is old:
         signal.signal(signal.SIGINT, new)
 
 

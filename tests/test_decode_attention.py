@@ -5,7 +5,7 @@ tests/test_decode_attention.py`, and `-k caches tests/test_model.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from gptjax import attention, blocks, model, sampling
 from gptjax.config import SampleConfig
 from gptjax.kernels import decode_attention
+from gptjax.kernels.cuda import KernelError
 from gptjax.kv_cache import KVCache
 
 from .cuda_on_cpu import compile_kernel, launch, needs_gxx
@@ -28,6 +29,10 @@ on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu",
     reason="it is for a CPU: JAX_PLATFORMS=cpu pytest tests/test_decode_attention.py",
 )
+
+
+# Full, past the end, in the middle of a round, and empty; behind the last is no memory to be read.
+LENGTHS = [79, 80, 64, 33, 1, 0]
 
 
 def launch_on_cpu(folder: Path, source: str = SOURCE) -> Any:
@@ -74,7 +79,10 @@ def check(heads: int, lengths: Sequence[int], S: int = 80) -> None:
         held = [jnp.where(behind, fill, x).astype(jnp.bfloat16).astype(dtype) for x in (k, v)]
         cache = KVCache((held[0],), (held[1],), length_B)
         y, cache = attention.CACHED_ATTENTION[name](q_, k_, v_, cache)
-        after = [jnp.where(behind, 0, x) for x in (cache.k[0], cache.v[0])]
+        arrays = (cache.k[0], cache.v[0])
+        kept = jnp.array([jnp.where(behind, x, fill) for x in arrays])
+        assert jnp.array_equal(kept, jnp.full_like(kept, fill), equal_nan=True)
+        after = [jnp.where(behind, 0, x) for x in arrays]
         return [np.asarray(x, np.float32) for x in (y, *after)]
 
     exact, *caches = run("xla", jnp.float32, 0)
@@ -96,10 +104,9 @@ def check(heads: int, lengths: Sequence[int], S: int = 80) -> None:
 def test_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int, threads: int
 ) -> None:
-    """Of rows that are empty, in the middle of a round, full, and past the end."""
     monkeypatch.setattr(decode_attention, "launch", launch_on_cpu(tmp_path))
     monkeypatch.setattr(decode_attention, "plan", lambda B, H: (together, threads))
-    check(2, [0, 1, 33, 64, 79, 80])
+    check(2, LENGTHS)
 
 
 MISTAKES = [
@@ -129,7 +136,7 @@ def test_a_planted_mistake_is_seen(
     monkeypatch.setattr(decode_attention, "launch", source)
     monkeypatch.setattr(decode_attention, "plan", lambda B, H: (1, 64))
     with pytest.raises(AssertionError):
-        check(2, [0, 1, 33, 64, 79, 80])
+        check(2, LENGTHS)
 
 
 @pytest.mark.parametrize(("rows", "heads"), [(1, 12), (8, 12), (64, 12), (64, 25)])
@@ -146,8 +153,17 @@ def test_the_plan_has_whole_heads_and_warps() -> None:
             assert heads % together == 0 and threads % 32 == 0 and together * 64 // 8 <= 32
 
 
+@pytest.fixture
+def fresh_programs() -> Iterator[None]:
+    """Programs that were traced with a stand-in do not outlive the test."""
+    yield
+    jax.clear_caches()
+
+
 @on_cpu
-def test_the_decoder_writes_and_reads_the_same_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_writes_and_reads_the_same_caches(
+    monkeypatch: pytest.MonkeyPatch, fresh_programs: None
+) -> None:
     """Texts of several rows past the end of the context, with a stand-in for the kernel."""
     cfg = tiny(dtype="float32")
     params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(0)))
@@ -169,7 +185,35 @@ def test_the_decoder_writes_and_reads_the_same_caches(monkeypatch: pytest.Monkey
 
     jax.clear_caches()
     monkeypatch.setattr(decode_attention, "launch", launch_it)
-    for module in (blocks, sampling):
-        monkeypatch.setattr(module, "choose_cached_attention", choose)
+    monkeypatch.setattr(blocks, "choose_cached_attention", choose)
     assert np.array_equal(texts(), expected)
     assert set(shapes) == {(3, cfg.n_head, cfg.head_dim)}
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise KernelError("NVRTC refuses a kernel: why")
+
+    monkeypatch.setattr(decode_attention, "launch", refuse)
+    monkeypatch.setitem(attention.CACHED_ATTENTION, "cudnn", attention.CACHED_ATTENTION["xla"])
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1, 3, 64))
+    cache = KVCache((jnp.zeros((2, 8, 3, 64)),), (jnp.zeros((2, 8, 3, 64)),), jnp.array([0, 5]))
+    found, expected = (
+        attention.CACHED_ATTENTION[name](q, k, v, cache) for name in ("flash", "xla")
+    )
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
+    why = "kernels: cuDNN's attention instead, because NVRTC refuses a kernel: why\n"
+    assert capsys.readouterr().err == why
+
+
+@pytest.mark.parametrize(("attends", "size"), [("flash", 512), ("cudnn", 128), ("xla", 128)])
+def test_caches_of_many_rows_grow_where_all_of_them_is_read(
+    monkeypatch: pytest.MonkeyPatch, attends: str, size: int
+) -> None:
+    monkeypatch.setattr(sampling, "on_cpu", lambda: False)
+    monkeypatch.setattr(sampling, "choose_cached_attention", lambda cfg, T: attends)
+    cfg = tiny(block_size=1024)
+    assert sampling.first_size(cfg, sampling.MANY_ROWS, 8, 500) == size
+    assert sampling.first_size(cfg, sampling.MANY_ROWS - 1, 8, 500) == 512

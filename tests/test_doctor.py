@@ -292,7 +292,8 @@ def test_cudnn(
     ("capability", "why", "status", "remedy"),
     [
         (None, "there is no NVIDIA GPU", "ok", ""),
-        ((7, 5), "its compute capability is below", "ok", ""),
+        ((8, 0), "NVRTC is missing", "ok", ""),
+        ((10, 0), "", "ok", ""),
         ((9, 0), "", "ok", ""),
         ((9, 0), "NVRTC is missing: install it", "warn", "pip install nvidia-cuda-nvrtc"),
         ((9, 0), "a probe computed", "warn", "pip install --upgrade 'jax[cuda13]'"),
@@ -310,6 +311,7 @@ def test_kernels(
     finding = machine_checks.check_kernels()
     assert finding.status == status
     assert finding.remedy == remedy
+    assert (finding.found == "gptjax's kernels run") == (capability == (9, 0) and not why)
     assert status == "ok" or why in finding.found
 
 

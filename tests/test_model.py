@@ -411,7 +411,7 @@ def test_attention_with_a_cache_is_the_formula() -> None:
 def test_what_attends_to_a_cache(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], T: int, expected: str
 ) -> None:
-    monkeypatch.setattr(cuda, "capability", lambda: decode_attention.CAPABILITY)
+    monkeypatch.setattr(cuda, "capability", lambda: cuda.HOPPER)
     monkeypatch.setattr(cuda, "available", lambda: True)
     fields = {"dtype": "bfloat16", "attention": "cudnn", **changes}
     cfg = GPTConfig(n_layer=1, n_embd=768, **{"n_head": 12, **fields})

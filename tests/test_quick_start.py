@@ -32,11 +32,16 @@ assert gc.isenabled() and gc.get_freeze_count()
         ("import gptjax.quick_start; interrupt()", -signal.SIGINT, ""),
         ("import gptjax.quick_start as q; q.imported(); interrupt()", -signal.SIGINT, "Keyboard"),
         ("signal.signal(2, signal.SIG_IGN); import gptjax.quick_start as q; interrupt()", 0, ""),
+        ("Thread(target=lambda: __import__('gptjax.quick_start')).start()", 0, ""),
     ],
 )
 def test_ctrl_c(program: str, code: int, said: str) -> None:
     """No traceback while modules are imported; nothing at all in a background job."""
-    start = "import os, signal; interrupt = lambda: os.kill(os.getpid(), signal.SIGINT); "
+    start = (
+        "import os, signal; from threading import Thread; "
+        "signal.signal(2, signal.default_int_handler); "
+        "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT); "
+    )
     done = subprocess.run(
         [sys.executable, "-c", start + program], capture_output=True, text=True, cwd=ROOT
     )

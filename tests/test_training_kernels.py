@@ -86,7 +86,7 @@ def plain(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Let this machine have kernels; the names of those that ran."""
-    if jax.default_backend() == "gpu" and cuda.capability() != training.HOPPER:
+    if jax.default_backend() == "gpu" and cuda.capability() != cuda.HOPPER:
         pytest.skip(
             "needs an H100 or H200; or JAX_PLATFORMS=cpu pytest tests/test_training_kernels.py"
         )

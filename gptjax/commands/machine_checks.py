@@ -169,9 +169,9 @@ def check_cudnn() -> Finding:
 
 
 def check_kernels() -> Finding:
-    """Check that kernels of gptjax's own run, where there is a GPU for them."""
-    if (cuda.capability() or (0, 0)) < cuda.AMPERE:
-        return Finding("ok", "gptjax has no kernels for this backend, plain JAX computes")
+    """Check that gptjax's kernels for NVIDIA GPUs run, where there is one that they are for."""
+    if cuda.capability() != cuda.HOPPER:
+        return Finding("ok", "there is no H100 or H200, which gptjax has GPU kernels for")
     if why := cuda.refusal():
         package = "nvidia-cuda-nvrtc" if "NVRTC is missing" in why else "--upgrade 'jax[cuda13]'"
         remedy = f"pip install {package}"

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 
 from gptjax.kernels import cuda
 
-CAPABILITY = (9, 0)  # where it was measured and checked
 HEAD_DIM = 64  # of all sizes of GPT-2
 AHEAD = 4  # places; with 2 and 8 of them, or the next ones asked for sooner, it took as long
 FOUND = 40  # bytes of what a thread has found
@@ -25,7 +24,7 @@ FOUND = 40  # bytes of what a thread has found
 
 def refusal(T: int, K: int, dtype: DTypeLike) -> str:
     """Return why the kernel does not run here for T new tokens and heads of K, "" if it does."""
-    if cuda.capability() != CAPABILITY:
+    if cuda.capability() != cuda.HOPPER:
         return "it is for an H100 or H200"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it is for bfloat16, but this is {jnp.dtype(dtype)}"

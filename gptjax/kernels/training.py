@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from gptjax.kernels import cuda
 
 # Where these were measured to be faster, on an H100 with GPT-2 124M at batch 64, and nowhere else.
-HOPPER = (9, 0)  # its compute capability
 ROWS = 65536  # or more
 # Of what a kernel reads. They would run with others that are a multiple of 8: a row of logits of up
 # to 113 KB, so that a multiprocessor holds two; a width of up to 1280, in a warp's registers.
@@ -42,7 +41,7 @@ def choose(
     measured = rows >= ROWS and columns == COLUMNS[name]
     if kernels == "off" or not measured or jnp.dtype(dtype) != jnp.bfloat16:
         return None
-    return TRAINING[name] if cuda.capability() == HOPPER and cuda.available() else None
+    return TRAINING[name] if cuda.capability() == cuda.HOPPER and cuda.available() else None
 
 
 @functools.cache
