@@ -224,7 +224,7 @@ def main() -> None:
     contexts = contexts[-1:] if args.quick else contexts
     params = jax.jit(model.init_params, static_argnums=0)(cfg, jax.random.key(0))
     # Of the first weights one token is said for ever; of larger ones bfloat16 says another text.
-    scale = 55 / math.sqrt(cfg.n_embd)  # 2.0 for GPT-2 small, 1.4 for XL
+    scale = min(2.0, 55 / math.sqrt(cfg.n_embd))  # 2.0 up to GPT-2 small, 1.4 for XL
     params = jax.tree.map(lambda p: scale * p if p.ndim > 1 else p, params)
     decoder = model.prepare_for_decoding(cfg, params)
     with_kernel = fused.with_kernel(cfg, decoder)

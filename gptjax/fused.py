@@ -20,12 +20,18 @@ from gptjax.kv_cache import KVCache
 from gptjax.model import Params
 
 GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder.decode`
-# Layers, heads and width of the models that it was compared with the float32 model for, and up to
-# how many rows it was measured to be faster there, both on an H100: one row of GPT-2 small takes it
-# 0.20 ms a token instead of 0.45, four 0.31 instead of 0.43, one of GPT-2 medium 0.50 instead of
-# 1.06, of large 0.97 instead of 1.59, of XL 1.5 instead of 2.7.
-FASTER = {(12, 12, 768): 4, (24, 16, 1024): 1, (36, 20, 1280): 1, (48, 25, 1600): 1}
-MANY_STEPS = 8192  # tokens of a row that save 2 s: NVRTC takes 1 to 2.5 s (on 2 CPU cores) once
+# Layers, heads and width of a model -> up to how many rows the kernel was measured to be faster on
+# an H100, ms a token without and with it, and its texts compared with the float32 model.
+FASTER = {
+    (6, 6, 384): 8,  # one row 0.145 -> 0.080, eight 0.132 -> 0.117
+    (12, 12, 768): 8,  # GPT-2 small: one row 0.42 -> 0.20, eight 0.368 -> 0.354
+    (24, 16, 1024): 4,  # medium: two rows 0.90 -> 0.53, four 0.88 -> 0.67
+    (36, 20, 1280): 2,  # large: two rows 1.55 -> 1.00
+    (48, 25, 1600): 2,  # XL: two rows 2.51 -> 1.55
+}
+# Tokens of a row from which on sample.py takes it. In one row of GPT-2 small they save 2 s, and
+# NVRTC takes 1 to 2.5 s (on 2 CPU cores), but once for a machine.
+MANY_STEPS = 8192
 Cache = Any  # a decoder.Stacked, where the plain decoder has a KVCache
 given_up: list[bool] = []  # not empty once that happened
 
@@ -42,10 +48,10 @@ def sizes_of(cfg: GPTConfig) -> decoder.Sizes:
     )
 
 
-def plan_of(cfg: GPTConfig) -> decoder.Plan | None:
-    """Return how the kernel would compute the model on the first GPU here, None if it does not."""
+def plan_of(cfg: GPTConfig, rows: int) -> decoder.Plan | None:
+    """Return how the kernel would compute so many rows on the first GPU here, None if it cannot."""
     cores = getattr(jax.local_devices()[0], "core_count", 0)
-    return decoder.plan(sizes_of(cfg), min(128, cores))
+    return decoder.plan(sizes_of(cfg), min(128, cores), rows)
 
 
 def with_kernel(cfg: GPTConfig, params: Params) -> Params:
@@ -65,7 +71,7 @@ def with_kernel(cfg: GPTConfig, params: Params) -> Params:
         return params
     if cuda.capability() != cuda.HOPPER or not cuda.available():
         return params
-    plan = plan_of(cfg)
+    plan = plan_of(cfg, most_rows(cfg))
     if plan is None:
         return params
     return {**params, "kernel": decoder.pack(sizes_of(cfg), plan, params)}
@@ -96,9 +102,9 @@ def give_up(reason: str) -> None:
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def stack_cache(cfg: GPTConfig, cache: KVCache) -> Cache:
     """Return the cache as the kernel takes it, with room for a context and no more."""
-    plan = plan_of(cfg)
-    assert plan is not None
     B, S = cache.k[0].shape[:2]
+    plan = plan_of(cfg, B)
+    assert plan is not None
     room = ((0, 0), (0, 0), (0, max(0, cfg.block_size - S)), (0, 0))
     k, v = (
         jnp.pad(jnp.stack(x).reshape(cfg.n_layer, B, S, cfg.n_embd)[:, :, : cfg.block_size], room)
@@ -122,7 +128,7 @@ def token_logits(
     Returns:
         The logits, the cache one token longer, and whether the kernel waited for nothing in vain.
     """
-    plan = plan_of(cfg)
+    plan = plan_of(cfg, len(token_B))
     assert plan is not None
     token_B = jnp.maximum(token_B, 0)  # NOT_FINITE is the index of no row
     _, logits_BV, cache, ok = decoder.decode(
@@ -159,7 +165,7 @@ def decode(
     """
     if how.temperature < SMALLEST and state.history is None and state.scores is None:
         cache: Cache = state.cache
-        plan = plan_of(cfg)
+        plan = plan_of(cfg, len(state.token_B))
         assert plan is not None
         new_nB, best_nB, cache, ok = decoder.decode(
             sizes_of(cfg), plan, packed, state.token_B, cache, n_steps, logits=False

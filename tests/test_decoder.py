@@ -43,6 +43,7 @@ def on_cpu(
     source: str = SOURCE,
     blocks: int = BLOCKS,
     missing: int = 0,
+    packed: decoder.Packed | None = None,
     **changes: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Run the kernel; return tokens, values, whether each block gave up, and the keys it left.
@@ -50,11 +51,11 @@ def on_cpu(
     `changes` are of the plan.
     """
     sizes, B, S = fused.sizes_of(cfg), len(token_B), cache.k[0].shape[1]
-    plan = decoder.plan(sizes, blocks)
+    plan = decoder.plan(sizes, blocks, B)
     assert plan is not None
     assert plan.blocks == blocks
     plan = plan._replace(**changes)
-    packed = decoder.pack(sizes, plan, params)
+    packed = packed or decoder.pack(sizes, plan, params)
     macros = decoder.macros(sizes, plan, B, steps, S, logits)
     few = min(3, macros["NSLOT"])  # slots, so that they come round
     macros |= {"SPINS": 1 << 12, "NSLOT": few}
@@ -123,6 +124,20 @@ def test_logits_and_cache_equal_the_plain_decoders(
     assert difference(found, np.asarray(expected)) <= TOLERANCE
     keys = np.asarray(jnp.stack(longer.k)).reshape(k.shape)
     assert np.abs(k.astype(np.float32) - keys).max() <= TOLERANCE
+
+
+@needs_gxx
+def test_more_rows_than_one_row_has_warps(folder: Path) -> None:
+    """The weights are those that one row reads with its six warps."""
+    cfg, params, token_B, cache = a_model(7, n_embd=384, n_head=3, n_layer=1)
+    one, seven = (decoder.plan(fused.sizes_of(cfg), 32, rows) for rows in (1, 7))
+    assert one is not None and seven is not None and (one.warps, seven.warps) == (6, 12)
+    expected, _ = next_logits(cfg, params, token_B[:, None], cache)
+    packed = decoder.pack(fused.sizes_of(cfg), one, params)
+    how: Any = {"blocks": 32, "packed": packed}
+    _, found, given_up, _ = on_cpu(folder, cfg, params, token_B, cache, 1, logits=True, **how)
+    assert not given_up.any()
+    assert difference(found, np.asarray(expected)) <= 2.5 * TOLERANCE  # of logits up to 5.2
 
 
 @needs_gxx
@@ -250,20 +265,20 @@ def test_a_missing_block_ends_all_waiting(folder: Path) -> None:
     cuda.capability() != cuda.HOPPER,
     reason="needs an H100: JAX_PLATFORMS=cuda pytest -n 0 tests/test_decoder.py -k gpt2_small",
 )
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 8])
 def test_gpt2_small_on_a_gpu(rows: int) -> None:
     """Each token is the likeliest one of the float32 model, or a tie, behind the tokens before."""
     cfg, n = GPTConfig(dtype="bfloat16"), 200
     params = scaled_params(cfg, jax.random.key(0), 2.0)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
     decoding = model.prepare_for_decoding(cfg, params)
-    sizes, plan = fused.sizes_of(cfg), fused.plan_of(cfg)
+    sizes, plan = fused.sizes_of(cfg), fused.plan_of(cfg, rows)
     assert plan is not None
     packed = decoder.pack(sizes, plan, decoding)
     k = jnp.zeros((cfg.n_layer, rows, cfg.block_size, cfg.n_embd), jnp.bfloat16)
     state = jnp.zeros(decoder.n_words(sizes, plan, rows), jnp.uint32)
     cache = decoder.Stacked(k, k, jnp.zeros(rows, jnp.int32), state)
-    first_B = jnp.array([50256, 11])[:rows]
+    first_B = jnp.array([50256, 11, 198, 383, 464, 1212, 8, 40])[:rows]
     found_nB, _, _, ok = decoder.decode(sizes, plan, packed, first_B, cache, n, logits=False)
     assert ok
     tokens_BT = jnp.concatenate([first_B[:, None], found_nB.T[:, :-1]], axis=1)
@@ -305,12 +320,23 @@ def test_a_model_too_wide_for_the_shared_memory_is_refused() -> None:
 @pytest.mark.parametrize("rows", range(1, 9))
 def test_a_block_has_the_shared_memory(width: int, rows: int) -> None:
     sizes = decoder.Sizes(12, max(1, width // 64), width, 50257, 50304, False)
-    plan = decoder.plan(sizes, 128)
+    plan = decoder.plan(sizes, 128, rows)
     assert plan is not None
+    assert plan.warps >= rows
     slots, size = decoder.shared_memory(sizes, plan, rows)
     assert size <= decoder.SHARED
     assert slots >= 2  # one is copied while the other is read
     assert plan.head[0] * rows <= 32 * plan.warps  # a thread for each logit of a group
+
+
+@pytest.mark.parametrize("width", [96, 256, 384, 768, 1024, 1280, 1600])
+@pytest.mark.parametrize("blocks", [100, 128])
+def test_plans_for_all_rows_read_the_same_weights(width: int, blocks: int) -> None:
+    sizes = decoder.Sizes(12, width // 32, width, 50257, 50304, False)
+    plans = [decoder.plan(sizes, blocks, rows) for rows in range(1, 9)]
+    read = {(plan.blocks, plan.rows, plan.head) for plan in plans if plan is not None}
+    assert None not in plans
+    assert len(read) == 1
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -1) -> list[int]:
@@ -353,7 +379,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
     monkeypatch.setattr(decoder, "pack", lambda sizes, plan, params: dict(params))
     monkeypatch.setattr(cuda, "capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "available", lambda: True)
-    monkeypatch.setattr(fused, "plan_of", lambda cfg: decoder.plan(fused.sizes_of(cfg), 128))
+    monkeypatch.setattr(
+        fused, "plan_of", lambda cfg, rows: decoder.plan(fused.sizes_of(cfg), 128, rows)
+    )
     monkeypatch.setattr(fused, "given_up", [])
     monkeypatch.setattr(fused, "FASTER", {(2, 2, 64): 2})
     jax.clear_caches()  # programs with the plain decoder's names
@@ -408,11 +436,11 @@ def test_models_and_rows_that_it_takes() -> None:
     """Those for which it was measured to be faster."""
     small = GPTConfig()
     assert fused.takes(small, 1)
-    assert fused.takes(small, 4)
-    assert not fused.takes(small, 5)
+    assert fused.takes(small, 8)
+    assert not fused.takes(small, 9)
     xl = dataclasses.replace(small, n_layer=48, n_head=25, n_embd=1600)
-    assert fused.takes(xl, 1)
-    assert not fused.takes(xl, 2)
+    assert fused.takes(xl, 2)
+    assert not fused.takes(xl, 3)
     assert not fused.takes(dataclasses.replace(small, n_layer=11), 1)
 
 
