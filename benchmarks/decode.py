@@ -218,6 +218,7 @@ def main() -> None:
     timed = dataclasses.replace(PRESETS[preset].model, vocab_size=vocab_size, dropout=0.0)
     cfg = model.resolve(timed)
     n, rounds = (40 if args.quick else 200 if cpu else 500), (1 if args.quick else 4)
+    n = min(n, cfg.block_size - 8)  # behind the prompt
     all_rows = args.rows or ([1] if cpu else [1, 64] if args.quick else [1, 8, 64, 256])
     contexts = [c for c in (128, 256, 512, 1024) if c <= cfg.block_size]
     contexts = args.contexts or contexts or [cfg.block_size]

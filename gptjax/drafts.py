@@ -18,6 +18,9 @@ from gptjax.filters import History, remember
 from gptjax.kv_cache import KVCache, make_cache
 from gptjax.model import Params, hidden_states, next_logits
 
+# Rows that a kernel drafts for, at most: it reads the two newest tokens one by one, where plain JAX
+# reads them at once, so it has to be much faster.
+KERNEL_ROWS = 4
 NGRAM = 3  # most tokens at a text's end that are looked for in the text before
 
 
@@ -39,8 +42,10 @@ class Draft:
         return self.params is not None and "kernel" in self.params
 
     def for_rows(self, rows: int) -> "Draft":
-        """Return the draft, without the kernel where that is not to decode so many rows."""
-        if self.cfg is None or self.params is None or fused.takes(self.cfg, rows):
+        """Return the draft, without the kernel where that is not to draft for so many rows."""
+        if self.cfg is None or self.params is None:
+            return self
+        if rows <= KERNEL_ROWS and fused.takes(self.cfg, rows):
             return self
         return dataclasses.replace(self, params=fused.without_kernel(self.params))
 

@@ -345,7 +345,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
 
     def decode(
         sizes: object,
-        plan: object,
+        plan: decoder.Plan,
         packed: model.Params,
         token_B: jax.Array,
         cache: decoder.Stacked,
@@ -357,6 +357,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
         if give_up_at == 0:
             raise cuda.KernelError("a block waited in vain for its compiler")
         _, B, S, _ = cache.k.shape
+        assert plan.warps == B
         k, v = (tuple(x.reshape(-1, B, S, cfg.n_head, cfg.head_dim)) for x in cache[:2])
         plain = KVCache(k, v, cache.length_B)
         if logits:
@@ -375,15 +376,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
         ok = jnp.array(len(asked) != give_up_at)
         return new_nB, values, stacked, ok
 
+    def plan_of(cfg: GPTConfig, rows: int) -> decoder.Plan:
+        plan = decoder.plan(fused.sizes_of(cfg), 128, rows)
+        assert plan is not None
+        return plan._replace(warps=rows)  # which says for how many rows it is
+
     monkeypatch.setattr(decoder, "decode", decode)
     monkeypatch.setattr(decoder, "pack", lambda sizes, plan, params: dict(params))
     monkeypatch.setattr(cuda, "capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "available", lambda: True)
-    monkeypatch.setattr(
-        fused, "plan_of", lambda cfg, rows: decoder.plan(fused.sizes_of(cfg), 128, rows)
-    )
+    monkeypatch.setattr(fused, "plan_of", plan_of)
     monkeypatch.setattr(fused, "given_up", [])
-    monkeypatch.setattr(fused, "FASTER", {(2, 2, 64): 2})
+    monkeypatch.setattr(fused, "FASTER", {(2, 2, 64): (2, 61)})
     jax.clear_caches()  # programs with the plain decoder's names
     return asked
 
@@ -442,6 +446,15 @@ def test_models_and_rows_that_it_takes() -> None:
     assert fused.takes(xl, 2)
     assert not fused.takes(xl, 3)
     assert not fused.takes(dataclasses.replace(small, n_layer=11), 1)
+    char = dataclasses.replace(small, n_layer=6, n_head=6, n_embd=384, vocab_size=65)
+    assert fused.takes(char, 8)
+    assert not fused.takes(dataclasses.replace(char, vocab_size=50257), 1)
+
+
+def test_it_drafts_for_fewer_rows_than_it_decodes() -> None:
+    draft = Draft(3, GPTConfig(), {"kernel": jnp.zeros(1)})
+    assert draft.for_rows(4).by_kernel
+    assert not draft.for_rows(5).by_kernel
 
 
 @pytest.mark.parametrize(

@@ -393,24 +393,6 @@ def test_attention_with_a_cache_is_the_formula() -> None:
         assert max_difference(found[b, t, h], expected) <= 1e-6 * np.abs(expected).max()
 
 
-def test_prompts_that_fill_a_cache_need_fewer_scores() -> None:
-    """They are whole sequences: the result and the cache are those with a place to spare."""
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 200, 2, 8)) * 3
-    attend = jax.jit(attention.CACHED_ATTENTION["xla"])
-
-    def run(places: int) -> tuple[jax.Array, KVCache, Any]:
-        empty = (jnp.zeros((2, places, 2, 8)),)
-        cache = KVCache(empty, empty, jnp.zeros(2, jnp.int32))
-        costs: Any = attend.lower(q, k, v, cache).compile().cost_analysis()
-        return *attend(q, k, v, cache), costs["flops"]
-
-    (expected, spare, more), (found, full, fewer) = run(201), run(200)
-    assert max_difference(found, expected) <= 1e-5 * float(jnp.abs(expected).max())
-    assert np.array_equal(full.k[0], spare.k[0][:, :200])
-    assert np.array_equal(full.v[0], v)
-    assert fewer < 0.7 * more  # 5/8 of the square
-
-
 @pytest.mark.parametrize(
     ("changes", "T", "expected"),
     [
