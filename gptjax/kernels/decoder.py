@@ -16,9 +16,7 @@ from jax import Array
 
 from gptjax.kernels import cuda
 
-ROWS = (
-    8  # rows that one product of the tensor cores takes at once; each needs a warp, see `warps_of`
-)
+ROWS = 8  # that one product of the tensor cores takes at once; each needs a warp, see `warps_of`
 HEAD_DIMS = (16, 32, 64, 128)
 SLOT = 40_000  # bytes of weights that are copied at once, at most, if a slot need not be larger
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on compute capability 9.0
