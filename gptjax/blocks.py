@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
                 q, k, v, dropout=cfg.weights_dropout, keys_B=keys_B, einsum=einsum_of(cfg)
             )
         else:
-            attend = CACHED_ATTENTION[choose_cached_attention(cfg, T)]
+            attend = CACHED_ATTENTION[choose_cached_attention(cfg, B, T, cache.size)]
             y_BTHK, cache = attend(q, k.astype(cfg.dtype), v.astype(cfg.dtype), cache)
         y_BTD = linear(cfg, y_BTHK.reshape(B, T, D), D, "c_proj")
         return y_BTD if keys_PB is None else drop_rows(y_BTD, keys_PB[1], cfg.dropout), cache

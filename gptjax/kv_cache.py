@@ -2,11 +2,11 @@
 
 B batch, T new tokens, S cache size, H heads, K head dim.
 
-The model calls `of_layer`, `with_layer`, `positions` and `advance`, attention `positions` and
-`update` (its kernel for an H100 takes the arrays instead), the sampler `grow`. Speculative decoding
-sets `length_B`, and beam search takes rows of every array. So a cache of another kind is another
-NamedTuple with these functions, a `length_B`, and the rows first in each array, and a function in
-`attention` that reads what `update` returns, which `choose_cached_attention` takes for it.
+The model calls `of_layer`, `with_layer`, `size`, `positions` and `advance`, attention `positions`
+and `update` (its kernel for an H100 takes the arrays instead), the sampler `grow`. Speculative
+decoding sets `length_B`, and beam search takes rows of every array. So a cache of another kind is
+another NamedTuple with these functions, a `length_B`, and the rows first in each array, and a
+function in `attention` that reads what `update` returns, which `choose_cached_attention` takes.
 """
 
 from typing import Any, NamedTuple
@@ -30,6 +30,11 @@ class KVCache(NamedTuple):
     k: tuple[Stored, ...]  # one per layer
     v: tuple[Stored, ...]
     length_B: Array  # tokens held, row by row: prompts of a batch differ in length
+
+    @property
+    def size(self) -> int:
+        """Return how many tokens each row has room for."""
+        return int(jax.tree.leaves(self.k)[0].shape[1])
 
     def positions(self, T: int) -> Array:
         """Return the positions (B, T) of the next T tokens."""

@@ -71,7 +71,7 @@ def first_size(cfg: GPTConfig, rows: int, longest: int, left: int) -> int:
     whole, first = longest + left - 1, longest + min(left - 1, chunk_size())
     if on_cpu():
         first = min(whole, max(first, SMALL_CACHE_OF_CPU))
-    elif rows < MANY_ROWS or choose_cached_attention(cfg, 1) == "flash":
+    elif rows < MANY_ROWS or choose_cached_attention(cfg, rows, 1, cfg.block_size) == "flash":
         first = whole
     return cache_size(first, cfg.block_size)
 

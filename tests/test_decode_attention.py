@@ -180,7 +180,7 @@ def test_the_decoder_writes_and_reads_the_same_caches(
         shapes.append(inputs[0].shape)
         return plain(inputs, *args)
 
-    def choose(cfg: Any, T: int) -> str:
+    def choose(cfg: Any, rows: int, T: int, size: int) -> str:
         return "flash" if T == 1 else "xla"
 
     jax.clear_caches()
@@ -213,7 +213,7 @@ def test_caches_of_many_rows_grow_where_all_of_them_is_read(
     monkeypatch: pytest.MonkeyPatch, attends: str, size: int
 ) -> None:
     monkeypatch.setattr(sampling, "on_cpu", lambda: False)
-    monkeypatch.setattr(sampling, "choose_cached_attention", lambda cfg, T: attends)
+    monkeypatch.setattr(sampling, "choose_cached_attention", lambda *args: attends)
     cfg = tiny(block_size=1024)
     assert sampling.first_size(cfg, sampling.MANY_ROWS, 8, 500) == size
     assert sampling.first_size(cfg, sampling.MANY_ROWS - 1, 8, 500) == 512

@@ -394,31 +394,54 @@ def test_attention_with_a_cache_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "T", "expected"),
+    ("changes", "shape", "expected"),
     [
-        ({}, 1, "flash"),
-        ({"attention": "flash"}, 1, "flash"),
-        ({}, 2, "xla"),
-        ({"dtype": "float16"}, 1, "cudnn"),
-        ({"n_head": 6}, 1, "cudnn"),
-        ({"n_head": 192}, 1, "xla"),  # heads of 4
-        ({"n_head": 4}, 1, "xla"),  # heads of 192
-        ({"attention": "xla"}, 1, "xla"),
-        ({"kernels": "off"}, 1, "xla"),
-        ({"cache": "int8"}, 1, "int8"),
+        ({}, (2, 1, 512), "flash"),
+        ({"attention": "flash"}, (2, 1, 512), "flash"),
+        ({}, (2, 2, 512), "xla"),
+        ({"dtype": "float16"}, (2, 1, 512), "cudnn"),
+        ({"n_head": 6}, (2, 1, 512), "cudnn"),
+        ({"n_head": 192}, (2, 1, 512), "xla"),  # heads of 4
+        ({"n_head": 4}, (2, 1, 512), "xla"),  # heads of 192
+        ({"attention": "xla"}, (2, 1, 512), "xla"),
+        ({"kernels": "off"}, (2, 1, 512), "xla"),
+        ({"cache": "int8"}, (2, 1, 512), "int8"),
+        ({}, (8, 256, 256), "cudnn_prompt"),
+        ({}, (7, 256, 256), "xla"),  # a short one
+        ({}, (8, 256, 512), "xla"),  # others may stand before these
+        ({"n_head": 4}, (8, 256, 256), "xla"),
+        ({"attention": "xla"}, (8, 256, 256), "xla"),
+        ({"kernels": "off"}, (8, 256, 256), "xla"),
+        ({"cache": "int8"}, (8, 256, 256), "int8"),
     ],
 )
 def test_what_attends_to_a_cache(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], T: int, expected: str
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    shape: tuple[int, int, int],
+    expected: str,
 ) -> None:
     monkeypatch.setattr(cuda, "capability", lambda: cuda.HOPPER)
     monkeypatch.setattr(cuda, "available", lambda: True)
     fields = {"dtype": "bfloat16", "attention": "cudnn", **changes}
     cfg = GPTConfig(n_layer=1, n_embd=768, **{"n_head": 12, **fields})
-    assert attention.choose_cached_attention(cfg, T) == expected
+    assert attention.choose_cached_attention(cfg, *shape) == expected
     monkeypatch.setattr(cuda, "capability", lambda: (8, 0))
     without = "cudnn" if expected == "flash" else expected
-    assert attention.choose_cached_attention(cfg, T) == without
+    assert attention.choose_cached_attention(cfg, *shape) == without
+
+
+def test_prompts_that_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are read as whole sequences, and their keys and values are kept."""
+    monkeypatch.setattr(attention, "attend_cudnn", attention.attend_xla)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 3, 8))
+    cache = kv_cache.make_cache(tiny(n_layer=1, n_head=3, n_embd=24), 2, 12)
+    assert cache.size == 12
+    found, expected = (
+        attention.CACHED_ATTENTION[name](q, k, v, cache) for name in ("cudnn_prompt", "xla")
+    )
+    assert max_difference(found[0], expected[0]) <= 1e-6
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, found[1], expected[1]))
 
 
 CUDA, ROCM = "PJRT C API cuda 13000", "PJRT C API rocm 60000"
@@ -604,6 +627,33 @@ def test_attention_to_caches_on_a_gpu(name: str) -> None:
     allowed, error = (np.linalg.norm((y - exact).reshape(9, -1), axis=1) for y in (reference, fast))
     assert (error <= 1.5 * allowed + 1e-6).all(), (error, allowed)
     assert all(map(np.array_equal, found, caches))
+
+
+@on_gpu
+def test_prompts_by_cudnn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs that read prompts of GPT-2's width beside the one in float32."""
+    kinds: dict[str, Any] = {"n_layer": 2, "n_head": 12, "n_embd": 768, "block_size": 256}
+    cfg = GPTConfig(**kinds, vocab_size=1000, dtype="bfloat16", attention="cudnn")
+    exactly = dataclasses.replace(cfg, dtype="float32", attention="xla", kernels="off")
+    params = init_params(exactly, jax.random.key(0))
+    weights = {c.dtype: model.prepare_for_decoding(c, params) for c in (cfg, exactly)}
+    tokens = jax.random.randint(jax.random.key(1), (8, 256), 0, 1000)
+    length_B = jnp.array([1, 2, 63, 64, 65, 200, 255, 256])
+    assert attention.choose_cached_attention(cfg, 8, 256, 256) == "cudnn_prompt"
+
+    def read(cfg: GPTConfig) -> np.ndarray:
+        cache = kv_cache.make_cache(cfg, 8, 256)
+        logits, _ = model.next_logits(cfg, weights[cfg.dtype], tokens, cache, length_B)
+        return np.asarray(logits, np.float32)[:, :1000]
+
+    with jax.default_matmul_precision("highest"):
+        exact = read(exactly)
+    fast = read(cfg)
+    monkeypatch.setattr(attention, "PROMPT_TOKENS", 8 * 256 + 1)
+    reference = read(cfg)
+    assert not np.array_equal(fast, reference)
+    allowed, error = (np.linalg.norm(y - exact, axis=1) for y in (reference, fast))
+    assert (error <= 1.5 * allowed).all(), (error, allowed)
 
 
 @pytest.mark.parametrize(
