@@ -193,8 +193,10 @@ def test_a_stop_on_a_step_that_is_saved_anyway(
 def test_two_runs_in_one_folder(
     environment: Environment, start: tuple[str, ...], tmp_path: Path
 ) -> None:
+    # However long the first runs, step 1 is still to come when it is killed.
+    unsaved = ("--max_iters=100000", "--checkpoint_interval=0")
     first = start_process(
-        [sys.executable, str(ROOT / "train.py"), *start, "--max_iters=100000"],
+        [sys.executable, str(ROOT / "train.py"), *start, *unsaved],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
