@@ -24,10 +24,10 @@ from gptjax.kv_cache import KVCache
 
 Einsum = Callable[..., Array]
 CUDNN_HEAD = 128  # widest head of cuDNN's attention; its width is a multiple of 8
-# From here on cuDNN reads prompts sooner; below, the time to load it is not won back. On an H100
-# GPT-2 small takes 32 ms instead of 75 for 64 rows of 1,024, 1.7 instead of 2.3 for 8 of 256, and
-# 1.6 instead of 1.9 for one of 1,024.
-PROMPT_TOKENS = 2048
+# Scores of a head in all rows from which on cuDNN reads prompts; to load it takes 0.7 s once. On an
+# H100 GPT-2 small reads 4 rows of 1,024 tokens, which have so many, in 2.9 ms instead of 5.6, and
+# 64 of them in 32 instead of 75; but one such row in 1.6 instead of 1.9.
+PROMPT_SCORES = 2**22
 
 
 def attend(
@@ -271,13 +271,14 @@ def choose_attention(cfg: GPTConfig, dtype: str) -> Attention:
 def choose_cached_attention(cfg: GPTConfig, rows: int, T: int, size: int) -> str:
     """Return the key of CACHED_ATTENTION to use for T new tokens a row.
 
-    The kernel for one token takes the place of cuDNN's attention wherever it runs.
+    The kernel for one token takes the place of cuDNN's attention wherever it runs; cuDNN reads
+    prompts that are long enough.
 
     Args:
         cfg: the model, without "auto".
         rows: of the batch.
         T: new tokens.
-        size: of the cache. Where it is T, no other tokens are in it.
+        size: of the cache. Where it is T, no other tokens are in it, since the new ones must fit.
     """
     assert cfg.attention != "auto", "take model.resolve(cfg)"
     if cfg.cache == "int8":
@@ -290,4 +291,4 @@ def choose_cached_attention(cfg: GPTConfig, rows: int, T: int, size: int) -> str
         return "xla"
     if T == 1:
         return "cudnn"
-    return "cudnn_prompt" if size == T and rows * T >= PROMPT_TOKENS else "xla"
+    return "cudnn_prompt" if size == T and rows * T * T >= PROMPT_SCORES else "xla"

@@ -25,15 +25,15 @@ GAVE_UP = -2  # in the place of tokens, when blocks waited in vain: see `decoder
 # float32 model. Beside it are ms a token without and with the kernel.
 FASTER = {
     (6, 6, 384): (8, 65),  # shakespeare_char: one row 0.145 -> 0.080, eight 0.132 -> 0.117
-    # GPT-2 small: one row 0.42 -> 0.20; six at 512 tokens 0.44 -> 0.40, at 1,024 0.50 -> 0.50.
-    # Eight are faster up to 512, 0.420 -> 0.411, and slower at 1,024, 0.49 -> 0.52.
-    (12, 12, 768): (6, 50304),
+    # GPT-2 small: one row 0.42 -> 0.20, five at 1,024 tokens 0.51 -> 0.43. Six are faster at 512,
+    # 0.44 -> 0.40, and not at 1,024, 0.50 -> 0.50; eight are slower there, 0.49 -> 0.52.
+    (12, 12, 768): (5, 50304),
     (24, 16, 1024): (4, 50304),  # medium: two rows 0.90 -> 0.53, four 0.88 -> 0.67
     (36, 20, 1280): (2, 50304),  # large: two rows 1.55 -> 1.00
     (48, 25, 1600): (2, 50304),  # XL: two rows 2.51 -> 1.55
 }
 # Tokens of a row from which on sample.py takes it: NVRTC takes 1 to 2.5 s (on 2 CPU cores), once on
-# a machine. In one row of GPT-2 small so many tokens save 2 s, in six rows 0.2 s.
+# a machine. In one row of GPT-2 small so many tokens save 2 s, in five rows 0.7 s.
 MANY_STEPS = 8192
 Cache = Any  # a decoder.Stacked, where the plain decoder has a KVCache
 given_up: list[bool] = []  # not empty once that happened

@@ -406,13 +406,13 @@ def test_attention_with_a_cache_is_the_formula() -> None:
         ({"attention": "xla"}, (2, 1, 512), "xla"),
         ({"kernels": "off"}, (2, 1, 512), "xla"),
         ({"cache": "int8"}, (2, 1, 512), "int8"),
-        ({}, (8, 256, 256), "cudnn_prompt"),
-        ({}, (7, 256, 256), "xla"),  # a short one
-        ({}, (8, 256, 512), "xla"),  # others may stand before these
-        ({"n_head": 4}, (8, 256, 256), "xla"),
-        ({"attention": "xla"}, (8, 256, 256), "xla"),
-        ({"kernels": "off"}, (8, 256, 256), "xla"),
-        ({"cache": "int8"}, (8, 256, 256), "int8"),
+        ({}, (4, 1024, 1024), "cudnn_prompt"),
+        ({}, (3, 1024, 1024), "xla"),  # not worth loading cuDNN for
+        ({}, (4, 1024, 2048), "xla"),  # others may stand before these
+        ({"n_head": 4}, (4, 1024, 1024), "xla"),
+        ({"attention": "xla"}, (4, 1024, 1024), "xla"),
+        ({"kernels": "off"}, (4, 1024, 1024), "xla"),
+        ({"cache": "int8"}, (4, 1024, 1024), "int8"),
     ],
 )
 def test_what_attends_to_a_cache(
@@ -432,16 +432,29 @@ def test_what_attends_to_a_cache(
 
 
 def test_prompts_that_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Are read as whole sequences, and their keys and values are kept."""
-    monkeypatch.setattr(attention, "attend_cudnn", attention.attend_xla)
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 3, 8))
-    cache = kv_cache.make_cache(tiny(n_layer=1, n_head=3, n_embd=24), 2, 12)
-    assert cache.size == 12
-    found, expected = (
-        attention.CACHED_ATTENTION[name](q, k, v, cache) for name in ("cudnn_prompt", "xla")
-    )
-    assert max_difference(found[0], expected[0]) <= 1e-6
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, found[1], expected[1]))
+    """Are read as whole sequences, and the tokens behind them are those of the plain decoder."""
+    cfg, params, expected = cached_case()
+    tokens, shapes = jnp.array(TOKENS), []
+
+    def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+        shapes.append(q_BTHK.shape)
+        return attention.attend_xla(q_BTHK, k_BTHK, v_BTHK)
+
+    monkeypatch.setattr(attention, "attend_cudnn", attend)
+    monkeypatch.setattr(attention, "PROMPT_SCORES", 3 * 9**2)
+    monkeypatch.setitem(attention.CACHED_ATTENTION, "cudnn", attention.CACHED_ATTENTION["xla"])
+    cfg = dataclasses.replace(cfg, attention="cudnn")
+    cache = kv_cache.make_cache(cfg, 3, 9)
+    assert cache.size == 9
+    found, cache = model.next_logits(cfg, params, tokens[:, :9], cache, jnp.full(3, 9))
+    assert shapes == [(3, 9, cfg.n_head, cfg.head_dim)] * cfg.n_layer
+    cache = cache.grow(cfg.block_size)
+    for step in range(9, 12):
+        wanted = expected[:, step - 1]
+        difference = max_difference(wanted, found[:, : cfg.vocab_size])
+        assert difference <= 2e-6 * np.abs(wanted).max()
+        found, cache = model.next_logits(cfg, params, tokens[:, step, None], cache)
+    assert len(shapes) == cfg.n_layer
 
 
 CUDA, ROCM = "PJRT C API cuda 13000", "PJRT C API rocm 60000"
@@ -639,6 +652,7 @@ def test_prompts_by_cudnn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {c.dtype: model.prepare_for_decoding(c, params) for c in (cfg, exactly)}
     tokens = jax.random.randint(jax.random.key(1), (8, 256), 0, 1000)
     length_B = jnp.array([1, 2, 63, 64, 65, 200, 255, 256])
+    monkeypatch.setattr(attention, "PROMPT_SCORES", 8 * 256**2)
     assert attention.choose_cached_attention(cfg, 8, 256, 256) == "cudnn_prompt"
 
     def read(cfg: GPTConfig) -> np.ndarray:
@@ -649,7 +663,7 @@ def test_prompts_by_cudnn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.default_matmul_precision("highest"):
         exact = read(exactly)
     fast = read(cfg)
-    monkeypatch.setattr(attention, "PROMPT_TOKENS", 8 * 256 + 1)
+    monkeypatch.setattr(attention, "PROMPT_SCORES", 8 * 256**2 + 1)
     reference = read(cfg)
     assert not np.array_equal(fast, reference)
     allowed, error = (np.linalg.norm(y - exact, axis=1) for y in (reference, fast))
