@@ -192,7 +192,10 @@ def keep_top_k(logits_BV: Array, k: int) -> Array:
 
     Source: Fan et al. 2018, "Hierarchical Neural Story Generation".
     """
-    threshold_B1 = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
+    k = min(k, logits_BV.shape[-1])
+    if jax.default_backend() == "cpu":
+        return jnp.where(likeliest(logits_BV, 1, k), logits_BV, -jnp.inf)
+    threshold_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
@@ -201,12 +204,45 @@ def keep_top_p(logits_BV: Array, p: float) -> Array:
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
     """
+    if jax.default_backend() == "cpu":
+        kept_BV = likeliest(logits_BV, jax.nn.softmax(logits_BV), p)
+        return jnp.where(kept_BV, logits_BV, -jnp.inf)
     sorted_BV = -jnp.sort(-logits_BV)
     probability_BV = jax.nn.softmax(sorted_BV)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     last_B1 = jnp.sum(before_BV[:, 1:] < p, axis=-1, keepdims=True)  # p may be 0 in float32
     threshold_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def likeliest(logits_BV: Array, weight: Array | int, least: float) -> Array:
+    """Return which are the fewest likeliest tokens that together weigh `least`, and their ties.
+
+    The last of them is found without sorting, by radix selection: bit by bit, from the highest,
+    its number is as large as may be, while what is as large or larger weighs enough. For 50,304
+    tokens in one and in eight rows that takes 2 CPU cores 0.4 and 2.2 ms, where XLA's sort takes 8
+    and 64. An H100 gains little or nothing, and sorts 64 rows in a tenth of the time.
+
+    Args:
+        logits_BV: float32, finite or -inf.
+        weight: of each token, (B, V), or of every token.
+        least: the likeliest token is kept even if this is 0, all tokens if they weigh less.
+
+    Returns:
+        (B, V) bool.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(jnp.where(logits_BV == 0, 0.0, logits_BV), jnp.uint32)
+    # In the order of the numbers: a negative one has its sign as highest bit, and grows downwards.
+    # -0.0 became 0.0, of which it is a tie.
+    key_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
+
+    def settle_bit(i: Array, last_B1: Array) -> Array:
+        larger_B1 = last_B1 | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        weight_B1 = jnp.where(key_BV >= larger_B1, weight, 0).sum(axis=1, keepdims=True)
+        return jnp.where(weight_B1 >= least, larger_B1, last_B1)
+
+    last_B1 = jax.lax.fori_loop(0, 32, settle_bit, jnp.zeros((len(key_BV), 1), jnp.uint32))
+    return key_BV >= jnp.minimum(last_B1, key_BV.max(axis=1, keepdims=True))
 
 
 def keep_min_p(logits_BV: Array, p: float) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -78,6 +79,33 @@ def test_support(filtered: jax.Array, left: set[int]) -> None:
     assert support(filtered) == [left, {4 - i for i in left}]
     kept = np.isfinite(np.asarray(filtered))
     assert np.array_equal(np.asarray(filtered)[kept], np.asarray(LOGITS)[kept])
+
+
+@pytest.mark.parametrize("V", [1, 5, 61, 50304])
+def test_without_sorting_the_same_tokens_are_kept(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by sorting, which is what a GPU does; ties, zeros of both signs, neighbours, padding."""
+    random_BV = 3 * jax.random.normal(jax.random.key(V), (3, V))
+    near_BV = np.float32(-7.5).view(np.uint32) + np.random.default_rng(0).permutation(V)[None]
+    near_BV = near_BV.astype(np.uint32).view(np.float32)
+    logits_BV = jnp.concatenate([random_BV, jnp.round(random_BV), near_BV, 0 * random_BV[:1]])
+    logits_BV = logits_BV.at[:, V - V // 8 :].set(-jnp.inf)
+    ps = (1e-45, 1e-6, 0.1, 0.5, 0.95, 1 - 1e-7)
+
+    def kept() -> Iterator[np.ndarray]:
+        """Which tokens top-k keeps, then those of top-p, with a little less and a little more."""
+        yield from (np.isfinite(filters.keep_top_k(logits_BV, k)) for k in (1, 2, 40, V // 2 + 1))
+        for p in ps:
+            nearly = (p * (1 - 1e-5), p, p * (1 + 1e-5))
+            yield np.stack([np.isfinite(filters.keep_top_p(logits_BV, q)) for q in nearly])
+
+    found = list(kept())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for ours, sorted_out in zip(found, kept(), strict=True):
+        if ours.ndim == 2:
+            assert np.array_equal(ours, sorted_out)
+        else:  # float32 sums up in one order or another
+            assert np.all(ours[1] >= sorted_out[0])
+            assert np.all(ours[1] <= sorted_out[2])
 
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
