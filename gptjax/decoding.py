@@ -1,4 +1,4 @@
-"""The decoder's two programs: read prompts into a cache, then draw tokens by one jitted scan.
+"""The decoder's two programs: read prompts into a cache, then draw tokens by one jitted loop.
 
 B batch, T prompt time (padded), V vocabulary, N likeliest tokens.
 
@@ -69,7 +69,7 @@ def score_token(logits_BV: Array, token_B: Array, n: int) -> Scores:
 
 
 class DecoderState(NamedTuple):
-    """The state that the decoder's scan carries from token to token."""
+    """The state that the decoder's loop carries from token to token."""
 
     cache: KVCache
     token_B: Array  # the newest token, not in the cache yet
@@ -155,20 +155,42 @@ def decode(
     params: Params,
     state: DecoderState,
     keys_B: Array,
+    count: Array | None = None,
 ) -> tuple[DecoderState, Array, Scores | None]:
-    """Draw n_steps tokens for each row in one scan.
+    """Draw n_steps tokens for each row, or the first `count` of them, in one loop.
+
+    Args:
+        cfg: the model, without "auto".
+        how: temperature and filters.
+        n_steps: tokens.
+        params: from `prepare_for_decoding`.
+        state: from `prefill`, or as returned.
+        keys_B: a random key per row.
+        count: draw only so many, at most n_steps; the other tokens are 0. It is an operand, so one
+            program serves every number. On a GPU a loop of unknown length is slower, since it waits
+            for the host after each token.
 
     Returns:
         The state, the tokens (n_steps, B), and their scores (n_steps, B, ...) if the state has any.
     """
     n_likeliest = None if state.scores is None else state.scores.likeliest.shape[1]
+    Drawn = tuple[Array, Scores | None]
 
-    def step(state: DecoderState, _: None) -> tuple[DecoderState, tuple[Array, Scores | None]]:
+    def step(state: DecoderState, _: None) -> tuple[DecoderState, Drawn]:
         logits_BV, cache = token_logits(cfg, params, state.token_B, state.cache)
         state = draw(state._replace(cache=cache), logits_BV, keys_B, how, n_likeliest)
         return state, (state.token_B, state.scores)
 
-    state, (new_nB, scores) = jax.lax.scan(step, state, length=n_steps)
+    def write_step(i: Array, carry: tuple[DecoderState, Drawn]) -> tuple[DecoderState, Drawn]:
+        state, new = step(carry[0], None)
+        return state, jax.tree.map(lambda all_n, x: all_n.at[i].set(x), carry[1], new)
+
+    if count is None:
+        state, (new_nB, scores) = jax.lax.scan(step, state, length=n_steps)
+    else:
+        drawn = (state.token_B, state.scores)
+        zeros = jax.tree.map(lambda x: jnp.zeros((n_steps, *x.shape), x.dtype), drawn)
+        state, (new_nB, scores) = jax.lax.fori_loop(0, count, write_step, (state, zeros))
     return state, new_nB, scores
 
 

@@ -71,7 +71,8 @@ def compile_programs(
     programs.append(pool.submit(prefill.compile))
     if left > 1:
         state, chunk = on_device(prefill.out_info), sampling.chunk_size()
-        decode = decoding.decode.lower(cfg, how, chunk, params, state, keys_B)
+        count = sampling.count_of(chunk)
+        decode = decoding.decode.lower(cfg, how, chunk, params, state, keys_B, count)
         programs.append(pool.submit(decode.compile))
     return programs
 

@@ -149,6 +149,7 @@ def decode(
     packed: decoder.Packed,
     state: DecoderState,
     keys_B: Array,
+    count: Array | None = None,
 ) -> tuple[DecoderState, Array, Scores | None]:
     """Draw n_steps tokens for each row, as `decoding.decode` does.
 
@@ -162,6 +163,8 @@ def decode(
         packed: params["kernel"] of `with_kernel`.
         state: from `stack_cache`.
         keys_B: a random key per row.
+        count: if one launch chooses the tokens, choose only so many, 1 to n_steps; those after them
+            are garbage. If each token takes a launch, n_steps are drawn whatever it says.
 
     Returns:
         The state, the tokens (n_steps, B), and their scores (n_steps, B, ...) if the state has any.
@@ -171,11 +174,12 @@ def decode(
         cache: Cache = state.cache
         plan = plan_of(cfg, len(state.token_B))
         assert plan is not None
+        n = n_steps if count is None else count
         new_nB, best_nB, cache, ok = decoder.decode(
-            sizes_of(cfg), plan, packed, state.token_B, cache, n_steps, logits=False
+            sizes_of(cfg), plan, packed, state.token_B, cache, n_steps, count, logits=False
         )
         new_nB = jnp.where(jnp.isfinite(best_nB), new_nB, NOT_FINITE)
-        state = state._replace(cache=cache, token_B=new_nB[-1], n_drawn=state.n_drawn + n_steps)
+        state = state._replace(cache=cache, token_B=new_nB[n - 1], n_drawn=state.n_drawn + n)
         return state, jnp.where(ok, new_nB, GAVE_UP), None
     n_likeliest = None if state.scores is None else state.scores.likeliest.shape[1]
 

@@ -47,6 +47,14 @@ def chunk_size() -> int:
     return 16 if on_cpu() else 64
 
 
+def count_of(count: int, name: str = "plain") -> np.int32 | None:
+    """Return `count` as an operand of the decoder of this name; None where it draws a whole chunk.
+
+    XLA's loop on a GPU waits for the host after each token, if its length is an operand.
+    """
+    return np.int32(count) if name == "kernel" or on_cpu() else None
+
+
 def bucket(n: int, limit: int = 2**30) -> int:
     """Return the least of 64, 256, 1024 ... that holds n, or the limit: few shapes to compile."""
     size = 64
@@ -220,9 +228,12 @@ def fill_context(
         if (needed := longest + done - 1 + count) > size:
             size = cache_size(needed, limit)
             state = grow(state, size)
-        # Steps beyond those that count overwrite the last place of a cache that is not read again.
+        # If a whole chunk is drawn, steps past `count` overwrite the last place of a cache that is
+        # not read again.
         try:
-            state, new_nB, scores = fused.DECODE[name](cfg, how, chunk, weights, state, keys_B)
+            state, new_nB, scores = fused.DECODE[name](
+                cfg, how, chunk, weights, state, keys_B, count_of(count, name)
+            )
         except (KernelError, jax.errors.JaxRuntimeError) as error:
             if name == "plain":
                 raise

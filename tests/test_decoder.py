@@ -39,16 +39,18 @@ def on_cpu(
     cache: KVCache,
     steps: int,
     *,
-    logits: bool,
+    logits: bool = False,
+    count: int | None = None,
     source: str = SOURCE,
     blocks: int = BLOCKS,
     missing: int = 0,
+    words: np.ndarray | None = None,
     packed: decoder.Packed | None = None,
     **changes: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Run the kernel; return tokens, values, whether each block gave up, and the keys it left.
 
-    `changes` are of the plan.
+    `words` are those of an earlier launch, and are changed in place; `changes` are of the plan.
     """
     sizes, B, S = fused.sizes_of(cfg), len(token_B), cache.k[0].shape[1]
     plan = decoder.plan(sizes, blocks, B)
@@ -64,8 +66,10 @@ def on_cpu(
     tokens = np.full((steps, B), -1, np.int32)
     values = np.full((B, sizes.padded) if logits else (steps, B), np.nan, np.float32)
     given_up = np.full(blocks, -1, np.int32)
-    words = np.zeros(decoder.n_words(sizes, plan, B), np.uint32)
-    read = [token_B.astype(np.int32), np.array(cache.length_B, np.int32), *map(np.array, packed)]
+    if words is None:
+        words = np.zeros(decoder.n_words(sizes, plan, B), np.uint32)
+    read = [token_B.astype(np.int32), np.array(cache.length_B, np.int32)]
+    read += [np.array(steps if count is None else count, np.int32), *map(np.array, packed)]
     shared, threads = decoder.shared_memory(sizes, plan, B)[1], 32 * plan.warps + 32
     # The kernel's outputs take the memory of its inputs.
     arrays = [*read, words, k, v, words, k, v, tokens, values, given_up]
@@ -252,6 +256,24 @@ def test_several_tokens_in_one_launch(folder: Path) -> None:
 
 
 @needs_gxx
+def test_a_launch_may_end_before_its_last_token(folder: Path) -> None:
+    """The next one goes on with the blocks' words as they were left."""
+    cfg, params, token_B, cache = a_model(2, n_head=2)
+    plan = decoder.plan(fused.sizes_of(cfg), BLOCKS, 2)
+    assert plan is not None
+    words = np.zeros(decoder.n_words(fused.sizes_of(cfg), plan, 2), np.uint32)
+    for count in (3, 1, 2):
+        how: Any = {"count": count, "words": words}
+        found, best, given_up, _ = on_cpu(folder, cfg, params, token_B, cache, 4, **how)
+        assert not given_up.any()
+        assert np.all(found[count:] == -1)  # not written
+        for i in range(count):
+            logits_BV, cache = next_logits(cfg, params, token_B[:, None], cache)
+            assert np.abs(best[i] - logits_BV.max(-1)).max() <= TOLERANCE
+            token_B = found[i]
+
+
+@needs_gxx
 def test_a_missing_block_ends_all_waiting(folder: Path) -> None:
     cfg, params, token_B, cache = a_model(5, n_head=2)
     before = np.asarray(jnp.stack(cache.k).astype(jnp.bfloat16)).reshape(2, 5, 20, 64)
@@ -350,6 +372,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
         token_B: jax.Array,
         cache: decoder.Stacked,
         steps: int,
+        count: jax.Array | int = 1,
         *,
         logits: bool,
     ) -> tuple[jax.Array, jax.Array, decoder.Stacked, jax.Array]:
@@ -371,8 +394,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cfg: GPTConfig, give_up_at: int = -
                 return (token_B, plain), (token_B, logits_BV.max(-1))
 
             (_, plain), (new_nB, values) = jax.lax.scan(step, (token_B, plain), length=steps)
+            new_nB = jnp.where(jnp.arange(steps)[:, None] < count, new_nB, 7)  # garbage
         k_LBSD, v_LBSD = (jnp.stack(x).reshape(cache.k.shape) for x in plain[:2])
-        stacked = decoder.Stacked(k_LBSD, v_LBSD, plain.length_B, cache.words)
+        stacked = decoder.Stacked(k_LBSD, v_LBSD, cache.length_B + count, cache.words)
         ok = jnp.array(len(asked) != give_up_at)
         return new_nB, values, stacked, ok
 
@@ -404,7 +428,9 @@ def texts(cfg: GPTConfig, params: model.Params, how: SampleConfig, n: int = 40) 
 HOWS = [SampleConfig(temperature=0.0), SampleConfig(temperature=1.0, repetition_penalty=1.2)]
 
 
-@pytest.mark.parametrize(("how", "give_up_at"), [(HOWS[0], 1), (HOWS[1], -1), (HOWS[1], 0)])
+@pytest.mark.parametrize(
+    ("how", "give_up_at"), [(HOWS[0], -1), (HOWS[0], 1), (HOWS[1], -1), (HOWS[1], 0)]
+)
 def test_texts_are_the_same(
     how: SampleConfig,
     give_up_at: int,

@@ -1,6 +1,7 @@
 """The cached decoder says what the plain model would say, whoever else is in the batch."""
 
 import dataclasses
+import functools
 import itertools
 import re
 import zlib
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import decoding, filters, model, sampling, scoring
+from gptjax import decoding, filters, fused, model, sampling, scoring
 from gptjax.config import GPTConfig, SampleConfig
 from gptjax.errors import NonFiniteError
 from gptjax.kv_cache import KVCache
@@ -214,7 +215,46 @@ def test_compiles_once_for_a_bucket_of_prompts() -> None:
     assert (count_programs(decoding.prefill.jitted), count_programs(decoding.decode)) == before
 
 
-def check_cache_stays_in_place() -> None:
+@pytest.mark.parametrize("n_likeliest", [None, 3])
+def test_only_the_tokens_wanted_are_drawn(n_likeliest: int | None) -> None:
+    """A number that is read at run time draws the same tokens, and leaves the same state."""
+    how, keys = (
+        SampleConfig(temperature=1.0, presence_penalty=1.0),
+        jax.random.split(jax.random.key(0), 1),
+    )
+    prompt, length = np.array([PROMPT], np.int32), np.full(1, len(PROMPT), np.int32)
+    history = filters.make_history(how, CFG.padded_vocab_size, [PROMPT], [[]], 64)
+
+    def drawn(n_steps: int, count: int | None) -> Any:
+        read = (DECODER, prompt, length, keys, np.int32(0), history, n_likeliest)
+        state = decoding.prefill(CFG, how, 16, *read)
+        wanted = None if count is None else np.int32(count)
+        return decoding.decode(CFG, how, n_steps, DECODER, state, keys, wanted)
+
+    expected_state, *expected = drawn(5, None)
+    state, *found = drawn(8, 5)
+    assert int(state.n_drawn) == 1 + 5
+    assert all(not np.any(new[5:]) for new in jax.tree.leaves(found))
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, state, expected_state)
+    jax.tree.map(lambda new, old: same(new[:5], old), found, expected)
+
+
+def test_a_text_asks_for_no_more_tokens_than_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, plain = [], fused.DECODE["plain"]
+
+    def decode(*args: Any) -> Any:
+        asked.append(args[-1])
+        return plain(*args)
+
+    monkeypatch.setitem(fused.DECODE, "plain", decode)
+    cfg = dataclasses.replace(CFG, block_size=64)
+    params = model.prepare_for_decoding(cfg, scaled_params(cfg, jax.random.key(0)))
+    text([PROMPT], n=1 + 16 + 3, cfg=cfg, params=params)
+    assert asked == [16, 3]
+
+
+def check_cache_stays_in_place(count: np.int32 | None = None) -> None:
     """The compiled decoder copies no layer of the cache from token to token."""
     cfg = dataclasses.replace(CFG, block_size=1024)
     decoder = jax.eval_shape(
@@ -230,15 +270,16 @@ def check_cache_stays_in_place() -> None:
                 None,
             )
         )
-        compiled = decoding.decode.lower(cfg, GREEDY, 4, decoder, state, keys).compile()
+        compiled = decoding.decode.lower(cfg, GREEDY, 4, decoder, state, keys, count).compile()
         program = compiled.as_text()
         assert program is not None
         copied = re.findall(r"= f32(\[[\d,]*1024,2,16\])\S* copy\(", program)
         assert copied == []
 
 
-def test_cache_stays_in_place() -> None:
-    check_cache_stays_in_place()
+@pytest.mark.parametrize("count", [None, np.int32(4)])
+def test_cache_stays_in_place(count: np.int32 | None) -> None:
+    check_cache_stays_in_place(count)
 
 
 def test_in_place_gate_turns_red(monkeypatch: pytest.MonkeyPatch) -> None:

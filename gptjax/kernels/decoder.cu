@@ -1,4 +1,4 @@
-// One GPT-2 decoder for ROWS rows as one kernel that stays on the GPU for STEPS tokens.
+// One GPT-2 decoder for ROWS rows as one kernel that stays on the GPU for `count` tokens, STEPS at most.
 //
 // A block owns rows of every matrix. Its weights lie in one stream in their order of use, which one thread
 // copies into slots of shared memory, a segment of a matrix at a time, ahead of their use and without waiting
@@ -390,11 +390,11 @@ __device__ __forceinline__ void merge(Block& me, const u32* ex, u32 use, const i
 // ---- The kernel ----
 
 extern "C" __global__ void __launch_bounds__(NT + 32, 1)
-decode(const int* token_in, const int* length_in, const char* weights, const u16* wte, const u16* wpe,
-       const u32* ex_in, const u16* k_in, const u16* v_in,                      // the last three are the outputs' memory
+decode(const int* token_in, const int* length_in, const int* count, const char* weights, const u16* wte,
+       const u16* wpe, const u32* ex_in, const u16* k_in, const u16* v_in,  // the last three are the outputs' memory
        u32* ex, u16* k_cache, u16* v_cache, int* tokens, float* logits, int* given_up) {
   SHARED_MEMORY(shared);
-  const int t = threadIdx.x, id = blockIdx.x;
+  const int t = threadIdx.x, id = blockIdx.x, steps = min2(*count, STEPS);
   Block me = {shared, t / 32, t % 32, 0, 0, 0};
   int *token = (int*)(shared + AT_ROW), *length = token + B, *dead = (int*)(shared + AT_DEAD);
   float *red = (float*)(shared + AT_RED), *own = (float*)(shared + AT_OWN);
@@ -426,7 +426,7 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
     };
     if (me.lane == 0)
 #pragma unroll 1
-      for (int step = 0; step < STEPS; step++) {
+      for (int step = 0; step < steps; step++) {
         from = weights + id * STREAM;
 #pragma unroll 1
         for (int m = 0; m < 4 * L; m++) {
@@ -440,7 +440,7 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
   }
   const u32 uses = load_word(ex), chosen = load_word(ex + 1);  // of each place, by earlier launches
 #pragma unroll 1
-  for (u32 step = 0; step < STEPS; step++) {
+  for (int step = 0; step < steps; step++) {
     u32 use = uses + step * L;
     // The residual stream: each block keeps its own rows, and all of x only as far as LayerNorm.
 #pragma unroll 1
@@ -605,5 +605,5 @@ decode(const int* token_in, const int* length_in, const char* weights, const u16
   sync_threads(NT);
   if (t == 0) given_up[id] = *dead;
   if (t == 0 && *dead) store_word(ex + 2, 1);
-  if (t == 0 && id == 0) store_word(ex, uses + STEPS * L), store_word(ex + 1, chosen + STEPS);
+  if (t == 0 && id == 0) store_word(ex, uses + steps * L), store_word(ex + 1, chosen + steps);
 }

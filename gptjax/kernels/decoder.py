@@ -215,12 +215,13 @@ def decode(
     token_B: Array,
     cache: Stacked,
     steps: int,
+    count: Array | None = None,
     *,
     logits: bool,
     changed: dict[str, int] | None = None,
     grid: int | None = None,
 ) -> tuple[Array, Array, Stacked, Array]:
-    """Compute `steps` tokens for each row in one launch.
+    """Compute `steps` tokens for each row in one launch, or the first `count` of them.
 
     Args:
         sizes: of the model.
@@ -229,14 +230,15 @@ def decode(
         token_B: the newest token of each row, not in the cache yet; at most 8 rows.
         cache: of the tokens before; rows that are full write their last position again.
         steps: 1 with logits.
+        count: int32, 1 to `steps`; None means all. It is an operand, so one program serves all.
         logits: whether to return logits, and to choose no token.
         changed: macros to compile with other values, for tests and benchmarks.
         grid: blocks to launch, for the test that a wrong number does no harm.
 
     Returns:
-        The greedy tokens (steps, B) and their logits (steps, B); with `logits` zeros (1, B) and
-        all logits (B, V); the longer cache; whether all blocks had what they waited for. If not,
-        the rest is garbage, but for what the cache held before.
+        The greedy tokens (steps, B) and their logits (steps, B), garbage after the first `count`;
+        with `logits` zeros (1, B) and all logits (B, V); the longer cache; whether all blocks had
+        what they waited for. If not, the rest is garbage, but for what the cache held before.
     """
     _, B, S, _ = cache.k.shape
     assert steps == 1 or not logits
@@ -245,7 +247,8 @@ def decode(
     options = tuple(f"-D{name}={value}" for name, value in values.items())
     ptx = cuda.compile_ptx(source(), cuda.architecture(), options)
     shape = jax.ShapeDtypeStruct
-    inputs = [token_B, cache.length_B, *packed]
+    count = jnp.int32(steps) if count is None else count
+    inputs = [token_B, cache.length_B, count, *packed]
     outputs = [
         *(shape(x.shape, x.dtype) for x in (cache.words, cache.k, cache.v)),
         shape((steps, B), jnp.int32),
@@ -260,7 +263,7 @@ def decode(
         grid=grid or plan.blocks,
         block=32 * plan.warps + 32,
         shared=shared_memory(sizes, plan, B)[1],
-        aliases={5: 0, 6: 1, 7: 2},
+        aliases={6: 0, 7: 1, 8: 2},
     )
-    length_B = jnp.minimum(cache.length_B + steps, S)
+    length_B = jnp.minimum(cache.length_B + count, S)
     return tokens_nB, values_BV, Stacked(k, v, length_B, words), jnp.all(given_up_N == 0)
