@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import model, sharding
+from gptjax import sharding
 from gptjax.config import TrainConfig
 from gptjax.training import compiling
 from gptjax.training.step import abstract_state, digest, init_state, make_eval_step, make_train_step
@@ -73,15 +73,6 @@ def test_shapes_take_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.random, "key", note)
     abstract_state(CONFIG, sharding.make_mesh(jax.devices()[:1]))
     assert keys and all(isinstance(key, jax.core.Tracer) for key in keys)
-
-
-def test_shapes_are_traced_once_for_all_settings() -> None:
-    """A start asks for those of one model as it was trained, as it is read and as it computes."""
-    cfg = CONFIG.model
-    other = dataclasses.replace(cfg, dtype="bfloat16", attention="xla", kernels="off", dropout=0.3)
-    assert model.param_shapes(other) is model.param_shapes(cfg)
-    wider = dataclasses.replace(cfg, vocab_multiple=2 * cfg.vocab_multiple)
-    assert model.param_shapes(wider) is not model.param_shapes(cfg)
 
 
 def test_an_evaluation_s_layers_are_a_loop() -> None:

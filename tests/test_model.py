@@ -56,6 +56,15 @@ def test_parameter_counts_are_gpt2s(shape: dict[str, int], count: int) -> None:
     assert model.count_params(GPTConfig(**shape)) == count  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", names(GPTConfig, architecture))
+def test_shapes_are_those_of_fresh_parameters(name: str) -> None:
+    """With every value of every architecture option."""
+    for value in [getattr(tiny(), name), *other_values(name, tiny())]:
+        cfg = dataclasses.replace(tiny(), **{name: value})
+        made = jax.eval_shape(functools.partial(model.init_params, cfg), jax.random.key(0))
+        assert model.param_shapes(cfg) == made
+
+
 def test_tree_is_the_documented_one() -> None:
     cfg = tiny()
     params = init_params(cfg, jax.random.key(0))
