@@ -72,18 +72,31 @@ def test_hf_round_trip_without_biases(tmp_path: Path, multiple: int) -> None:
         huggingface.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_hf_in_other_types(folder: Path, params: model.Params, dtype: Any) -> None:
+    """Every second tensor is stored so."""
+    rounded = jax.tree.map(lambda p: p.astype(dtype).astype(np.float32), params)
+    huggingface.write_folder(folder, CFG, rounded, None)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {name: tensors[name].astype(dtype) for name in sorted(tensors)[::2]}
+    save_file(tensors, file)
+    assert_same(huggingface.open_folder(folder), rounded)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, bool])
 def test_hf_names_with_and_without_prefix_and_mask_buffers(
-    folder: Path, params: model.Params
+    folder: Path, params: model.Params, dtype: Any
 ) -> None:
     file = folder / "model.safetensors"
     bare = {name.removeprefix("transformer."): a for name, a in load_file(file).items()}
     for layer in range(CFG.n_layer):
-        bare[f"h.{layer}.attn.bias"] = np.tri(4, dtype=np.uint8)[None, None]
+        bare[f"h.{layer}.attn.bias"] = np.tri(4, dtype=dtype)[None, None]
         bare[f"h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     save_file({**bare, HEAD: bare["wte.weight"]}, file)
     assert_same(huggingface.open_folder(folder), params)
     for name, strange in (
-        ("h.1.attn.bias", np.ones((1, 1, 4, 4), np.uint8)),  # sees the future
+        ("h.1.attn.bias", np.ones((1, 1, 4, 4), dtype)),  # sees the future
         ("h.0.attn.masked_bias", np.array(-0.5, np.float32)),  # and this a little of it
         ("h.0.attn.bias", np.zeros(96, np.float32)),
     ):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,7 +26,14 @@ from gptjax.model import Params
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"  # peft's
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "BOOL": "bool",
+    "U8": "uint8",
+}
 
 
 def open_folder(folder: Path, allow_pickle: bool = False, accept: Collection[str] = ()) -> Source:
@@ -123,23 +131,31 @@ def open_file(path: Path, allow_pickle: bool) -> Tensors:
     """Return the tensors of a weight file, a pickle's if its name ends in .bin."""
     if path.suffix == ".bin":
         return of_torch(load_torch(path, allow_pickle), path)
-
-    def read(name: str) -> np.ndarray:
-        # Opened anew each time: what was read stays in memory until the file is closed.
-        with safe_open(path, "np") as file:
-            return file.get_tensor(name)
-
-    found: Tensors = {}
     try:
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-                found[name] = Tensor(tuple(part.get_shape()), dtype, functools.partial(read, name))
+        with safe_open(path, "np"):  # checks that the header is sound and the file whole
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
         wrong = why_no_weights(path) or f"cut short or damaged ({error}); {AGAIN}"
         raise DataError(f"cannot read the weights ({path}): it is {wrong}") from error
+    header.pop("__metadata__", None)
+    found: Tensors = {}
+    for name, fields in sorted(header.items()):
+        dtype, shape = DTYPES.get(fields["dtype"], fields["dtype"]), tuple(fields["shape"])
+        begin = 8 + size + fields["data_offsets"][0]
+        found[name] = Tensor(shape, dtype, functools.partial(read_array, path, begin, dtype, shape))
     return found
+
+
+def read_array(path: Path, begin: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Read the array that begins at this byte of the file.
+
+    The library would copy it while all other threads of Python wait, and keep in memory what it
+    read until it closes the file.
+    """
+    return np.fromfile(path, jnp.dtype(dtype), math.prod(shape), offset=begin).reshape(shape)
 
 
 def write_folder(

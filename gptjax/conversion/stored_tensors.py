@@ -12,7 +12,7 @@ from gptjax.conversion.tensors import FLOATS, Table, slots
 from gptjax.errors import DataError
 
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|mask|masked_bias)")  # of old programs, beside weights
-MASK_TYPES = (*FLOATS, "bool", "uint8", "BOOL", "U8")
+MASK_TYPES = (*FLOATS, "bool", "uint8")
 HIDDEN = -1e3  # or less, in the place of a score: the softmax of it is 0
 
 
