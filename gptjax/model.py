@@ -93,10 +93,12 @@ def param_shapes(cfg: GPTConfig) -> Params:
         kernel = {"kernel": leaf(L, width_in, width_out)}
         return kernel | ({"bias": leaf(L, width_out)} if cfg.bias else {})
 
-    wte = {"embedding": leaf(cfg.padded_vocab_size, D)}
+    def embedding(rows: int) -> Params:
+        return {"embedding": leaf(rows, D)}
+
     shapes = {
-        "wte": wte,
-        "wpe": {"embedding": leaf(cfg.block_size, D)},
+        "wte": embedding(cfg.padded_vocab_size),
+        "wpe": embedding(cfg.block_size),
         "h": {
             "ln_1": layer_norm(L),
             "attn": {"c_attn": linear(D, 3 * D), "c_proj": linear(D, D)},
@@ -105,7 +107,8 @@ def param_shapes(cfg: GPTConfig) -> Params:
         },
         "ln_f": layer_norm(),
     }
-    return shapes if cfg.tie_head else {**shapes, "lm_head": wte}
+    head = {} if cfg.tie_head else {"lm_head": embedding(cfg.padded_vocab_size)}
+    return shapes | head
 
 
 def count_params(cfg: GPTConfig, without: Container[str] = ()) -> int:

@@ -74,7 +74,7 @@ def test_hf_round_trip_without_biases(tmp_path: Path, multiple: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_hf_in_other_types(folder: Path, params: model.Params, dtype: Any) -> None:
-    """Every second tensor is stored so."""
+    """Tensors of this type beside some of float32 give the same model."""
     rounded = jax.tree.map(lambda p: p.astype(dtype).astype(np.float32), params)
     huggingface.write_folder(folder, CFG, rounded, None)
     file = folder / "model.safetensors"
@@ -364,7 +364,22 @@ def safetensors_damage() -> dict[str, Any]:
         ),
         "wrong shape": header(lambda f: f["transformer.ln_f.bias"].update(shape=[33])),
         "unknown dtype": header(lambda f: f["transformer.ln_f.bias"].update(dtype="F31")),
+        # These two the library reads.
+        "an entry as a list": header(
+            lambda f: f.update({name: list(f[name].values()) for name in ["transformer.ln_f.bias"]})
+        ),
+        "dtype as an object": header(
+            lambda f: f["transformer.ln_f.bias"].update(dtype={"F32": None})
+        ),
     }
+
+
+def test_safetensors_cut_after_it_was_opened(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    source = huggingface.open_folder(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"model\.safetensors\): cut short since it was opened"):
+        read_params(source)
 
 
 @pytest.mark.parametrize("case", safetensors_damage())

@@ -21,7 +21,7 @@ from gptjax.functions import ACTIVATIONS
 from gptjax.kernels import cuda, decode_attention
 from gptjax.kv_cache import KVCache
 from gptjax.loss import loss_fn
-from gptjax.settings import architecture, names
+from gptjax.settings import architecture, fields_of, names
 
 from .helpers import init_params, need, other_values, scaled_params, tiny
 
@@ -56,13 +56,18 @@ def test_parameter_counts_are_gpt2s(shape: dict[str, int], count: int) -> None:
     assert model.count_params(GPTConfig(**shape)) == count  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", names(GPTConfig, architecture))
-def test_shapes_are_those_of_fresh_parameters(name: str) -> None:
-    """With every value of every architecture option."""
-    for value in [getattr(tiny(), name), *other_values(name, tiny())]:
-        cfg = dataclasses.replace(tiny(), **{name: value})
-        made = jax.eval_shape(functools.partial(model.init_params, cfg), jax.random.key(0))
-        assert model.param_shapes(cfg) == made
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": False, "tie_head": False},
+        *({name: v} for name in fields_of(GPTConfig) for v in other_values(name, tiny())),
+    ],
+)
+def test_shapes_are_those_of_fresh_parameters(changes: dict[str, Any]) -> None:
+    """With every value of every setting of the model."""
+    cfg = dataclasses.replace(tiny(), **changes)
+    made = jax.eval_shape(functools.partial(model.init_params, cfg), jax.random.key(0))
+    assert model.param_shapes(cfg) == made
 
 
 def test_tree_is_the_documented_one() -> None:

@@ -132,30 +132,36 @@ def open_file(path: Path, allow_pickle: bool) -> Tensors:
     if path.suffix == ".bin":
         return of_torch(load_torch(path, allow_pickle), path)
     try:
-        with safe_open(path, "np"):  # checks that the header is sound and the file whole
+        # The library checks that the header is sound and the file whole. What follows relies on it,
+        # and reads the header again for what it does not tell: where a tensor begins.
+        with safe_open(path, "np"):
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
+        header.pop("__metadata__", None)
+        found: Tensors = {}
+        for name, fields in sorted(header.items()):  # messages list them in this order
+            dtype, shape = DTYPES.get(fields["dtype"], fields["dtype"]), tuple(fields["shape"])
+            begin = 8 + size + fields["data_offsets"][0]
+            read = functools.partial(read_array, path, begin, dtype, shape)
+            found[name] = Tensor(shape, dtype, read)
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a list in place of a dict
         wrong = why_no_weights(path) or f"cut short or damaged ({error}); {AGAIN}"
         raise DataError(f"cannot read the weights ({path}): it is {wrong}") from error
-    header.pop("__metadata__", None)
-    found: Tensors = {}
-    for name, fields in sorted(header.items()):
-        dtype, shape = DTYPES.get(fields["dtype"], fields["dtype"]), tuple(fields["shape"])
-        begin = 8 + size + fields["data_offsets"][0]
-        found[name] = Tensor(shape, dtype, functools.partial(read_array, path, begin, dtype, shape))
     return found
 
 
 def read_array(path: Path, begin: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Read the array that begins at this byte of the file.
+    """Read the array that begins at this byte of the file; DataError if the file ends too soon.
 
     The library would copy it while all other threads of Python wait, and keep in memory what it
     read until it closes the file.
     """
-    return np.fromfile(path, jnp.dtype(dtype), math.prod(shape), offset=begin).reshape(shape)
+    array = np.fromfile(path, jnp.dtype(dtype), math.prod(shape), offset=begin)
+    if array.size < math.prod(shape):
+        raise DataError(f"cannot read the weights ({path}): cut short since it was opened; {AGAIN}")
+    return array.reshape(shape)
 
 
 def write_folder(
